@@ -1,0 +1,332 @@
+"""The MM-DiT of Stable Diffusion 3 and 3.5 (Sec. 3.2), with its joint attention written out.
+
+Module names are the published checkpoints' key names, so a state dict loads as it is, and the config is
+read off its shapes.  The forward returns the velocity and, for the blocks one asks for, the q, k, v of the
+joint attention; every attention map in this project is a pure function of those.
+
+    vel, taps = mmdit(z, sigma, ctx, pooled, capture={9})
+    maps = i2t_attention(taps[9])                        # (B, H, N, M)
+
+Alphabet, used in the whole project:
+    B batch   C latent channels   h x w patch grid   N = h*w image tokens   M text tokens   D = H*d width
+    H heads   d head width        K classes          S steps                z latents       eps noise
+    vel = eps - z0                sigma in [0, 1]: 0 clean, 1 noise (the time embedding gets 1000 * sigma)
+Joint order is Eq. 3's: image tokens first, then text.  Blocks count from 0; SD3's expert block is 9.
+"""
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weights import assign, count, shape
+
+# ---------------------------------------------------------------------------- joint attention, Eq. 3 to 6
+
+
+class JointQKV(NamedTuple):
+    """Eq. 3: queries, keys and values of both modalities, concatenated; the q and k that enter the softmax."""
+    q: Tensor                       # (B, H, N+M, d), image tokens first
+    k: Tensor                       # (B, H, N+M, d)
+    v: Tensor                       # (B, H, N+M, d)
+    n_img: int                      # N
+    grid: tuple[int, int]           # (h, w), N = h*w, row-major
+
+
+def joint_probs(qkv: JointQKV) -> Tensor:
+    """Eq. 4: A = softmax(Q K^T / sqrt(d)), (B, H, N+M, N+M) in fp32, rows are queries and sum to 1.
+
+    The whole matrix, for reading and analysis; a 1024 x 1024 picture takes 1.7 GB of it a block and sample.
+    """
+    logits = qkv.q.float() @ qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])   # (B, H, N+M, N+M)
+    return logits.softmax(dim=-1)
+
+
+# The four pathways of Fig. 2 (a): rows are queries, columns are keys.
+def i2i(probs: Tensor, n_img: int) -> Tensor:
+    """Image queries, image keys: (B, H, N+M, N+M) -> (B, H, N, N)."""
+    return probs[..., :n_img, :n_img]
+
+
+def i2t(probs: Tensor, n_img: int) -> Tensor:
+    """Image queries, text keys, the paper's A_I2T: (B, H, N+M, N+M) -> (B, H, N, M)."""
+    return probs[..., :n_img, n_img:]
+
+
+def t2i(probs: Tensor, n_img: int) -> Tensor:
+    """Text queries, image keys: (B, H, N+M, N+M) -> (B, H, M, N)."""
+    return probs[..., n_img:, :n_img]
+
+
+def t2t(probs: Tensor, n_img: int) -> Tensor:
+    """Text queries, text keys: (B, H, N+M, N+M) -> (B, H, M, M)."""
+    return probs[..., n_img:, n_img:]
+
+
+def i2t_scores(qkv: JointQKV) -> Tensor:
+    """The I2T block of Q K^T / sqrt(d) before the softmax, (B, H, N, M) in fp32 (Table 5, first rows)."""
+    N = qkv.n_img
+    return qkv.q[:, :, :N].float() @ qkv.k[:, :, N:].float().mT / math.sqrt(qkv.q.shape[-1])  # (B, H, N, M)
+
+
+def i2t_attention(qkv: JointQKV, chunk: int = 512) -> Tensor:
+    """A_I2T = i2t(joint_probs(qkv)), (B, H, N, M) in fp32, without ever holding the whole of A.
+
+    The softmax runs over all N+M keys, for `chunk` image queries at a time; only text columns are kept.
+    """
+    N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
+    rows = [(q.float() @ k).softmax(dim=-1)[..., N:] for q in qkv.q[:, :, :N].split(chunk, dim=2)]
+    return torch.cat(rows, dim=2)                                            # (B, H, N, M)
+
+
+def t2i_attention(qkv: JointQKV) -> Tensor:
+    """A_T2I = t2i(joint_probs(qkv)), (B, H, M, N) in fp32: the few text rows are computed alone."""
+    N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
+    return (qkv.q[:, :, N:].float() @ k).softmax(dim=-1)[..., :N]            # (B, H, M, N)
+
+
+Edit = Callable[[Tensor, JointQKV], Tensor]       # (probs (B, H, N+M, N+M), qkv) -> probs of the same shape
+
+
+def joint_attention(qkv: JointQKV, edit: Edit | None = None) -> Tensor:
+    """Eq. 5, 6 up to the output projection: (B, N+M, D), heads side by side.
+
+    `edit` None takes PyTorch's fused attention; otherwise the softmax is formed, edited and applied.
+    """
+    if edit is None:
+        out = F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v)            # (B, H, N+M, d)
+    else:
+        out = edit(joint_probs(qkv), qkv).to(qkv.v.dtype) @ qkv.v            # Eq. 5, (B, H, N+M, d)
+    return out.transpose(1, 2).flatten(2)                                    # (B, N+M, D)
+
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    width: int                      # D
+    depth: int                      # number of joint blocks
+    head_dim: int                   # d
+    patch: int                      # latent pixels per token and side
+    channels: int                   # C
+    pos_grid: int                   # side of the stored grid of positions, of which the centre is used
+    ctx_dim: int                    # width of a context row
+    pooled_dim: int                 # width of the pooled text vector
+    mlp: int                        # hidden width of the MLPs
+    time_dim: int                   # number of sinusoids of the time embedding
+    qk_norm: bool = False           # SD3.5: RMS-norm of q and k
+    dual_blocks: tuple[int, ...] = ()   # SD3.5 Medium: blocks with a second, image-only attention
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @staticmethod
+    def from_state_dict(sd: dict[str, Tensor]) -> "MMDiTConfig":
+        """Everything the architecture needs, from the shapes of SD3's original keys (no prefix) alone.
+
+        ValueError names the key that is missing. A head width leaves no trace in SD3's checkpoint: it is 64,
+        as in all of the family; with q/k norm it is the length of the norm's weight.
+        """
+        width, channels, patch, _ = shape(sd, "x_embedder.proj.weight")
+        qk_norm = any(".attn.ln_q." in key for key in sd)
+        depth = count(sd, "joint_blocks.")
+        return MMDiTConfig(
+            width=width, depth=depth, patch=patch, channels=channels, qk_norm=qk_norm,
+            head_dim=shape(sd, "joint_blocks.0.x_block.attn.ln_q.weight")[0] if qk_norm else 64,
+            pos_grid=math.isqrt(shape(sd, "pos_embed")[1]),
+            ctx_dim=shape(sd, "context_embedder.weight")[1],
+            pooled_dim=shape(sd, "y_embedder.mlp.0.weight")[1],
+            mlp=shape(sd, "joint_blocks.0.x_block.mlp.fc1.weight")[0],
+            time_dim=shape(sd, "t_embedder.mlp.0.weight")[1],
+            dual_blocks=tuple(
+                i for i in range(depth) if any(k.startswith(f"joint_blocks.{i}.x_block.attn2.") for k in sd)))
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then the conditioning's scale and shift: x (B, L, D), shift and scale (B, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]   # (B, L, D)
+
+
+def sinusoids(t: Tensor, dim: int) -> Tensor:
+    """t (B,) in [0, 1000] -> (B, dim) in fp32: cosines first, then sines, wave lengths 2 pi to 20000 pi."""
+    freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * freq                                        # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)                     # (B, dim)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear: for the time's sinusoids and for the pooled text."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x.to(self.mlp[0].weight.dtype))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.proj(z).flatten(2).mT                                    # (B, N, D), rows of the grid first
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """One stream's projections; the attention itself is joint_attention() above."""
+
+    def __init__(self, cfg: MMDiTConfig, proj: bool = True):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width) if proj else None
+        self.ln_q, self.ln_k = (RMSNorm(cfg.head_dim) if cfg.qk_norm else None for _ in range(2))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> q, k, v, each (B, H, L, d), q and k normed where the model does so."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # 3 x (B, H, L, d)
+                   for y in self.qkv(x).chunk(3, dim=-1))
+        return (q, k, v) if self.ln_q is None else (self.ln_q(q), self.ln_k(k), v)
+
+
+class StreamBlock(nn.Module):
+    """One modality's half of a joint block: what happens before and after the joint attention."""
+
+    def __init__(self, cfg: MMDiTConfig, dual: bool = False, pre_only: bool = False):
+        super().__init__()
+        self.attn = Attention(cfg, proj=not pre_only)
+        self.attn2 = Attention(cfg) if dual else None                        # image tokens among themselves
+        self.mlp = None if pre_only else MLP(cfg.width, cfg.mlp)
+        chunks = 2 if pre_only else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, chunks * cfg.width))
+
+    def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v and its modulation, chunks of (B, D)."""
+        mod = self.adaLN_modulation(c).chunk(self.adaLN_modulation[1].out_features // c.shape[-1], dim=-1)
+        return self.attn.heads(modulate(x, mod[0], mod[1])), mod
+
+    def after(self, x: Tensor, out: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
+        """Residual updates with the joint attention's output (B, L, D), Eq. 6, then with the MLP's."""
+        gate, shift_mlp, scale_mlp, gate_mlp = (m[:, None] for m in mod[2:6])                # 4 x (B, 1, D)
+        y = x + gate * self.attn.proj(out)
+        if self.attn2 is not None:                  # SD3.5 Medium: from the block's input, not from y
+            q, k, v = self.attn2.heads(modulate(x, mod[6], mod[7]))
+            own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)         # (B, N, D)
+            y = y + mod[8][:, None] * self.attn2.proj(own)
+        return y + gate_mlp * self.mlp(modulate(y, shift_mlp[:, 0], scale_mlp[:, 0]))
+
+
+class JointBlock(nn.Module):
+    def __init__(self, cfg: MMDiTConfig, dual: bool, last: bool):
+        super().__init__()
+        self.x_block = StreamBlock(cfg, dual=dual)
+        self.context_block = StreamBlock(cfg, pre_only=last)                 # the last block's text goes nowhere
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__()
+        self.linear = nn.Linear(cfg.width, cfg.patch ** 2 * cfg.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)             # 2 x (B, D)
+        return self.linear(modulate(x, shift, scale))                        # (B, N, patch^2 * C)
+
+
+class MMDiT(nn.Module):
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__()
+        self.config = cfg
+        self.register_buffer("pos_embed", torch.zeros(1, cfg.pos_grid ** 2, cfg.width))
+        self.x_embedder = PatchEmbed(cfg.channels, cfg.width, cfg.patch)
+        self.t_embedder, self.y_embedder = Embedder(cfg.time_dim, cfg.width), Embedder(cfg.pooled_dim, cfg.width)
+        self.context_embedder = nn.Linear(cfg.ctx_dim, cfg.width)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(cfg, dual=i in cfg.dual_blocks, last=i == cfg.depth - 1) for i in range(cfg.depth))
+        self.final_layer = FinalLayer(cfg)
+
+    @staticmethod
+    def from_state_dict(sd: dict[str, Tensor], device: str | torch.device | None = None,
+                        dtype: torch.dtype | None = None) -> "MMDiT":
+        """The model of the shapes in `sd` (SD3's original keys, no prefix), holding those very tensors.
+
+        ValueError names missing, surplus and misshapen keys.
+        """
+        with torch.device("meta"):
+            model = MMDiT(MMDiTConfig.from_state_dict(sd))
+        return assign(model, sd, "MM-DiT", device, dtype)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """The centre h x w of the stored grid of position embeddings, (1, N, D); never interpolated."""
+        K = self.config.pos_grid
+        if max(h, w) > K:
+            raise ValueError(f"a grid of {h} x {w} tokens is larger than the model's {K} x {K} positions")
+        top, left = (K - h) // 2, (K - w) // 2
+        return self.pos_embed.view(1, K, K, -1)[:, top:top + h, left:left + w].flatten(1, 2)     # (1, N, D)
+
+    def forward(self, z: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, *, capture: Collection[int] = (),
+                stop_at: int | None = None, edit: Mapping[int, Edit] | None = None,
+                ) -> tuple[Tensor | None, dict[int, JointQKV]]:
+        """Predicted velocity eps - z0 (Eq. 2), and the joint q, k, v of the blocks in `capture` (Sec. 3.2).
+
+        z (B, C, H, W) noisy latent, sigma (B,) in [0, 1], ctx (B, M, ctx_dim), pooled (B, pooled_dim).
+        With `stop_at` the run ends as soon as that block's q, k, v exist, and the velocity is None.
+        `edit` {block: function of (probs, qkv)} replaces the softmax of chosen blocks (Sec. 3.3).
+        Returns vel (B, C, H, W) and {block: JointQKV}.  ValueError: sides or blocks that do not fit.
+        """
+        cfg, p, edit = self.config, self.config.patch, edit or {}
+        for i in {*capture, *edit, *(() if stop_at is None else (stop_at,))}:
+            if not 0 <= i < cfg.depth:
+                raise ValueError(f"there is no block {i}: this model's blocks are 0 to {cfg.depth - 1}")
+        if z.shape[-2] % p or z.shape[-1] % p:
+            raise ValueError(f"a latent of {z.shape[-2]} x {z.shape[-1]} cannot be cut in patches of {p} x {p}")
+        h, w = z.shape[-2] // p, z.shape[-1] // p
+        x = self.x_embedder(z) + self.positions(h, w)                        # (B, N, D)
+        text = self.context_embedder(ctx)                                    # (B, M, D)
+        c = self.t_embedder(sinusoids(1000 * sigma, cfg.time_dim)) + self.y_embedder(pooled)     # (B, D)
+        taps = {}
+        for i, block in enumerate(self.joint_blocks):
+            (q_i, k_i, v_i), mod_i = block.x_block.before(x, c)              # (B, H, N, d) each
+            (q_t, k_t, v_t), mod_t = block.context_block.before(text, c)     # (B, H, M, d) each
+            qkv = JointQKV(torch.cat([q_i, q_t], 2), torch.cat([k_i, k_t], 2), torch.cat([v_i, v_t], 2),
+                           h * w, (h, w))                                    # Eq. 3
+            if i in capture:
+                taps[i] = qkv
+            if i == stop_at:
+                return None, taps
+            out = joint_attention(qkv, edit.get(i))                          # Eq. 4, 5: (B, N+M, D)
+            x = block.x_block.after(x, out[:, :h * w], mod_i)                # Eq. 6: (B, N, D)
+            if block.context_block.mlp is not None:
+                text = block.context_block.after(text, out[:, h * w:], mod_t)                    # (B, M, D)
+        y = self.final_layer(x, c).unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                # (B, h, w, p, p, C)
+        return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), taps                     # (B, C, H, W)

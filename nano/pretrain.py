@@ -1,0 +1,353 @@
+"""How nano was made: one command from nothing to nano.safetensors.
+
+    python nano/pretrain.py --minutes 90                  # on CPU; again after a kill: goes on where it stopped
+    python nano/pretrain.py --device cuda --minutes 20 --batch 256 --width 256 --depth 8 --scenes 100000
+
+Four stages, each skipped when its result lies in --run: draw the scenes, train the VAE, encode all scenes
+once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss of
+Eq. 2 and nothing else.  Masks are not even drawn to disk.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.lib.format import open_memmap
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from mmdit import MMDiT, MMDiTConfig                     # noqa: E402
+from nano import scenes                                  # noqa: E402
+from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
+from vae import SCALE, SHIFT, VAE                        # noqa: E402
+from weights import PREFIXES                             # noqa: E402
+
+
+def save(state: dict, path: Path) -> None:
+    """torch.save that a kill cannot leave half written."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ---------------------------------------------------------------------------- 1. scenes
+
+def draw(seed: int, side: int) -> tuple[np.ndarray, tuple]:
+    scene = scenes.draw(seed, side)
+    return scene.image, (scene.stuff, scene.things)
+
+
+def draw_scenes(run: Path, n: int, side: int) -> None:
+    """images.npy (n, side, side, 3) uint8 and facts.json, what captions are made of; all cores."""
+    images = open_memmap(run / "images.tmp.npy", "w+", np.uint8, (n, side, side, 3))
+    facts = []
+    with Pool() as pool:
+        seeds = (scenes.TRAIN_SEEDS[i] for i in range(n))
+        drawn = pool.imap(partial(draw, side=side), seeds, chunksize=32)
+        for i, (image, fact) in enumerate(tqdm(drawn, total=n, desc="scenes", mininterval=5)):
+            images[i] = image
+            facts.append(fact)
+    images.flush()
+    (run / "facts.json").write_text(json.dumps(facts))
+    os.replace(run / "images.tmp.npy", run / "images.npy")
+
+
+# ---------------------------------------------------------------------------- optimiser
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for weights that are matrices (a convolution's is out x rest).
+
+    torch.optim.Muon does this in bf16, which takes seconds a step on a CPU without it; here it is fp32, and
+    weights of one shape go through together.  The update's size is matched to AdamW's, so one rate fits both.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                for p in params:
+                    self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                X = torch.stack([p.grad.lerp(self.state[p]["m"], group["momentum"]).flatten(1) for p in params])
+                scale = 0.2 * max(X.shape[1:]) ** 0.5                                   # X: (n, out, in)
+                if tall := X.shape[1] > X.shape[2]:
+                    X = X.mT
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+                for _ in range(5):                       # Newton-Schulz: all singular values towards 1
+                    A = X @ X.mT
+                    X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+                for p, update in zip(params, X.mT if tall else X):
+                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+def optimisers(model: nn.Module, is_matrix, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the parameters of which is_matrix(name, p) holds, AdamW for the rest."""
+    params = list(model.named_parameters())
+    return [Muon([p for name, p in params if is_matrix(name, p)], lr),
+            torch.optim.AdamW([p for name, p in params if not is_matrix(name, p)], lr, (0.9, 0.99), weight_decay=0.0)]
+
+
+def optimise(opts: list[torch.optim.Optimizer], loss: Tensor, lr: float) -> None:
+    """One step of all optimisers at this rate, gradient norm clipped at 1."""
+    for opt in opts:
+        opt.zero_grad(set_to_none=True)
+        opt.param_groups[0]["lr"] = lr
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for opt in opts for p in opt.param_groups[0]["params"] if p.grad is not None], 1.0)
+    for opt in opts:
+        opt.step()
+
+
+# ---------------------------------------------------------------------------- 2. VAE
+
+def fold_scale(vae: VAE, batches) -> None:
+    """Rescale the latent channels so that SD3's own shift and scale (vae.py) give them zero mean and unit
+    variance: z' = a z + b goes into the encoder's last layer, its inverse into the decoder's first."""
+    mean = torch.cat([vae.encoder(x).chunk(2, 1)[0] for x in batches])                  # (n, C, h, w)
+    mu, std = mean.mean((0, 2, 3)), mean.std((0, 2, 3))                                 # 2 x (C,)
+    a, b = 1 / (std * SCALE), SHIFT - mu / (std * SCALE)
+    C, last, first = len(a), vae.encoder.conv_out, vae.decoder.conv_in
+    last.weight[:C] *= a[:, None, None, None]
+    last.bias[:C] = a * last.bias[:C] + b
+    first.bias -= (first.weight * (b / a)[None, :, None, None]).sum((1, 2, 3))          # not exact at the border
+    first.weight /= a[None, :, None, None]
+
+
+def train_vae(run: Path, args: argparse.Namespace) -> None:
+    """L1 + L2 + a touch of KL; the last third trains the decoder alone on latents that stay as they are."""
+    device, images = args.device, np.load(run / "images.npy", mmap_mode="r")
+    torch.manual_seed(args.seed)
+    vae = VAE(args.vae_widths, enc_blocks=1, dec_blocks=1).to(device)
+    opts = optimisers(vae, lambda name, p: p.ndim == 4 and "conv_in" not in name and "conv_out" not in name, 1e-3)
+    rng, start, spent, step, folded = np.random.default_rng(args.seed), time.time(), 0.0, 0, False
+    if (run / "vae.pt").exists():
+        state = torch.load(run / "vae.pt", weights_only=True)
+        vae.load_state_dict(state["vae"])
+        for opt, saved in zip(opts, state["opts"]):
+            opt.load_state_dict(saved)
+        spent, step, folded = state["spent"], state["step"], state["folded"]
+        rng = np.random.default_rng([args.seed, step])
+
+    def batch(n):
+        x = torch.from_numpy(images[np.sort(rng.choice(len(images), n, replace=False))]).to(device)
+        return x.permute(0, 3, 1, 2).float() / 127.5 - 1                                # (n, 3, side, side)
+
+    bar = tqdm(total=args.minutes_vae * 60, initial=int(spent), desc="VAE", unit="s", mininterval=5)
+    begun = spent
+    while (done := spent / (60 * args.minutes_vae)) < 1:
+        if done > 0.66 and not folded:
+            with torch.no_grad():
+                fold_scale(vae, [batch(32) for _ in range(16)])
+            vae.encoder.requires_grad_(False)
+            folded = True
+        x = batch(args.batch_vae)
+        mean, logvar = vae.encoder(x).chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + (0.02 / SCALE if folded else torch.exp(0.5 * logvar)) * torch.randn_like(mean)
+        y = vae.decoder(z)
+        l1, mse = F.l1_loss(y, x), F.mse_loss(y, x)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        loss = l1 + 2 * mse + (0 if folded else args.kl * kl)
+        optimise(opts, loss, 1e-3 * min(1, (step + 1) / 50, 3 * (1 - done) + 0.01))    # warm up, hold, fall to zero
+        step, spent = step + 1, begun + time.time() - start
+        bar.n = int(spent)
+        bar.set_postfix(psnr=f"{-10 * np.log10(mse.item() / 4):.1f}dB", kl=f"{kl.item():.2f}", images=step * args.batch_vae)
+        if step % 300 == 0 or spent >= 60 * args.minutes_vae:
+            save(dict(vae=vae.state_dict(), opts=[o.state_dict() for o in opts], spent=spent, step=step, folded=folded), run / "vae.pt")
+            show = torch.cat([x[:8], y[:8]]).detach().clamp(-1, 1).cpu()
+            save_grid(show, run / "vae.png")
+    save(dict(vae=vae.state_dict()), run / "vae_done.pt")
+
+
+def save_grid(x: Tensor, path: Path, columns: int = 8) -> None:
+    """(n, 3, px, px) in [-1, 1] -> one PNG, row by row."""
+    rows = [torch.cat(list(x[i:i + columns]), dim=2) for i in range(0, len(x), columns)]   # (3, px, columns*px)
+    grid = torch.cat(rows, dim=1).permute(1, 2, 0)                                         # (rows*px, columns*px, 3)
+    Image.fromarray(((grid + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
+
+
+# ---------------------------------------------------------------------------- 3. latents
+
+@torch.inference_mode()
+def encode_latents(run: Path, vae: VAE, device: str) -> None:
+    """latents.npy (n, C, h, w) fp16: every scene through the frozen encoder, once."""
+    images = np.load(run / "images.npy", mmap_mode="r")
+    chunks = []
+    for i in tqdm(range(0, len(images), 64), desc="latents", mininterval=5):
+        x = torch.from_numpy(images[i:i + 64]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        chunks.append(vae.encode(x).half().cpu().numpy())
+    np.save(run / "latents.tmp.npy", np.concatenate(chunks))
+    os.replace(run / "latents.tmp.npy", run / "latents.npy")
+
+
+# ---------------------------------------------------------------------------- 4. text towers and MM-DiT
+
+def word_merges(words: list[str]) -> list[str]:
+    """Byte-pair merges under which every given word is one token; other words fall apart into pieces."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator([" ".join(words)], trainer)
+    return [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+
+
+def sincos_grid(K: int, width: int) -> Tensor:
+    """(1, K*K, width): the first half of the width encodes the column, the second the row."""
+    freq = 10000 ** (-torch.arange(width // 4) / (width / 4))                           # (width/4,)
+    angle = torch.arange(K)[:, None] * freq                                             # (K, width/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)                                 # (K, width/2)
+    col, row = line[None].expand(K, K, -1), line[:, None].expand(K, K, -1)
+    return torch.cat([col, row], dim=-1).reshape(1, K * K, width)
+
+
+def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, list[str]]:
+    """MM-DiT (q/k-normed, so that its head width can be read off the file) and two small CLIP towers, from nothing."""
+    torch.manual_seed(args.seed)
+    merges = word_merges(scenes.words())
+    vocab, (width_l, width_g), length = 2 * 256 + len(merges) + 2, args.text_widths, args.text_length
+    towers = [CLIPText(vocab, length, w, 2 * w, layers=2, quick_gelu=w == width_l, project=w == width_g)
+              for w in (width_l, width_g)]
+    ctx_dim = 256 * math.ceil((width_l + width_g) / 256)
+    for tower in towers:
+        nn.init.normal_(tower.text_model.embeddings.token_embedding.weight, std=0.5)
+        nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.1)
+    cfg = MMDiTConfig(width=args.width, depth=args.depth, head_dim=args.head_dim, patch=1, channels=latent, pos_grid=24,
+                      ctx_dim=ctx_dim, pooled_dim=width_l + width_g, mlp=4 * args.width, time_dim=128, qk_norm=True)
+    mmdit = MMDiT(cfg)
+    mmdit.pos_embed.copy_(sincos_grid(cfg.pos_grid, cfg.width))
+    for name, p in mmdit.named_parameters():
+        if "adaLN" in name or "final_layer.linear" in name or name.endswith("bias"):
+            nn.init.zeros_(p)                            # every block starts as the identity
+        elif p.ndim >= 2:
+            nn.init.xavier_uniform_(p.flatten(1))
+    return mmdit, TextEncoders(towers[0], towers[1], clip_tokenizer(merges), ctx_dim), merges
+
+
+def export(path: Path, mmdit: MMDiT, text: TextEncoders, vae: VAE, merges: list[str], note: dict) -> None:
+    """ONE file in SD3's key layout, fp16; the tokenizer's merges and the presets travel in its header."""
+    parts = {"mmdit": mmdit, "vae": vae, "clip_l": text.clip_l, "clip_g": text.clip_g}
+    sd = {PREFIXES[part] + k: v.detach().half().cpu().contiguous() for part, m in parts.items()
+          for k, v in m.state_dict().items()}
+    presets = dict(block=mmdit.config.depth // 2, size=scenes.SIDE, steps=28, shift=3.0, noise_steps=8, cfg=3.0)
+    save_file(sd, path.with_suffix(".tmp"), {"merges": json.dumps(merges), "presets": json.dumps(presets),
+                                             "trained": json.dumps(note)})
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
+    """Eq. 2 on cached latents; Muon for the matrices inside the blocks, AdamW for the rest, EMA of all."""
+    device = args.device
+    latents = torch.from_numpy(np.load(run / "latents.npy"))                            # (n, C, h, w) fp16
+    facts = [scenes.Scene(None, None, [tuple(s) for s in stuff], [scenes.Thing(*t) for t in things])
+             for stuff, things in json.loads((run / "facts.json").read_text())]
+    mmdit, text, merges = build(args, latents.shape[1])
+    model = nn.ModuleDict({"mmdit": mmdit, "clip_l": text.clip_l, "clip_g": text.clip_g}).to(device)
+    ema = copy.deepcopy(model)
+    opts = optimisers(model, lambda name, p: p.ndim == 2 and "adaLN" not in name
+                      and ("joint_blocks" in name or "layers" in name), args.lr)
+    step, samples, spent, log = 0, 0, 0.0, []
+    if (run / "mmdit.pt").exists():
+        state = torch.load(run / "mmdit.pt", weights_only=True)
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
+        for opt, saved in zip(opts, state["opts"]):
+            opt.load_state_dict(saved)
+        step, samples, spent, log = state["step"], state["samples"], state["spent"], state["log"]
+    velocity = torch.compile(mmdit) if args.compile else mmdit
+    rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(args.seed + step)
+    start, begun, losses, snapshot = time.time(), spent, [], time.time()
+    bar = tqdm(total=args.minutes * 60, initial=int(spent), desc="MM-DiT", unit="s", mininterval=10)
+
+    def keep(tag=""):
+        save(dict(model=model.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts], step=step,
+                  samples=samples, spent=spent, log=log), run / "mmdit.pt")
+        export(run / f"nano{tag}.safetensors", ema["mmdit"], TextEncoders(ema["clip_l"], ema["clip_g"], text.tokenizer,
+               text.ctx_dim), vae, merges, dict(samples=samples, seconds=round(spent), scenes=len(latents), seed=args.seed))
+
+    while (done := spent / (60 * args.minutes)) < 1:
+        idx = rng.integers(0, len(latents), args.batch * (3 if done < args.low else 1))
+        z0 = latents[idx].float()                                                       # (B, C, h, w)
+        if done < args.low:                              # a cheap start on a quarter of the tokens
+            z0 = F.avg_pool2d(z0, 2)
+        captions = ["" if rng.random() < 0.1 else scenes.caption(facts[i], rng) for i in idx]
+        eps = torch.randn(z0.shape, generator=generator)
+        sigma = torch.sigmoid(args.noise_mean + torch.randn(len(z0), generator=generator))   # (B,), logit-normal
+        keep_pooled = (torch.rand(len(z0), 1, generator=generator) < 0.5).to(device)
+        z0, eps, sigma = z0.to(device), eps.to(device), sigma.to(device)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            cond = text.encode(captions)
+            z = (1 - sigma)[:, None, None, None] * z0 + sigma[:, None, None, None] * eps     # Eq. 1
+            # half of the time the pooled vector is withheld, so that words have to come in through attention
+            vel, _ = velocity(z, sigma, cond.ctx, cond.pooled * keep_pooled)
+        loss = F.mse_loss(vel.float(), eps - z0)                                        # Eq. 2
+        optimise(opts, loss, args.lr * min(1, (step + 1) / 200, (1 - done) / args.cooldown + 0.01))  # up, hold, down
+        step, samples, spent = step + 1, samples + len(idx), begun + time.time() - start
+        with torch.no_grad():
+            decay = min(0.998, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"loss is {losses[-1]} after {step} steps; the last good state is {run / 'mmdit.pt'}")
+        if step % 50 == 0:
+            log.append((samples, float(np.mean(losses[-50:]))))
+            bar.n = int(spent)
+            bar.set_postfix(loss=f"{log[-1][1]:.4f}", samples=samples, per_s=f"{samples / max(spent, 1):.0f}")
+        if time.time() - snapshot > 60 * args.snapshot:
+            keep(f"_{samples // 1000:04d}k")
+            snapshot = time.time()
+    keep()
+
+
+def main(args: argparse.Namespace) -> None:
+    args.run.mkdir(parents=True, exist_ok=True)
+    if not (args.run / "images.npy").exists():
+        draw_scenes(args.run, args.scenes, scenes.SIDE)
+    if not (args.run / "vae_done.pt").exists():
+        train_vae(args.run, args)
+    vae = VAE.from_state_dict(torch.load(args.run / "vae_done.pt", weights_only=True)["vae"], device=args.device)
+    if not (args.run / "latents.npy").exists():
+        encode_latents(args.run, vae, args.device)
+    train_mmdit(args.run, args, vae)
+    print(f"wrote {args.run / 'nano.safetensors'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run", help="folder of scenes, latents and state")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=24_000, help="distinct training scenes")
+    parser.add_argument("--minutes-vae", type=float, default=12)
+    parser.add_argument("--batch-vae", type=int, default=4)
+    parser.add_argument("--vae-widths", type=int, nargs="+", default=(16, 24, 48, 64))
+    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term in the VAE's loss")
+    parser.add_argument("--minutes", type=float, default=90, help="for the MM-DiT, kills not counted")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--text-widths", type=int, nargs=2, default=(64, 128), help="CLIP-L's and CLIP-G's stand-in")
+    parser.add_argument("--text-length", type=int, default=28, help="rows of a text tower, start and end included")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--noise-mean", type=float, default=0.8, help="of the logit-normal sigma; 0 is the middle")
+    parser.add_argument("--low", type=float, default=0.2, help="share of the time spent on 2x2-pooled latents first")
+    parser.add_argument("--cooldown", type=float, default=0.25, help="share of the time in which the rate falls to zero")
+    parser.add_argument("--snapshot", type=float, default=8, help="minutes between saved states")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
+    main(parser.parse_args())

@@ -1,0 +1,243 @@
+"""The toy world that nano is trained on: procedurally drawn scenes with exact masks and captions.
+
+Five kinds of stuff fill the picture (sky above, one or two grounds below); one to three things stand in
+front of it. A thing's class, colour and size are drawn independently of each other, so they can only be
+known from the picture or from the caption. Everything follows from the seed alone.
+
+    python nano/scenes.py --out scenes.png          # a sheet of scenes with their masks and captions
+"""
+import argparse
+import colorsys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+STUFF = ["sky", "grass", "sand", "water", "snow"]
+THINGS = ["car", "house", "tree", "boat", "mushroom", "flower", "teddy bear", "air balloon"]
+CLASSES = STUFF + THINGS                       # label map value = index in this list; every pixel has one
+COLOURS = {"red": (214, 48, 49), "orange": (240, 132, 28), "yellow": (246, 210, 50),
+           "green": (52, 160, 72), "blue": (44, 92, 214), "purple": (138, 62, 184)}
+SKIES = {"blue": ((92, 160, 236), (190, 224, 250)), "pink": ((226, 130, 168), (252, 216, 196)),
+         "dark": ((20, 24, 62), (62, 68, 124))}
+GROUNDS = {"grass": (118, 178, 74), "sand": (228, 202, 142), "water": (54, 132, 170), "snow": (238, 243, 250)}
+SIDE = 128                                     # pixels; drawn at twice that, then shrunk, for smooth edges
+TRAIN_SEEDS, VAL_SEEDS = range(1_000_000, 2_000_000), range(0, 10_000)   # disjoint by construction
+
+
+class Thing(NamedTuple):
+    name: str
+    colour: str
+    size: str                                  # "big" or "small"
+    x: float                                   # centre, as a share of the picture's width
+
+
+class Scene(NamedTuple):
+    image: np.ndarray                          # (SIDE, SIDE, 3) uint8
+    labels: np.ndarray                         # (SIDE, SIDE) uint8, index into CLASSES
+    stuff: list[tuple[str, str]]               # (colour word or "", name), top to bottom
+    things: list[Thing]                        # left to right, only those that can be seen
+
+
+def shade(rgb: tuple, k: float) -> tuple:
+    """rgb made darker (k < 1) or lighter (k > 1) in value, clipped to the colour cube."""
+    h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(h, s if k <= 1 else s / k, min(1.0, v * k)))
+
+
+def paint_sky(yy: np.ndarray, xx: np.ndarray, colour: str, rng: np.random.Generator) -> np.ndarray:
+    """Vertical gradient with soft clouds, or with stars at night.  (Y, X) grids in [0, 1] -> (Y, X, 3)."""
+    top, low = (np.array(c, float) for c in SKIES[colour])
+    sky = top + (low - top) * np.clip(yy / 0.6, 0, 1)[..., None]
+    if colour == "dark":
+        for x, y in rng.uniform(0, 1, (14, 2)):
+            sky[(xx - x) ** 2 + (yy - 0.5 * y) ** 2 < 6e-5] = 235
+        return sky
+    for x, y, r in zip(rng.uniform(0, 1, 3), rng.uniform(0.05, 0.3, 3), rng.uniform(0.08, 0.16, 3)):
+        cloud = np.exp(-(((xx - x) / r) ** 2 + ((yy - y) / (0.35 * r)) ** 2) ** 2)[..., None]
+        sky += (np.array([250.0, 250, 252]) - sky) * 0.75 * cloud
+    return sky
+
+
+def paint_ground(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
+    """One flat colour under a texture of its own: stripes, dunes, waves or drifts.  (Y, X) -> (Y, X, 3)."""
+    p, base = rng.uniform(0, 2 * np.pi, 3), np.array(GROUNDS[name], float)
+    if name == "grass":                        # upright blades
+        t = 16 * np.sin(2 * np.pi * 24 * xx + 3 * np.sin(2 * np.pi * 9 * yy + p[0]) + p[1])
+    elif name == "sand":                       # slanted ripples
+        t = 10 * np.sin(2 * np.pi * (5 * xx + 12 * yy) + 1.5 * np.sin(2 * np.pi * 2 * xx + p[0]))
+    elif name == "water":                      # level waves, wide in front
+        t = 22 * np.sin(2 * np.pi * 13 * yy + 1.2 * np.sin(2 * np.pi * 3 * xx + p[0]))
+    else:                                      # snow: wide soft drifts
+        t = 9 * np.sin(2 * np.pi * (2 * xx + p[0]) + 4 * np.sin(2 * np.pi * 1.5 * yy + p[1]))
+    light = (1.0, 1.0, 0.5) if name == "snow" else (1.0, 1.0, 1.0)      # drifts have blue shadows
+    return base * rng.uniform(0.93, 1.04) + t[..., None] * np.array(light)
+
+
+def paint_thing(pen: ImageDraw.ImageDraw, ids: ImageDraw.ImageDraw, name: str, rgb: tuple,
+                cx: float, base: float, s: float) -> None:
+    """Draw one thing of height s (pixels) standing on y = base around x = cx, and the same shapes into
+    the label picture. Few, bold parts; only the named colour varies."""
+    dark, lite, brown, cream = shade(rgb, 0.68), shade(rgb, 1.35), (112, 74, 46), (244, 232, 208)
+    k = CLASSES.index(name)
+
+    def pts(*xy):                              # relative to the foot, y upwards, in units of s
+        return [(cx + x * s, base - y * s) for x, y in xy]
+
+    def ellipse(x0, y0, x1, y1, fill):
+        for d, f in ((pen, fill), (ids, k)):
+            d.ellipse([*pts((x0, y1))[0], *pts((x1, y0))[0]], fill=f)
+
+    def poly(fill, *xy):
+        for d, f in ((pen, fill), (ids, k)):
+            d.polygon(pts(*xy), fill=f)
+
+    def rect(x0, y0, x1, y1, fill):
+        poly(fill, (x0, y0), (x1, y0), (x1, y1), (x0, y1))
+
+    if name == "car":
+        poly(rgb, (-.42, .36), (-.26, .68), (.24, .68), (.42, .36))
+        rect(-.72, .12, .72, .40, rgb)
+        poly((206, 232, 246), (-.30, .40), (-.20, .61), (-.03, .61), (-.03, .40))
+        poly((206, 232, 246), (.03, .40), (.03, .61), (.19, .61), (.29, .40))
+        for x in (-.42, .42):
+            ellipse(x - .17, 0, x + .17, .34, (34, 34, 40))
+            ellipse(x - .07, .10, x + .07, .24, (190, 190, 196))
+    elif name == "house":
+        rect(-.42, 0, .42, .58, cream)
+        poly(rgb, (-.56, .55), (0, 1.0), (.56, .55))
+        rect(-.10, 0, .12, .34, dark)
+        for x in (-.33, .20):
+            rect(x, .28, x + .14, .45, (110, 170, 214))
+    elif name == "tree":
+        rect(-.08, 0, .08, .45, brown)
+        ellipse(-.36, .28, .36, .78, dark)
+        ellipse(-.29, .46, .29, 1.0, rgb)
+    elif name == "boat":
+        poly(brown, (-.52, .26), (.52, .26), (.36, 0), (-.36, 0))
+        rect(-.025, .2, .025, 1.0, (70, 50, 36))
+        poly(rgb, (.05, .98), (.05, .33), (.48, .33))
+        poly(lite, (-.05, .86), (-.05, .33), (-.38, .33))
+    elif name == "mushroom":
+        poly(cream, (-.14, 0), (.14, 0), (.11, .5), (-.11, .5))
+        for d, f in ((pen, rgb), (ids, k)):
+            d.pieslice([*pts((-.5, 1.0))[0], *pts((.5, .0))[0]], 180, 360, fill=f)
+        for x, y, r in ((-.24, .64, .07), (.04, .8, .09), (.27, .62, .06)):
+            ellipse(x - r, y - r, x + r, y + r, cream)
+    elif name == "flower":
+        rect(-.04, 0, .04, .5, (44, 120, 50))
+        poly((44, 120, 50), (0, .08), (.3, .3), (.04, .28))
+        poly((44, 120, 50), (0, .08), (-.3, .3), (-.04, .28))
+        for a in np.arange(6) * np.pi / 3:
+            x, y = .2 * np.cos(a), .68 + .2 * np.sin(a)
+            ellipse(x - .15, y - .15, x + .15, y + .15, rgb)
+        ellipse(-.12, .56, .12, .80, (92, 54, 30))
+    elif name == "teddy bear":
+        for x in (-.2, .2):
+            ellipse(x - .11, .80, x + .11, 1.0, dark)
+            ellipse(x * 1.1 - .14, 0, x * 1.1 + .14, .26, dark)
+            ellipse(x * 1.55 - .11, .26, x * 1.55 + .11, .50, dark)
+        ellipse(-.28, .06, .28, .58, rgb)
+        ellipse(-.28, .46, .28, .96, rgb)
+        ellipse(-.14, .50, .14, .70, cream)
+        for x in (-.11, .11):
+            ellipse(x - .035, .74, x + .035, .81, (24, 20, 20))
+        ellipse(-.045, .61, .045, .68, (24, 20, 20))
+    else:                                      # air balloon
+        poly((120, 96, 70), (-.14, .26), (.14, .26), (.07, .12), (-.07, .12))
+        ellipse(-.36, .24, .36, 1.0, rgb)
+        ellipse(-.14, .24, .14, 1.0, lite)
+        rect(-.09, 0, .09, .13, brown)
+
+
+def draw(seed: int, side: int = SIDE) -> Scene:
+    """The scene of one seed: image, label map and the facts a caption is made of.  ~6 ms at 128 x 128."""
+    rng = np.random.default_rng(seed)
+    big = 2 * side
+    yy, xx = np.mgrid[0:big, 0:big] / big
+    # stuff: sky over one or two grounds, with gently curved borders
+    sky = rng.choice(list(SKIES))
+    grounds = list(rng.choice(list(GROUNDS), size=1 + int(rng.random() < 0.45), replace=False))
+    horizon = rng.uniform(0.36, 0.56)
+    edges = [horizon] if len(grounds) == 1 else [horizon, horizon + rng.uniform(0.17, 0.26)]
+    canvas, ids = paint_sky(yy, xx, sky, rng), np.full((big, big), CLASSES.index("sky"), np.uint8)
+    for name, edge in zip(grounds, edges):
+        line = edge + rng.uniform(0.0, 0.03) * np.sin(2 * np.pi * rng.uniform(0.4, 1.2) * xx + rng.uniform(0, 6.3))
+        below = yy > line
+        canvas[below], ids[below] = paint_ground(yy, xx, name, rng)[below], CLASSES.index(name)
+    image, labels = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.fromarray(ids)
+    # things: one in each of n columns, far ones first so that near ones cover them
+    n = int(rng.choice([1, 2, 3], p=[0.25, 0.45, 0.3]))
+    todo = []
+    for col, name in zip(rng.permutation(n), rng.choice(THINGS, size=n, replace=False)):
+        size, colour = str(rng.choice(["big", "small"])), str(rng.choice(list(COLOURS)))
+        s = {"big": rng.uniform(0.54, 0.66), "small": rng.uniform(0.34, 0.42)}[size]
+        cx = (col + rng.uniform(0.35, 0.65)) / n
+        base = rng.uniform(horizon + 0.08, 0.97)
+        if name == "air balloon":              # in the air: its foot may hang above the horizon
+            base = rng.uniform(s + 0.02, max(s + 0.03, horizon + 0.1))
+        todo.append((base, Thing(str(name), colour, size, float(cx)), s))
+    full = {}
+    for base, thing, s in sorted(todo, key=lambda t: t[0]):
+        rgb = tuple(int(c) for c in np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 7, 3), 0, 255))
+        paint_thing(ImageDraw.Draw(image), ImageDraw.Draw(labels), thing.name, rgb,
+                    thing.x * big, base * big, s * big)
+        full[thing.name] = int((np.asarray(labels) == CLASSES.index(thing.name)).sum())
+    ids = np.asarray(labels)[1::2, 1::2].copy()                          # (side, side)
+    seen = [t for t in sorted((t for _, t, _ in todo), key=lambda t: t.x)
+            if 4 * (ids == CLASSES.index(t.name)).sum() > 0.35 * full[t.name]]
+    for t in (t for _, t, _ in todo if t not in seen):                   # nearly hidden: draw another scene
+        return draw(seed + 1_000_000_007, side)
+    stuff = [(sky, "sky")] + [("", g) for g in map(str, grounds) if (ids == CLASSES.index(g)).any()]
+    return Scene(np.asarray(image.resize((side, side), Image.Resampling.BOX)), ids, stuff, seen)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One caption of a scene, drawn from its facts: half of them class lists as Seg4Diff prompts them
+    ("red car sky grass"), half sentences; sizes and colours are named or left out at random."""
+    if rng.random() < 0.5:
+        colours = rng.random() < 0.6
+        items = [f"{t.colour} {t.name}" if colours else t.name for t in scene.things]
+        items += [f"{c} {name}".strip() if colours else name for c, name in scene.stuff]
+        return " ".join(items[i] for i in rng.permutation(len(items)))
+
+    def noun(t):
+        return f"a {t.size + ' ' if rng.random() < 0.5 else ''}{t.colour + ' ' if rng.random() < 0.8 else ''}{t.name}"
+
+    things = list(scene.things)
+    if len(things) == 2 and rng.random() < 0.6:
+        words = f"{noun(things[0])} left of {noun(things[1])}" if rng.random() < 0.5 else \
+            f"{noun(things[1])} right of {noun(things[0])}"
+    else:
+        words = " and ".join(noun(things[i]) for i in rng.permutation(len(things)))
+    (c, sky), grounds = scene.stuff[0], [name for _, name in scene.stuff[1:]]
+    return f"{words} with {' and '.join(grounds)} under a {c + ' ' if rng.random() < 0.8 else ''}{sky}"
+
+
+def words() -> list[str]:
+    """Every word a caption can hold; nano's tokenizer is made of them."""
+    fixed = "a and with under left right of big small an the on in above below next to photo".split()
+    return sorted({w for name in CLASSES for w in name.split()} | set(COLOURS) | set(SKIES) | set(fixed))
+
+
+def main(args: argparse.Namespace) -> None:
+    palette = (np.random.default_rng(3).permutation(np.linspace(0, 1, len(CLASSES), endpoint=False))[:, None])
+    palette = np.array([colorsys.hsv_to_rgb(h[0], 0.6, 0.95) for h in palette])
+    rows, cols = 4, 4
+    sheet = Image.new("RGB", (cols * 270, rows * 150), "white")
+    for i in range(rows * cols):
+        scene = draw(VAL_SEEDS[args.first + i])
+        x, y = 270 * (i % cols), 150 * (i // cols)
+        sheet.paste(Image.fromarray(scene.image), (x, y))
+        sheet.paste(Image.fromarray((255 * palette[scene.labels]).astype(np.uint8)), (x + SIDE + 2, y))
+        ImageDraw.Draw(sheet).text((x, y + SIDE + 2), caption(scene, np.random.default_rng(i))[:44], fill="black")
+    sheet.save(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("scenes.png"))
+    parser.add_argument("--first", type=int, default=0, help="first validation scene of the sheet")
+    main(parser.parse_args())

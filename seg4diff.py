@@ -1,0 +1,392 @@
+"""The method of Seg4Diff: rectified flow, and image-to-text attention maps read as a segmentation (Sec. 3.4).
+
+    python seg4diff.py segment photo.png car sky "teddy bear" --out overlay.png
+    python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
+
+Both use the embedded nano model unless --model names another.  From Python:
+
+    model = seg4diff.load()
+    seg = seg4diff.segment(model, Image.open("photo.png"), ["car", "sky", "teddy bear"])
+"""
+import argparse
+import colorsys
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+import weights
+from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, t2i_attention
+from text import CLIPText, TextCond, TextEncoders, clip_tokenizer
+from vae import VAE
+
+# ---------------------------------------------------------------------------- a model and its presets
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the paper fixes for a model; nano carries its own in its file's header. Defaults: SD3 (A.1, Sec. 4.1)."""
+    block: int = 9                  # the semantic grounding expert, counted from 0
+    size: int = 1024                # side of the square a picture is squashed to, pixels
+    steps: int = 28                 # of the Euler sampler
+    shift: float = 3.0              # of the sigma schedule
+    noise_steps: int = 8            # segmentation sees a latent this many steps before clean ("t = 8 of 28")
+    cfg: float = 7.5                # classifier-free guidance scale
+
+    @property
+    def sigma(self) -> float:
+        """Noise level of segmentation: 0.515 for 8 of 28 steps at shift 3."""
+        return sigmas(self.steps, self.shift)[self.steps - self.noise_steps].item()
+
+
+@dataclass
+class Seg4Diff:
+    mmdit: MMDiT
+    vae: VAE
+    text: TextEncoders
+    preset: Preset
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.mmdit.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mmdit.pos_embed.dtype
+
+
+def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto") -> Seg4Diff:
+    """A model ready to use: "nano" or a .safetensors file in SD3's layout, text towers included.
+
+    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA, fp32 on the CPU.
+    ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
+    if dtype == "auto":
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError("dtype must be auto, float32, float16 or bfloat16")
+    parts, meta = weights.read(name_or_path)
+    for part in ("vae", "clip_l", "clip_g"):
+        if part not in parts:
+            raise ValueError(f"{name_or_path} holds no tensors under {weights.PREFIXES[part]!r}")
+    if "merges" not in meta:
+        raise ValueError(f"{name_or_path} carries no tokenizer: its header has no 'merges'")
+    mmdit = MMDiT.from_state_dict(parts["mmdit"], device, dtype)
+    towers = [CLIPText.from_state_dict(parts[p], device, dtype) for p in ("clip_l", "clip_g")]
+    text = TextEncoders(*towers, clip_tokenizer(json.loads(meta["merges"])), mmdit.config.ctx_dim)
+    return Seg4Diff(mmdit, VAE.from_state_dict(parts["vae"], device, dtype), text,
+                    replace(Preset(), **weights.presets(meta)), Path(name_or_path).stem)
+
+
+# ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
+
+
+def sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of the Euler sampler, (steps+1,) from 1 down to 0; those of SD3's scheduler.
+
+    The shift f(s) = a s / (1 + (a-1) s) is applied to the ends of the line and then to the line itself, as
+    the published scheduler does; its table has 1000 entries, so the last level above 0 comes from 1/1000.
+    """
+    def f(s):
+        return shift * s / (1 + (shift - 1) * s)
+
+    line = torch.linspace(1.0, f(1 / 1000), steps, dtype=torch.float64)      # (S,)
+    return torch.cat([f(line), line.new_zeros(1)]).float()                   # (S+1,)
+
+
+def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def add_noise(z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
+    """Eq. 1: (1 - sigma) z0 + sigma eps. Eq. 8 is the same line with t = 1 - sigma.  sigma: number or (B, 1, 1, 1)."""
+    return (1 - sigma) * z0 + sigma * eps
+
+
+def sample(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, schedule: Tensor,
+           callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Euler steps along dz/dsigma = velocity(z, sigma) from schedule[0] to schedule[-1].
+
+    z (B, C, H, W) noise; sigma reaches velocity as (B,).  callback(i, z) sees the latent after step i.
+    """
+    for i in range(len(schedule) - 1):
+        z = z + (schedule[i + 1] - schedule[i]) * velocity(z, schedule[i].expand(len(z)))
+        if callback is not None:
+            callback(i, z)
+    return z
+
+
+def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: float
+                    ) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance: uncond + cfg (cond - uncond), both branches in one batch; cfg 1 runs cond alone."""
+    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+        z, sigma = z.to(model.dtype), sigma.to(z.device)
+        if cfg == 1:
+            return model.mmdit(z, sigma, cond.ctx, cond.pooled)[0].float()
+        both, _ = model.mmdit(torch.cat([z, z]), torch.cat([sigma, sigma]), torch.cat([uncond.ctx, cond.ctx]),
+                              torch.cat([uncond.pooled, cond.pooled]))       # (2B, C, H, W)
+        without, with_ = both.float().chunk(2)
+        return without + cfg * (with_ - without)
+    return velocity
+
+
+@torch.inference_mode()
+def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None = None, cfg: float | None = None,
+             seed: int = 0, callback: Callable[[int, Tensor], None] | None = None) -> list[Image.Image]:
+    """One picture for each prompt, side model.preset.size; picture i starts from the noise of seed + i.
+
+    steps and cfg default to the model's preset.  ValueError: steps < 1, no prompt.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    steps, cfg = steps or model.preset.steps, model.preset.cfg if cfg is None else cfg
+    if steps < 1 or not prompts:
+        raise ValueError(f"generation takes at least one step and one prompt, not {steps} and {len(prompts)}")
+    side = model.preset.size // model.vae.factor
+    z = noise((model.mmdit.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
+    velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg)
+    z = sample(velocity, z, sigmas(steps, model.preset.shift).to(model.device), callback)
+    x = ((model.vae.decode(z.to(model.dtype)).float() + 1) / 2).clamp(0, 1)                  # (B, 3, px, px)
+    return [Image.fromarray((255 * y).round().byte().permute(1, 2, 0).cpu().numpy()) for y in x]
+
+
+# ---------------------------------------------------------------------------- I2T maps -> masks, Sec. 3.4
+
+
+# What one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M).
+KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_attention(qkv).mT}
+
+
+class Segmentation(NamedTuple):
+    labels: np.ndarray                  # (height, width) of the picture given, index into classes
+    maps: Tensor                        # (K, h, w) on the patch grid, what the argmax is taken of
+    classes: list[str]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Any file PIL reads -> RGB; transparency on white.  ValueError: no such file, not a picture."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise ValueError(f"no picture can be opened at {str(path)!r}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{str(path)!r} is not a picture that PIL can read: {e}") from None
+    if image.mode.startswith("I"):                                           # 16 bits: convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+
+
+def image_tensor(image: Image.Image, size: int) -> Tensor:
+    """Squash the whole picture to size x size (one bilinear resize, antialiased when shrinking), (3, size, size) in
+    [-1, 1]. NOTE(official): the paper crops the centre, its code squashes; so do we, and nothing is lost."""
+    x = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))     # (size, size, 3)
+    return torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 127.5 - 1                   # (3, size, size)
+
+
+def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]:
+    """Class names -> as few prompts as hold them all; no name is cut.
+
+    ValueError: no names, a name without tokens, a name longer than a prompt.
+    """
+    prompts, room = [], 0
+    for name in classes:
+        n = text.n_tokens(name)
+        if n == 0:
+            raise ValueError(f"the class name {name!r} has no token; give it letters or digits")
+        if n > text.length - 2:
+            raise ValueError(f"the class name {name[:40]!r}... takes {n} tokens; a prompt has room for {text.length - 2}")
+        if n > room:
+            prompts.append([])
+            room = text.length - 2
+        prompts[-1].append(name)
+        room -= n
+    if not prompts:
+        raise ValueError("the list of classes is empty; name at least one thing to segment")
+    return prompts
+
+
+def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
+    """Scores of each class on the patch grid, head by head: B tensors (H, K, h, w).
+
+    A class of several tokens gets the mean of their columns (Sec. 3.4); spans[b][k] are the columns of class k.
+    """
+    scores = KINDS[kind](qkv)                                                # (B, H, N, M)
+    return [torch.stack([s[:, :, span].mean(-1) for span in names], dim=1).unflatten(-1, qkv.grid)
+            for s, names in zip(scores, spans)]
+
+
+def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> Tensor:
+    """Eq. 10, 11: (H, K, h, w) -> the mean over heads (or one head), (K, h, w); `minmax` scales every map to [0, 1]."""
+    maps = attn.mean(0) if head is None else attn[head]                      # (K, h, w)
+    if minmax:
+        lo, hi = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        maps = (maps - lo) / (hi - lo).clamp_min(1e-12)
+    return maps
+
+
+def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, h, w) -> bilinear to (height, width) -> the best class at every pixel, (height, width) int64."""
+    return F.interpolate(maps[None].float(), size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+
+
+@torch.inference_mode()
+def attend(model: Seg4Diff, x: Tensor, classes: Sequence[Sequence[str]], *, blocks: Sequence[int], sigma: float,
+           seeds: Sequence[int], kind: str = "softmax") -> list[dict[int, Tensor]]:
+    """Pictures through the model once: {block: (H, K, h, w)} for each, K its own classes in the order given.
+
+    x (B, 3, px, px) in [-1, 1]; the noise of picture b is that of seeds[b]. More names than one prompt holds run
+    as several prompts on the same noise; their maps are shares of the same attention budget (a softmax over all
+    keys), so they are compared as they are.  The run ends at the last block asked for.
+    """
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
+    z0 = model.vae.encode(x.to(model.device, model.dtype))                   # (B, C, H, W)
+    z = add_noise(z0.float(), noise(z0.shape[1:], seeds).to(z0.device), sigma).to(model.dtype)
+    prompts = [(b, names) for b, own in enumerate(classes) for names in split_classes(model.text, own)]
+    out: list[dict[int, list[Tensor]]] = [{i: [] for i in blocks} for _ in classes]
+    for part in (prompts[i:i + len(x)] for i in range(0, len(prompts), len(x))):   # never more than B rows at once
+        rows, cond = [b for b, _ in part], model.text.encode([names for _, names in part])
+        _, taps = model.mmdit(z[rows], torch.full((len(rows),), sigma, device=z.device), cond.ctx, cond.pooled,
+                              capture=set(blocks), stop_at=max(blocks))
+        for i in blocks:
+            for b, attn in zip(rows, class_attention(taps[i], cond.spans, kind)):
+                out[b][i].append(attn)
+    return [{i: torch.cat(attn, dim=1) for i, attn in maps.items()} for maps in out]
+
+
+def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, block: int | Sequence[int] | None = None,
+            sigma: float | None = None, seed: int = 0, kind: str = "softmax", head: int | None = None,
+            minmax: bool = False) -> Segmentation:
+    """Open-vocabulary segmentation of one picture (Sec. 3.4, Fig. 7): every pixel gets one of `classes`.
+
+    block and sigma default to the model's preset; several blocks are averaged. kind, head and minmax are the
+    variants of Table 5 and Fig. 9, 17.  ValueError: no classes, names that do not fit, block or head out of range.
+    """
+    blocks = [model.preset.block] if block is None else [block] if isinstance(block, int) else list(block)
+    if head is not None and not 0 <= head < model.mmdit.config.heads:
+        raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.mmdit.config.heads - 1}")
+    attn = attend(model, image_tensor(image, model.preset.size)[None], [classes], blocks=blocks, kind=kind, seeds=[seed],
+                  sigma=model.preset.sigma if sigma is None else sigma)[0]   # {block: (H, K, h, w)}
+    maps = torch.stack([class_maps(a, head, minmax) for a in attn.values()]).mean(0)         # (K, h, w)
+    labels = label_map(maps, (image.height, image.width)).cpu().numpy()
+    return Segmentation(labels, maps.cpu(), list(classes))
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def palette(n: int) -> np.ndarray:
+    """n colours as different as hues and two brightnesses allow, (n, 3) uint8."""
+    hsv = [(i / n, 0.85 if i % 2 else 0.6, 0.85 if i % 2 else 1.0) for i in range(n)]
+    return np.array([[round(255 * c) for c in colorsys.hsv_to_rgb(*x)] for x in hsv], np.uint8)
+
+
+def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.6) -> Image.Image:
+    """The picture, greyed, under its label map in colour; label 255 stays uncoloured."""
+    grey = np.asarray(image.convert("L").convert("RGB"), float)
+    table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
+    mixed = np.where((labels == 255)[..., None], grey, (1 - alpha) * grey + alpha * table[labels])
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
+    """Colour patches with their names, as many to a row as fit into `width` pixels."""
+    font = ImageFont.load_default(14)
+    rows, x = [[]], 0
+    for name, colour in zip(names, colours):
+        w = 34 + int(font.getlength(name))
+        if x + w > width and rows[-1]:
+            rows.append([])
+            x = 0
+        rows[-1].append((x, name, tuple(int(c) for c in colour)))
+        x += w
+    strip = Image.new("RGB", (max(width, max(r[-1][0] for r in rows) + 34), 22 * len(rows) + 4), "white")
+    pen = ImageDraw.Draw(strip)
+    for i, row in enumerate(rows):
+        for x, name, colour in row:
+            pen.rectangle([x + 4, 22 * i + 5, x + 18, 22 * i + 19], fill=colour, outline="black")
+            pen.text((x + 23, 22 * i + 3), name, fill="black", font=font)
+    return strip
+
+
+def stack(*rows: Image.Image) -> Image.Image:
+    """Pictures below each other on white."""
+    out = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    for i, row in enumerate(rows):
+        out.paste(row, (0, sum(r.height for r in rows[:i])))
+    return out
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def run_segment(args: argparse.Namespace) -> None:
+    model, image = load(args.model, args.device), open_image(args.image)
+    seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
+    colours = palette(len(seg.classes))
+    for k, name in enumerate(seg.classes):
+        print(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
+    scale = max(1, round(512 / max(image.size)))                             # small pictures are shown larger
+    side_by_side = Image.new("RGB", (2 * image.width * scale + 4, image.height * scale), "white")
+    for i, x in enumerate([image, overlay(image, seg.labels, colours)]):
+        side_by_side.paste(x.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST),
+                           (i * (image.width * scale + 4), 0))
+    stack(side_by_side, legend(seg.classes, colours, side_by_side.width)).save(args.out)
+    print(f"wrote {args.out}")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    model = load(args.model, args.device)
+    steps = args.steps or model.preset.steps
+    with tqdm(total=steps, desc="sampling", unit="step") as bar:
+        image, = generate(model, args.prompt, steps=steps, cfg=args.cfg, seed=args.seed, callback=lambda i, z: bar.update())
+    image.save(args.out)
+    print(f"wrote {args.out} ({image.width} x {image.height})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="segment | generate")
+    seg = commands.add_parser("segment", help="mask the named classes in a picture")
+    seg.add_argument("image", type=Path)
+    seg.add_argument("classes", nargs="+", metavar="CLASS")
+    seg.add_argument("--block", type=int, help="block whose attention is read; the model's expert block if not given")
+    seg.add_argument("--sigma", type=float, help="noise level in [0, 1]; the model's preset if not given")
+    seg.set_defaults(run=run_segment)
+    gen = commands.add_parser("generate", help="draw a picture from a prompt")
+    gen.add_argument("prompt")
+    gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
+    gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
+    gen.set_defaults(run=run_generate)
+    for p, out in ((seg, "overlay.png"), (gen, "image.png")):
+        p.add_argument("--out", type=Path, default=Path(out))
+        p.add_argument("--model", default="nano", help="nano or a .safetensors file")
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as e:              # bad input: one sentence, no traceback
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The autoencoder of SD3: pictures in [-1, 1] <-> 16-channel latents at 1/8 of the side.
+
+Key names and forward pass are those of the published checkpoints (`first_stage_model.`), so a state dict
+loads as it is; every width and the number of levels are read off its shapes.  Latent shift and scale are
+applied inside encode() and decode() and nowhere else in this project.
+
+    z0 = vae.encode(image)          # E_VAE(I) of Eq. 8, (B, 3, px, px) -> (B, 16, px/8, px/8)
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weights import assign, count, shape
+
+SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE has about unit variance
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm in fp32 whatever the weights' dtype: its sums over a 1024 x 1024 map overflow fp16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, w, b, self.eps).to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1, self.conv1 = Norm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = Norm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, once in the middle of encoder and decoder."""
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.norm = Norm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, h, w = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # 3 x (B, 1, h*w, C)
+        y = F.scaled_dot_product_attention(q, k, v)                                # (B, 1, h*w, C)
+        return x + self.proj_out(y[:, 0].mT.reshape(B, C, h, w))                   # (B, C, h, w)
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))        # zeros right and below only: (B, C, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))       # (B, C, 2h, 2w)
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then a change of resolution."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if b == 0 else c_out, c_out, groups) for b in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, c in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)], c, blocks, groups)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(c)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = Norm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, px, px) -> (B, 2C, px/8, px/8): mean and log-variance of the latent."""
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x)
+            if i < len(self.down) - 1:
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, c in enumerate(widths):                  # up[0] is the finest level, run last
+            level = Level(widths[min(i + 1, len(widths) - 1)], c, blocks, groups)
+            if i > 0:
+                level.upsample = Upsample(c)
+            self.up.append(level)
+        self.norm_out = Norm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, C, px/8, px/8) -> (B, 3, px, px)."""
+        x = self.mid(self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](x)
+            if i > 0:
+                x = self.up[i].upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    def __init__(self, widths: tuple[int, ...] = (128, 256, 512, 512), enc_blocks: int = 2, dec_blocks: int = 3,
+                 latent: int = 16):
+        super().__init__()
+        # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
+        # levels cannot be cut in 32 and use 4.
+        groups = 32 if widths[0] % 32 == 0 else 4
+        self.factor = 2 ** (len(widths) - 1)            # pixels per latent, 8
+        self.encoder = Encoder(widths, enc_blocks, latent, groups)
+        self.decoder = Decoder(widths, dec_blocks, latent, groups)
+
+    @staticmethod
+    def from_state_dict(sd: dict[str, Tensor], device: str | None = None,
+                        dtype: torch.dtype | None = None) -> "VAE":
+        """A VAE of the shapes found in `sd` (keys `encoder.*`, `decoder.*`), holding those very tensors.
+
+        ValueError names missing, surplus and misshapen keys.
+        """
+        levels = count(sd, "encoder.down.")
+        widths = tuple(shape(sd, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels))
+        with torch.device("meta"):
+            vae = VAE(widths, count(sd, "encoder.down.0.block."), count(sd, "decoder.up.0.block."),
+                      shape(sd, "decoder.conv_in.weight")[1])
+        return assign(vae, sd, "VAE", device, dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
+        assert x.shape[-1] % self.factor == 0 == x.shape[-2] % self.factor, \
+            f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
+        mean, _logvar = self.encoder(x).chunk(2, dim=1)  # 2 x (B, C, px/8, px/8)
+        return (mean - SHIFT) * SCALE
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latent (B, C, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1]; clamp before showing it."""
+        return self.decoder(z / SCALE + SHIFT)
