@@ -247,43 +247,48 @@ def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def attend(model: Seg4Diff, x: Tensor, classes: Sequence[Sequence[str]], *, blocks: Sequence[int], sigma: float,
-           seeds: Sequence[int], kind: str = "softmax") -> list[dict[int, Tensor]]:
-    """Pictures through the model once: {block: (H, K, h, w)} for each, K its own classes in the order given.
+def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]], *, blocks: Sequence[int], sigma: float,
+           seeds: Sequence[int], kinds: Sequence[str] = ("softmax",)) -> list[dict[tuple[int, str], Tensor]]:
+    """Clean latents through the model once: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
-    x (B, 3, px, px) in [-1, 1]; the noise of picture b is that of seeds[b]. More names than one prompt holds run
-    as several prompts on the same noise; their maps are shares of the same attention budget (a softmax over all
-    keys), so they are compared as they are.  The run ends at the last block asked for.
+    z0 (B, C, H, W) from vae.encode; the noise of picture b is that of seeds[b] (Eq. 8). More names than one prompt
+    holds run as several prompts on the same noise; their maps are shares of the same attention budget (a softmax
+    over all keys), so they are compared as they are.  The run ends at the last block asked for.
+    ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
-    z0 = model.vae.encode(x.to(model.device, model.dtype))                   # (B, C, H, W)
     z = add_noise(z0.float(), noise(z0.shape[1:], seeds).to(z0.device), sigma).to(model.dtype)
     prompts = [(b, names) for b, own in enumerate(classes) for names in split_classes(model.text, own)]
-    out: list[dict[int, list[Tensor]]] = [{i: [] for i in blocks} for _ in classes]
-    for part in (prompts[i:i + len(x)] for i in range(0, len(prompts), len(x))):   # never more than B rows at once
+    out: list[dict] = [{(i, kind): [] for i in blocks for kind in kinds} for _ in classes]
+    for part in (prompts[i:i + len(z)] for i in range(0, len(prompts), len(z))):   # never more than B rows at once
         rows, cond = [b for b, _ in part], model.text.encode([names for _, names in part])
         _, taps = model.mmdit(z[rows], torch.full((len(rows),), sigma, device=z.device), cond.ctx, cond.pooled,
                               capture=set(blocks), stop_at=max(blocks))
-        for i in blocks:
+        for i, kind in out[0]:
             for b, attn in zip(rows, class_attention(taps[i], cond.spans, kind)):
-                out[b][i].append(attn)
-    return [{i: torch.cat(attn, dim=1) for i, attn in maps.items()} for maps in out]
+                out[b][i, kind].append(attn)
+    return [{key: torch.cat(attn, dim=1) for key, attn in maps.items()} for maps in out]
 
 
+@torch.inference_mode()
 def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, block: int | Sequence[int] | None = None,
             sigma: float | None = None, seed: int = 0, kind: str = "softmax", head: int | None = None,
             minmax: bool = False) -> Segmentation:
     """Open-vocabulary segmentation of one picture (Sec. 3.4, Fig. 7): every pixel gets one of `classes`.
 
-    block and sigma default to the model's preset; several blocks are averaged. kind, head and minmax are the
-    variants of Table 5 and Fig. 9, 17.  ValueError: no classes, names that do not fit, block or head out of range.
+    block and sigma default to the model's preset; several blocks are averaged. kind (KINDS), head and minmax are
+    the variants of Fig. 9 and of the supplement's B.2 to B.4.
+    ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
     """
     blocks = [model.preset.block] if block is None else [block] if isinstance(block, int) else list(block)
     if head is not None and not 0 <= head < model.mmdit.config.heads:
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.mmdit.config.heads - 1}")
-    attn = attend(model, image_tensor(image, model.preset.size)[None], [classes], blocks=blocks, kind=kind, seeds=[seed],
-                  sigma=model.preset.sigma if sigma is None else sigma)[0]   # {block: (H, K, h, w)}
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
+    z0 = model.vae.encode(image_tensor(image, model.preset.size)[None].to(model.device, model.dtype))    # (1, C, H, W)
+    attn, = attend(model, z0, [classes], blocks=blocks, kinds=[kind], seeds=[seed],
+                   sigma=model.preset.sigma if sigma is None else sigma)     # {(block, kind): (H, K, h, w)}
     maps = torch.stack([class_maps(a, head, minmax) for a in attn.values()]).mean(0)         # (K, h, w)
     labels = label_map(maps, (image.height, image.width)).cpu().numpy()
     return Segmentation(labels, maps.cpu(), list(classes))

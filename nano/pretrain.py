@@ -269,7 +269,7 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
         step, samples, spent, log = state["step"], state["samples"], state["spent"], state["log"]
-    velocity = torch.compile(mmdit) if args.compile else mmdit
+    velocity = torch.compile(mmdit, dynamic=False) if args.compile else mmdit
     rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(args.seed + step)
     start, begun, losses, snapshot = time.time(), spent, [], time.time()
     bar = tqdm(total=args.minutes * 60, initial=int(spent), desc="MM-DiT", unit="s", mininterval=10)
