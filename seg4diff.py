@@ -331,6 +331,27 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image
     return strip
 
 
+def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
+    """Pictures of one size in rows, each above its caption, wrapped to the picture's width."""
+    font, (w, h) = ImageFont.load_default(13), (max(images[0].width, 192), max(images[0].height, 192))
+    wrapped = []
+    for caption in captions:
+        lines = [""]
+        for word in caption.split():
+            if font.getlength(f"{lines[-1]} {word}") > w - 6 and lines[-1]:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        wrapped.append("\n".join(lines))
+    cell_h = h + 18 * max(x.count("\n") + 1 for x in wrapped) + 8
+    columns = min(columns, len(images))
+    out = Image.new("RGB", (columns * (w + 6), -(-len(images) // columns) * cell_h), "white")
+    for i, (image, caption) in enumerate(zip(images, wrapped)):
+        x, y = i % columns * (w + 6), i // columns * cell_h
+        out.paste(image.resize((w, h), Image.Resampling.BICUBIC), (x, y))
+        ImageDraw.Draw(out).multiline_text((x + 2, y + h + 2), caption, fill="black", font=font)
+    return out
+
+
 def stack(*rows: Image.Image) -> Image.Image:
     """Pictures below each other on white."""
     out = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
@@ -361,9 +382,10 @@ def run_generate(args: argparse.Namespace) -> None:
     model = load(args.model, args.device)
     steps = args.steps or model.preset.steps
     with tqdm(total=steps, desc="sampling", unit="step") as bar:
-        image, = generate(model, args.prompt, steps=steps, cfg=args.cfg, seed=args.seed, callback=lambda i, z: bar.update())
-    image.save(args.out)
-    print(f"wrote {args.out} ({image.width} x {image.height})")
+        images = generate(model, args.prompts, steps=steps, cfg=args.cfg, seed=args.seed, callback=lambda i, z: bar.update())
+    picture = images[0] if len(images) == 1 else sheet(images, args.prompts)
+    picture.save(args.out)
+    print(f"wrote {args.out} ({picture.width} x {picture.height})")
 
 
 def main() -> None:
@@ -375,8 +397,8 @@ def main() -> None:
     seg.add_argument("--block", type=int, help="block whose attention is read; the model's expert block if not given")
     seg.add_argument("--sigma", type=float, help="noise level in [0, 1]; the model's preset if not given")
     seg.set_defaults(run=run_segment)
-    gen = commands.add_parser("generate", help="draw a picture from a prompt")
-    gen.add_argument("prompt")
+    gen = commands.add_parser("generate", help="draw a picture from a prompt, or a sheet of them from several")
+    gen.add_argument("prompts", nargs="+", metavar="PROMPT")
     gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
     gen.set_defaults(run=run_generate)

@@ -23,12 +23,16 @@ import torch
 import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import evaluate                                          # noqa: E402
+import seg4diff                                          # noqa: E402
+from data import DATASETS                                # noqa: E402
 from mmdit import MMDiT, MMDiTConfig                     # noqa: E402
 from nano import scenes                                  # noqa: E402
 from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
@@ -279,6 +283,9 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
                   samples=samples, spent=spent, log=log), run / "mmdit.pt")
         export(run / f"nano{tag}.safetensors", ema["mmdit"], TextEncoders(ema["clip_l"], ema["clip_g"], text.tokenizer,
                text.ctx_dim), vae, merges, dict(samples=samples, seconds=round(spent), scenes=len(latents), seed=args.seed))
+        prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:16]]
+        images = seg4diff.generate(seg4diff.load(run / f"nano{tag}.safetensors", device), prompts)
+        seg4diff.sheet(images, prompts).save(run / f"samples{tag}.png")
 
     while (done := spent / (60 * args.minutes)) < 1:
         idx = rng.integers(0, len(latents), args.batch * (3 if done < args.low else 1))
@@ -314,6 +321,23 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
     keep()
 
 
+# ---------------------------------------------------------------------------- 5. which block is the expert
+
+def choose_block(path: Path) -> None:
+    """Write the block with the best mIoU on scenes-dev into the file's presets (Fig. 8), as the paper chose SD3's
+    on its benchmarks.  The only place where masks are looked at, after the training is over."""
+    model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
+    variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
+    conf, _ = evaluate.evaluate(model, data, data.names, variants, batch_size=10, seed=0)
+    miou = [evaluate.scores(conf[v.name])["mIoU"] for v in variants]
+    with safe_open(path, framework="pt") as f:
+        meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+    meta["presets"] = json.dumps(json.loads(meta["presets"]) | {"block": int(np.argmax(miou))})
+    save_file(tensors, path.with_suffix(".tmp"), meta)
+    os.replace(path.with_suffix(".tmp"), path)
+    print(f"mIoU on scenes-dev by block: {' '.join(f'{x:.1f}' for x in miou)}; the expert is block {np.argmax(miou)}")
+
+
 def main(args: argparse.Namespace) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     if not (args.run / "images.npy").exists():
@@ -324,7 +348,8 @@ def main(args: argparse.Namespace) -> None:
     if not (args.run / "latents.npy").exists():
         encode_latents(args.run, vae, args.device)
     train_mmdit(args.run, args, vae)
-    print(f"wrote {args.run / 'nano.safetensors'}")
+    choose_block(args.run / "nano.safetensors")
+    print(f"wrote {args.run / 'nano.safetensors'}; copy it to nano/nano.safetensors to make it the embedded model")
 
 
 if __name__ == "__main__":
