@@ -1,18 +1,28 @@
 """Data sets as (picture, label map, name) with the names of their classes.
 
-    data = DATASETS["scenes"]()
+    data = DATASETS["voc"](Path("data"))
     image, labels, name = data.read(data.names[0])
+
+The real ones are read in the layouts they are downloaded in, below one root; label maps are converted while
+reading.  classes.json holds the class lists, in each benchmark's order, and the ids the files use for them.
 """
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as rle
 
 from nano import scenes
 
 IGNORE = 255                            # label of pixels that belong to no class and are never scored
+ROOT = Path(os.environ.get("SEG4DIFF_DATA", "data"))
+FACTS = json.loads((Path(__file__).parent / "classes.json").read_text())
 
 
 class Item(NamedTuple):
@@ -26,19 +36,146 @@ class Dataset:
     name: str
     classes: list[str]
     names: list[str]                    # one for each picture, in a fixed order
-    read: Callable[[str], Item]
+    read: Callable[[str], Item]         # OSError, ValueError: a broken picture or label map
 
 
-def toy_scenes(name: str, seeds: range) -> Dataset:
-    """nano's world (nano/scenes.py), drawn when read; the name of a picture is its seed."""
+def lookup(source_ids: Sequence[int], background: bool = False, ignore: int | None = 255) -> np.ndarray:
+    """Table from an id in a label file to the index of its class, uint8.
+
+    Other ids go to IGNORE, or with `background` to class 0, the named ones then counting from 1; `ignore` is the
+    id that the files themselves keep for pixels not to be scored.
+    """
+    table = np.full(65536, 0 if background else IGNORE, np.uint8)
+    if ignore is not None:
+        table[ignore] = IGNORE
+    table[list(source_ids)] = np.arange(len(source_ids)) + background
+    return table
+
+
+def need(name: str, root: Path, tree: str, paths: Sequence[Path]) -> None:
+    """ValueError that draws the expected tree and says what was found, unless all paths exist."""
+    missing = [p for p in paths if not p.exists()]
+    if missing:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else "no such folder"
+        raise ValueError(f"data set {name!r} was not found: there is no {missing[0]}. Expected below {root} "
+                         f"(--data-root or SEG4DIFF_DATA):\n{tree}\nFound in {root}: {found or 'nothing'}")
+
+
+def paired(name: str, classes: list[str], table: np.ndarray, pairs: dict[str, tuple[Path, Path]]) -> Dataset:
+    """A data set of picture files and label PNGs (palette or grey) whose values go through `table`."""
+    def read(key: str) -> Item:
+        image_path, label_path = pairs[key]
+        image, label = Image.open(image_path), Image.open(label_path)
+        labels = table[np.asarray(label)]                                    # (height, width)
+        if labels.shape != (image.height, image.width):
+            raise ValueError(f"{label_path} is {label.width} x {label.height}, its picture {image.width} x {image.height}")
+        return Item(image.convert("RGB"), labels, key)
+
+    if not pairs:
+        raise ValueError(f"data set {name!r} has its folders, but no picture with a label map in them")
+    return Dataset(name, classes, sorted(pairs), read)
+
+
+# ---------------------------------------------------------------------------- the data sets
+
+
+def toy_scenes(root: Path = ROOT, name: str = "scenes", seeds: range = scenes.VAL_SEEDS[:200]) -> Dataset:
+    """nano's world (nano/scenes.py), drawn when read and not from `root`; a picture's name is its seed."""
     def read(seed: str) -> Item:
         scene = scenes.draw(int(seed))
         return Item(Image.fromarray(scene.image), scene.labels, seed)
     return Dataset(name, scenes.CLASSES, [str(s) for s in seeds], read)
 
 
-# Neither was trained on; choices such as the expert block are made on scenes-dev, numbers reported on scenes.
-DATASETS: dict[str, Callable[[], Dataset]] = {
-    "scenes": lambda: toy_scenes("scenes", scenes.VAL_SEEDS[:200]),
-    "scenes-dev": lambda: toy_scenes("scenes-dev", scenes.VAL_SEEDS[5000:5100]),
+def voc(root: Path = ROOT, background: bool = False) -> Dataset:
+    """Pascal VOC 2012 val: 1449 pictures, 20 classes, or 21 with the background as the first."""
+    name, base = "voc21" if background else "voc", root / "VOCdevkit/VOC2012"
+    split = base / "ImageSets/Segmentation/val.txt"
+    need(name, root, "  VOCdevkit/VOC2012/JPEGImages/*.jpg\n  VOCdevkit/VOC2012/SegmentationClass/*.png "
+         "(or SegmentationClassAug)\n  VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", [base / "JPEGImages", split])
+    folders = [base / f for f in ("SegmentationClassAug", "SegmentationClass")]
+    need(name, root, "  VOCdevkit/VOC2012/SegmentationClass/*.png", [folders[1] if not folders[0].exists() else folders[0]])
+    labels = next(f for f in folders if f.exists())
+    facts = FACTS["voc20"]
+    return paired(name, ["background"] * background + facts["classes"], lookup(facts["source_ids"], background),
+                  {n: (base / f"JPEGImages/{n}.jpg", labels / f"{n}.png") for n in split.read_text().split()})
+
+
+def context(root: Path = ROOT, background: bool = False) -> Dataset:
+    """Pascal Context val: 59 classes, or 60 with the background, as run-length masks in one JSON file."""
+    name, base = "context60" if background else "context59", root / "VOCdevkit/VOC2010"
+    need(name, root, "  VOCdevkit/VOC2010/JPEGImages/*.jpg\n  VOCdevkit/VOC2010/trainval_merged.json",
+         [base / "JPEGImages", base / "trainval_merged.json"])
+    merged, facts = json.loads((base / "trainval_merged.json").read_text()), FACTS["context59"]
+    images = {im["image_id"]: im for im in merged["images"] if im["phase"] == "val"}
+    masks: dict[int, list[dict]] = {i: [] for i in images}
+    for anno in merged["annos_segmentation"]:
+        if anno["image_id"] in masks:
+            masks[anno["image_id"]].append(anno)
+    table, by_file = lookup(facts["source_ids"], background, ignore=None), {im["file_name"]: im for im in images.values()}
+
+    def read(file_name: str) -> Item:
+        im = by_file[file_name]
+        ids = np.zeros((im["height"], im["width"]), np.uint16)               # 0: no mask
+        for anno in masks[im["image_id"]]:
+            ids[rle.decode(anno["segmentation"]).astype(bool)] = anno["category_id"]
+        return Item(Image.open(base / "JPEGImages" / file_name).convert("RGB"), table[ids], file_name)
+
+    return Dataset(name, ["background"] * background + facts["classes"], sorted(by_file), read)
+
+
+def coco(root: Path = ROOT, name: str = "coco-object") -> Dataset:
+    """COCO val2017, 5000 pictures: coco-object (80 things; coco-object81 with the background) or stuff27.
+
+    Label PNGs hold fine ids: 0 to 90 things (category id - 1), 91 to 181 stuff, 255 unlabelled.
+    """
+    base = root / "coco"
+    labels = next((f for f in (base / "stuffthingmaps/val2017", base / "annotations/val2017") if f.is_dir()),
+                  base / "stuffthingmaps/val2017")
+    need(name, root, "  coco/val2017/*.jpg\n  coco/stuffthingmaps/val2017/*.png", [base / "val2017", labels])
+    background = name == "coco-object81"
+    if name == "stuff27":
+        classes, table = FACTS["stuff27"]["classes"], np.full(65536, IGNORE, np.uint8)
+        table[:182] = FACTS["stuff27"]["coarse_of_fine"]
+    else:
+        classes = ["background"] * background + FACTS["coco-object"]["classes"]
+        table = lookup([i - 1 for i in FACTS["coco-object"]["source_ids"]], background)
+    return paired(name, classes, table, {p.stem: (base / f"val2017/{p.stem}.jpg", p) for p in labels.glob("*.png")})
+
+
+def ade20k(root: Path = ROOT) -> Dataset:
+    """ADE20K validation: 2000 pictures, 150 classes; value 0 is unlabelled, k is class k-1."""
+    base = root / "ADEChallengeData2016"
+    images, labels = base / "images/validation", base / "annotations/validation"
+    need("ade20k", root, "  ADEChallengeData2016/images/validation/*.jpg\n"
+         "  ADEChallengeData2016/annotations/validation/*.png", [images, labels])
+    facts = FACTS["ade20k"]
+    return paired("ade20k", facts["classes"], lookup(facts["source_ids"]),
+                  {p.stem: (images / f"{p.stem}.jpg", p) for p in labels.glob("*.png")})
+
+
+def cityscapes(root: Path = ROOT) -> Dataset:
+    """Cityscapes val: 500 pictures, 19 classes, from *_labelTrainIds.png where they exist, else *_labelIds.png."""
+    base = root / "cityscapes"
+    images, labels = base / "leftImg8bit/val", base / "gtFine/val"
+    need("cityscapes", root, "  cityscapes/leftImg8bit/val/CITY/*_leftImg8bit.png\n"
+         "  cityscapes/gtFine/val/CITY/*_gtFine_labelIds.png (or *_gtFine_labelTrainIds.png)", [images, labels])
+    facts = FACTS["cityscapes"]
+    train = sorted(labels.glob("*/*_gtFine_labelTrainIds.png"))
+    ids = range(len(facts["classes"])) if train else facts["source_ids"]
+    pairs = {}
+    for p in train or labels.glob("*/*_gtFine_labelIds.png"):
+        stem = p.name.rsplit("_gtFine_", 1)[0]
+        pairs[stem] = (images / p.parent.name / f"{stem}_leftImg8bit.png", p)
+    return paired("cityscapes", facts["classes"], lookup(ids), pairs)
+
+
+# Neither scenes was trained on; choices such as the expert block are made on scenes-dev, numbers reported on scenes.
+DATASETS: dict[str, Callable[[Path], Dataset]] = {
+    "scenes": toy_scenes,
+    "scenes-dev": partial(toy_scenes, name="scenes-dev", seeds=scenes.VAL_SEEDS[5000:5100]),
+    "voc": voc, "voc21": partial(voc, background=True),
+    "context59": context, "context60": partial(context, background=True),
+    "coco-object": coco, "coco-object81": partial(coco, name="coco-object81"),
+    "stuff27": partial(coco, name="stuff27"), "ade20k": ade20k, "cityscapes": cityscapes,
 }

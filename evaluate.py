@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import seg4diff
-from data import DATASETS, IGNORE, Item
+from data import DATASETS, IGNORE, ROOT, Item
 from seg4diff import Seg4Diff
 
 # ---------------------------------------------------------------------------- metrics, A.4
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
     if args.batch_size < 1 or args.limit is not None and args.limit < 1:
         raise ValueError("--batch-size and --limit must be at least 1")
-    model, data = seg4diff.load(args.model, args.device), DATASETS[args.dataset]()
+    model, data = seg4diff.load(args.model, args.device), DATASETS[args.dataset](args.data_root)
     names, variants = data.names[:args.limit], TASKS[args.task](model)
     out = args.out or Path("out") / f"{args.task}-{data.name}-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
@@ -257,6 +257,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="ovss", help=", ".join(TASKS))
     parser.add_argument("--dataset", default="scenes", help=", ".join(DATASETS))
+    parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--model", default="nano", help="nano, or a .safetensors file")
     parser.add_argument("--limit", type=int, help="only the first so many pictures")
     parser.add_argument("--batch-size", type=int, default=16)
