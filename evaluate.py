@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import seg4diff
+import weights
 from data import DATASETS, IGNORE, ROOT, Item
 from seg4diff import Seg4Diff
 
@@ -227,7 +228,9 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
     if args.batch_size < 1 or args.limit is not None and args.limit < 1:
         raise ValueError("--batch-size and --limit must be at least 1")
-    model, data = seg4diff.load(args.model, args.device), DATASETS[args.dataset](args.data_root)
+    data = DATASETS[args.dataset](args.data_root)
+    name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
+    model = seg4diff.load(name, args.device, segment_only=args.task not in ("layers", "heads"))
     names, variants = data.names[:args.limit], TASKS[args.task](model)
     out = args.out or Path("out") / f"{args.task}-{data.name}-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
@@ -258,7 +261,8 @@ if __name__ == "__main__":
     parser.add_argument("--task", default="ovss", help=", ".join(TASKS))
     parser.add_argument("--dataset", default="scenes", help=", ".join(DATASETS))
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
-    parser.add_argument("--model", default="nano", help="nano, or a .safetensors file")
+    parser.add_argument("--model", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder (default: nano for "
+                        "scenes, sd3 for real pictures)")
     parser.add_argument("--limit", type=int, help="only the first so many pictures")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the noise; each picture's own follows from it and its name")

@@ -120,6 +120,7 @@ class MMDiTConfig:
     time_dim: int                   # number of sinusoids of the time embedding
     qk_norm: bool = False           # SD3.5: RMS-norm of q and k
     dual_blocks: tuple[int, ...] = ()   # SD3.5 Medium: blocks with a second, image-only attention
+    whole: bool = True              # False: the blocks after some block are missing, enough for segmentation
 
     @property
     def heads(self) -> int:
@@ -144,7 +145,9 @@ class MMDiTConfig:
             mlp=shape(sd, "joint_blocks.0.x_block.mlp.fc1.weight")[0],
             time_dim=shape(sd, "t_embedder.mlp.0.weight")[1],
             dual_blocks=tuple(
-                i for i in range(depth) if any(k.startswith(f"joint_blocks.{i}.x_block.attn2.") for k in sd)))
+                i for i in range(depth) if any(k.startswith(f"joint_blocks.{i}.x_block.attn2.") for k in sd)),
+            # only the very last block of a checkpoint has no MLP for the text
+            whole=not any(k.startswith(f"joint_blocks.{depth - 1}.context_block.mlp.") for k in sd))
 
 
 # ---------------------------------------------------------------------------- modules
@@ -272,7 +275,7 @@ class MMDiT(nn.Module):
         self.t_embedder, self.y_embedder = Embedder(cfg.time_dim, cfg.width), Embedder(cfg.pooled_dim, cfg.width)
         self.context_embedder = nn.Linear(cfg.ctx_dim, cfg.width)
         self.joint_blocks = nn.ModuleList(
-            JointBlock(cfg, dual=i in cfg.dual_blocks, last=i == cfg.depth - 1) for i in range(cfg.depth))
+            JointBlock(cfg, dual=i in cfg.dual_blocks, last=cfg.whole and i == cfg.depth - 1) for i in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
 
     @staticmethod
@@ -308,6 +311,8 @@ class MMDiT(nn.Module):
         for i in {*capture, *edit, *(() if stop_at is None else (stop_at,))}:
             if not 0 <= i < cfg.depth:
                 raise ValueError(f"there is no block {i}: this model's blocks are 0 to {cfg.depth - 1}")
+        if stop_at is None and not cfg.whole:
+            raise ValueError(f"of this model only blocks 0 to {cfg.depth - 1} are loaded: it can segment, not generate")
         if z.shape[-2] % p or z.shape[-1] % p:
             raise ValueError(f"a latent of {z.shape[-2]} x {z.shape[-1]} cannot be cut in patches of {p} x {p}")
         h, w = z.shape[-2] // p, z.shape[-1] // p

@@ -65,32 +65,32 @@ class Seg4Diff:
         return self.mmdit.pos_embed.dtype
 
 
-def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto") -> Seg4Diff:
-    """A model ready to use: "nano" or a .safetensors file in SD3's layout, text towers included.
+def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
+         segment_only: bool = False) -> Seg4Diff:
+    """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
-    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA, fp32 on the CPU.
+    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA, fp32 on the CPU.  With segment_only, blocks
+    after the expert are left on the disk; such a model segments, and cannot generate.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"there is no device {device!r}; choose auto, cpu or cuda")
+    if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
     if dtype == "auto":
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError("dtype must be auto, float32, float16 or bfloat16")
-    parts, meta = weights.read(name_or_path)
-    for part in ("vae", "clip_l", "clip_g"):
-        if part not in parts:
-            raise ValueError(f"{name_or_path} holds no tensors under {weights.PREFIXES[part]!r}")
-    if "merges" not in meta:
-        raise ValueError(f"{name_or_path} carries no tokenizer: its header has no 'merges'")
-    mmdit = MMDiT.from_state_dict(parts["mmdit"], device, dtype)
-    towers = [CLIPText.from_state_dict(parts[p], device, dtype) for p in ("clip_l", "clip_g")]
-    text = TextEncoders(*towers, clip_tokenizer(json.loads(meta["merges"])), mmdit.config.ctx_dim)
-    return Seg4Diff(mmdit, VAE.from_state_dict(parts["vae"], device, dtype), text,
-                    replace(Preset(), **weights.presets(meta)), Path(name_or_path).stem)
+    files = weights.find(name_or_path)
+    preset = replace(Preset(), **json.loads(weights.header(files).get("presets", "{}")))
+    sd = weights.read(files, preset.block if segment_only else None, device, dtype)
+    mmdit = MMDiT.from_state_dict(sd["mmdit"])
+    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]),
+                        clip_tokenizer(weights.merges(files)), mmdit.config.ctx_dim)
+    return Seg4Diff(mmdit, VAE.from_state_dict(sd["vae"]), text, preset, Path(name_or_path).stem)
 
 
 # ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
@@ -364,7 +364,8 @@ def stack(*rows: Image.Image) -> Image.Image:
 
 
 def run_segment(args: argparse.Namespace) -> None:
-    model, image = load(args.model, args.device), open_image(args.image)
+    image = open_image(args.image)
+    model = load(args.model, args.device, segment_only=args.block is None)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
     colours = palette(len(seg.classes))
     for k, name in enumerate(seg.classes):
@@ -404,7 +405,7 @@ def main() -> None:
     gen.set_defaults(run=run_generate)
     for p, out in ((seg, "overlay.png"), (gen, "image.png")):
         p.add_argument("--out", type=Path, default=Path(out))
-        p.add_argument("--model", default="nano", help="nano or a .safetensors file")
+        p.add_argument("--model", default="nano", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()

@@ -27,7 +27,7 @@ def measure(path: Path, limit: int) -> dict:
     model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
     variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
     conf, _ = evaluate.evaluate(model, data, data.names[:limit], variants, batch_size=10, seed=0)
-    samples = json.loads(weights.read(path)[1]["trained"])["samples"]
+    samples = json.loads(weights.header(weights.find(path))["trained"])["samples"]
     return {"samples": samples, "mIoU": [evaluate.scores(conf[v.name])["mIoU"] for v in variants],
             "floor": evaluate.scores(conf["floor"])["mIoU"]}
 
