@@ -9,10 +9,10 @@ from mmdit import (JointQKV, MMDiT, MMDiTConfig, i2t, i2t_attention, i2t_scores,
                    t2i_attention)
 
 # All lengths differ, so that a swapped pair shows. The second is SD3.5 Medium's kind.
-PLAIN = MMDiTConfig(width=64, depth=3, head_dim=32, patch=2, channels=4, pos_grid=7, ctx_dim=24, pooled_dim=12, mlp=96,
-                    time_dim=16)
-DUAL = MMDiTConfig(width=96, depth=3, head_dim=32, patch=1, channels=5, pos_grid=8, ctx_dim=20, pooled_dim=10, mlp=80,
-                   time_dim=18, qk_norm=True, dual_blocks=(0, 1))
+PLAIN = MMDiTConfig(width=64, depth=3, head_dim=32, patch=2, channels=4, pos_grid=7, ctx_dim=24, pooled_dim=12,
+                    mlp=96, time_dim=16)
+DUAL = MMDiTConfig(width=96, depth=3, head_dim=32, patch=1, channels=5, pos_grid=8, ctx_dim=20, pooled_dim=10,
+                   mlp=80, time_dim=18, qk_norm=True, dual_blocks=(0, 1))
 M, H, W = 9, 4, 6                       # text tokens; latent
 
 
