@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import sys
 import time
 import zlib
@@ -38,6 +37,8 @@ from seg4diff import Seg4Diff
 def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
     """Pixel counts (K, K), rows the truth, columns the prediction; pixels whose truth is IGNORE are left out."""
     valid = truth != IGNORE
+    if valid.any() and max(truth[valid].max(), pred[valid].max()) >= K:
+        raise ValueError(f"a label map holds class {max(truth[valid].max(), pred[valid].max())}, but there are {K} classes")
     pairs = truth[valid].astype(np.int64) * K + pred[valid]
     return np.bincount(pairs, minlength=K * K).reshape(K, K)
 
@@ -45,7 +46,7 @@ def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
 def scores(conf: np.ndarray) -> dict:
     """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent.
 
-    A class that does not occur has IoU nan.  ValueError: an empty confusion matrix.
+    A class that does not occur has IoU None.  ValueError: an empty confusion matrix.
     """
     if conf.sum() == 0:
         raise ValueError("no pixel was scored: the confusion matrix is empty")
@@ -54,7 +55,7 @@ def scores(conf: np.ndarray) -> dict:
         iou = np.where(truth > 0, 100 * tp / (truth + pred - tp), np.nan)   # TP / (TP + FN + FP)
         acc = np.where(truth > 0, 100 * tp / truth, np.nan)                  # TP / (TP + FN)
     return {"mIoU": float(np.nanmean(iou)), "mACC": float(np.nanmean(acc)), "pACC": float(100 * tp.sum() / conf.sum()),
-            "IoU": iou.tolist()}
+            "IoU": [None if np.isnan(x) else float(x) for x in iou]}
 
 
 def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
@@ -147,6 +148,10 @@ def evaluate(model: Seg4Diff, data, names: list[str], variants: list[Variant], *
     with tqdm(total=len(names), desc="evaluating", unit="image") as bar:
         for i in range(0, len(names), batch_size):
             items = [data.read(name) for name in names[i:i + batch_size]]
+            bar.update(len(items))
+            items = [item for item in items if (item.labels != IGNORE).any()]                # nothing to prompt or score
+            if not items:
+                continue
             for item, labels in zip(items, predict(model, items, data.classes, variants, seed)):
                 for row, pred in labels.items():
                     conf[row] += confusion(item.labels, pred, K)
@@ -154,7 +159,6 @@ def evaluate(model: Seg4Diff, data, names: list[str], variants: list[Variant], *
                     shown.append((item, labels[variants[0].name]))
             best = max(variants, key=lambda v: scores(conf[v.name])["mIoU"])
             bar.set_postfix({f"mIoU {best.name}": f"{scores(conf[best.name])['mIoU']:.1f}"})
-            bar.update(len(items))
     return conf, shown
 
 
@@ -215,6 +219,14 @@ def plot(task: str, variants: list[Variant], rows: dict[str, dict], model: Seg4D
     plt.close(fig)
 
 
+def peak_megabytes() -> float:
+    """Peak memory of this process; nan where the system does not tell."""
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
+
+
 def table(rows: dict[str, dict]) -> str:
     width = max(map(len, rows))
     lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
@@ -232,6 +244,8 @@ def main(args: argparse.Namespace) -> None:
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
     model = seg4diff.load(name, args.device, segment_only=args.task not in ("layers", "heads"))
     names, variants = data.names[:args.limit], TASKS[args.task](model)
+    if model.name in ("floor", "ceiling"):
+        raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
     out = args.out or Path("out") / f"{args.task}-{data.name}-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
 
@@ -241,8 +255,9 @@ def main(args: argparse.Namespace) -> None:
                f"{model.preset.block} · sigma {model.preset.sigma:.3f} · prompt: present classes · seed {args.seed}")
     print(caption, table(rows), sep="\n")
     if args.task == "ovss":
-        print("IoU per class:", ", ".join(f"{c} {x:.0f}" for c, x in zip(data.classes, rows[model.name]["IoU"])))
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
+        print("IoU per class:", ", ".join(
+            f"{c} {x:.0f}" for c, x in zip(data.classes, rows[model.name]["IoU"]) if x is not None))
+    megabytes = peak_megabytes()
     result = {"task": args.task, "caption": caption, "arguments": {k: str(v) for k, v in vars(args).items()},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "classes": data.classes,
               "rows": rows, "variants": [v._asdict() for v in variants], "seconds": seconds, "peak_MB": megabytes}

@@ -133,17 +133,17 @@ class MMDiTConfig:
         ValueError names the key that is missing. A head width leaves no trace in SD3's checkpoint: it is 64,
         as in all of the family; with q/k norm it is the length of the norm's weight.
         """
-        width, channels, patch, _ = shape(sd, "x_embedder.proj.weight")
+        width, channels, patch, _ = shape(sd, "x_embedder.proj.weight", 4)
         qk_norm = any(".attn.ln_q." in key for key in sd)
         depth = count(sd, "joint_blocks.")
         return MMDiTConfig(
             width=width, depth=depth, patch=patch, channels=channels, qk_norm=qk_norm,
-            head_dim=shape(sd, "joint_blocks.0.x_block.attn.ln_q.weight")[0] if qk_norm else 64,
-            pos_grid=math.isqrt(shape(sd, "pos_embed")[1]),
-            ctx_dim=shape(sd, "context_embedder.weight")[1],
-            pooled_dim=shape(sd, "y_embedder.mlp.0.weight")[1],
-            mlp=shape(sd, "joint_blocks.0.x_block.mlp.fc1.weight")[0],
-            time_dim=shape(sd, "t_embedder.mlp.0.weight")[1],
+            head_dim=shape(sd, "joint_blocks.0.x_block.attn.ln_q.weight", 1)[0] if qk_norm else 64,
+            pos_grid=math.isqrt(shape(sd, "pos_embed", 3)[1]),
+            ctx_dim=shape(sd, "context_embedder.weight", 2)[1],
+            pooled_dim=shape(sd, "y_embedder.mlp.0.weight", 2)[1],
+            mlp=shape(sd, "joint_blocks.0.x_block.mlp.fc1.weight", 2)[0],
+            time_dim=shape(sd, "t_embedder.mlp.0.weight", 2)[1],
             dual_blocks=tuple(
                 i for i in range(depth) if any(k.startswith(f"joint_blocks.{i}.x_block.attn2.") for k in sd)),
             # only the very last block of a checkpoint has no MLP for the text

@@ -11,20 +11,23 @@ Both use the embedded nano model unless --model names another.  From Python:
 import argparse
 import colorsys
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 import weights
+from data import IGNORE
 from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, t2i_attention
 from text import CLIPText, TextCond, TextEncoders, clip_tokenizer
 from vae import VAE
@@ -41,6 +44,14 @@ class Preset:
     shift: float = 3.0              # of the sigma schedule
     noise_steps: int = 8            # segmentation sees a latent this many steps before clean ("t = 8 of 28")
     cfg: float = 7.5                # classifier-free guidance scale
+
+    @staticmethod
+    def from_header(meta: dict[str, str]) -> "Preset":
+        """SD3's presets, but for those that a file carries as JSON under "presets".  ValueError: unknown ones."""
+        own = json.loads(meta.get("presets", "{}"))
+        if not isinstance(own, dict) or not own.keys() <= set(Preset.__dataclass_fields__):
+            raise ValueError(f"the file's header has presets {own}; known are {', '.join(Preset.__dataclass_fields__)}")
+        return Preset(**own)
 
     @property
     def sigma(self) -> float:
@@ -75,22 +86,30 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
+    kind = str(device).split(":")[0]
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"there is no device {device!r}; choose auto, cpu or cuda")
-    if device != "cpu" and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
     if dtype == "auto":
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = torch.float32 if kind == "cpu" else torch.bfloat16
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError("dtype must be auto, float32, float16 or bfloat16")
     files = weights.find(name_or_path)
-    preset = replace(Preset(), **json.loads(weights.header(files).get("presets", "{}")))
+    preset = Preset.from_header(weights.header(files))
     sd = weights.read(files, preset.block if segment_only else None, device, dtype)
     mmdit = MMDiT.from_state_dict(sd["mmdit"])
     text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]),
                         clip_tokenizer(weights.merges(files)), mmdit.config.ctx_dim)
-    return Seg4Diff(mmdit, VAE.from_state_dict(sd["vae"]), text, preset, Path(name_or_path).stem)
+    vae, rows = VAE.from_state_dict(sd["vae"]), len(text.clip_l.text_model.embeddings.token_embedding.weight)
+    for what, found, wanted in (("tokens in the tokenizer", text.tokenizer.get_vocab_size(), rows),
+                                ("channels in the MM-DiT's latent", mmdit.config.channels, vae.channels),
+                                ("pixels beyond whole patches", preset.size % (vae.factor * mmdit.config.patch), 0)):
+        if found != wanted:
+            raise ValueError(f"the parts of {name_or_path} do not fit each other: {found} {what}, not {wanted}")
+    path = Path(name_or_path)
+    return Seg4Diff(mmdit, vae, text, preset, path.stem if path.suffix == ".safetensors" else path.name)
 
 
 # ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
@@ -111,7 +130,7 @@ def sigmas(steps: int, shift: float) -> Tensor:
 
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds])
 
 
 def add_noise(z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
@@ -154,9 +173,9 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
     steps and cfg default to the model's preset.  ValueError: steps < 1, no prompt.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    steps, cfg = steps or model.preset.steps, model.preset.cfg if cfg is None else cfg
-    if steps < 1 or not prompts:
-        raise ValueError(f"generation takes at least one step and one prompt, not {steps} and {len(prompts)}")
+    steps, cfg = (model.preset.steps if steps is None else steps), (model.preset.cfg if cfg is None else cfg)
+    if steps < 1 or not prompts or not math.isfinite(cfg):
+        raise ValueError(f"generation takes at least one step, one prompt and a finite scale, not {steps}, {len(prompts)}, {cfg}")
     side = model.preset.size // model.vae.factor
     z = noise((model.mmdit.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
     velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg)
@@ -179,7 +198,7 @@ class Segmentation(NamedTuple):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Any file PIL reads -> RGB; transparency on white.  ValueError: no such file, not a picture."""
+    """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.  ValueError: no such file, not a picture."""
     try:
         image = Image.open(path)
         image.load()
@@ -187,10 +206,12 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"no picture can be opened at {str(path)!r}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"{str(path)!r} is not a picture that PIL can read: {e}") from None
-    if image.mode.startswith("I"):                                           # 16 bits: convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    if image.mode[0] in "IF":                            # 16 or 32 bits, or floats: convert() would clip at 255
+        x = np.nan_to_num(np.asarray(image, float)).clip(0)
+        top = next((t for t in (1, 255, 65535) if x.max() <= t and (t > 1 or image.mode == "F")), x.max())
+        image = Image.fromarray((255 * x / top).round().astype(np.uint8))
+    rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def image_tensor(image: Image.Image, size: int) -> Tensor:
@@ -243,7 +264,13 @@ def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> T
 
 def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(K, h, w) -> bilinear to (height, width) -> the best class at every pixel, (height, width) int64."""
-    return F.interpolate(maps[None].float(), size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+    best = maps.new_full(size, -torch.inf, dtype=torch.float32)              # (height, width)
+    labels = best.new_zeros(size, dtype=torch.int64)
+    for i in range(0, len(maps), 8):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
+        up = F.interpolate(maps[None, i:i + 8].float(), size=size, mode="bilinear", align_corners=False)[0]
+        value, index = up.max(0)                                             # 2 x (height, width)
+        labels, best = torch.where(value > best, index + i, labels), torch.maximum(value, best)
+    return labels
 
 
 @torch.inference_mode()
@@ -281,7 +308,9 @@ def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, bloc
     the variants of Fig. 9 and of the supplement's B.2 to B.4.
     ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
     """
-    blocks = [model.preset.block] if block is None else [block] if isinstance(block, int) else list(block)
+    blocks = np.atleast_1d(model.preset.block if block is None else block).tolist()
+    if isinstance(classes, str) or not blocks or len(classes) > IGNORE:
+        raise ValueError(f"segment takes a list of at most {IGNORE} class names and at least one block")
     if head is not None and not 0 <= head < model.mmdit.config.heads:
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.mmdit.config.heads - 1}")
     if kind not in KINDS:
@@ -304,17 +333,17 @@ def palette(n: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.6) -> Image.Image:
-    """The picture, greyed, under its label map in colour; label 255 stays uncoloured."""
+    """The picture, greyed, under its label map in colour; label IGNORE stays uncoloured."""
     grey = np.asarray(image.convert("L").convert("RGB"), float)
     table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
-    mixed = np.where((labels == 255)[..., None], grey, (1 - alpha) * grey + alpha * table[labels])
+    mixed = np.where((labels == IGNORE)[..., None], grey, (1 - alpha) * grey + alpha * table[labels])
     return Image.fromarray(mixed.astype(np.uint8))
 
 
 def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
     """Colour patches with their names, as many to a row as fit into `width` pixels."""
     font = ImageFont.load_default(14)
-    rows, x = [[]], 0
+    rows, x, widest = [[]], 0, width
     for name, colour in zip(names, colours):
         w = 34 + int(font.getlength(name))
         if x + w > width and rows[-1]:
@@ -322,7 +351,8 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image
             x = 0
         rows[-1].append((x, name, tuple(int(c) for c in colour)))
         x += w
-    strip = Image.new("RGB", (max(width, max(r[-1][0] for r in rows) + 34), 22 * len(rows) + 4), "white")
+        widest = max(widest, x)
+    strip = Image.new("RGB", (widest, 22 * len(rows) + 4), "white")
     pen = ImageDraw.Draw(strip)
     for i, row in enumerate(rows):
         for x, name, colour in row:
@@ -363,26 +393,35 @@ def stack(*rows: Image.Image) -> Image.Image:
 # ---------------------------------------------------------------------------- command line
 
 
+def check_out(path: Path) -> None:
+    """ValueError now, not after the work, if a picture cannot be written to `path`."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
+
+
 def run_segment(args: argparse.Namespace) -> None:
+    check_out(args.out)
     image = open_image(args.image)
     model = load(args.model, args.device, segment_only=args.block is None)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
-    colours = palette(len(seg.classes))
+    colours, longest = palette(len(seg.classes)), max(image.size)
+    size = [max(1, round(x * min(max(longest, 512), 1024) / longest)) for x in image.size]   # so that the legend fits
+    panels = Image.new("RGB", (2 * size[0] + 4, size[1]), "white")
+    for i, x in enumerate([image, overlay(image, seg.labels, colours)]):
+        panels.paste(x.resize(size, Image.Resampling.BILINEAR), (i * (size[0] + 4), 0))
+    stack(panels, legend(seg.classes, colours, panels.width)).save(args.out)
     for k, name in enumerate(seg.classes):
         print(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
-    scale = max(1, round(512 / max(image.size)))                             # small pictures are shown larger
-    side_by_side = Image.new("RGB", (2 * image.width * scale + 4, image.height * scale), "white")
-    for i, x in enumerate([image, overlay(image, seg.labels, colours)]):
-        side_by_side.paste(x.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST),
-                           (i * (image.width * scale + 4), 0))
-    stack(side_by_side, legend(seg.classes, colours, side_by_side.width)).save(args.out)
     print(f"wrote {args.out}")
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    check_out(args.out)
     model = load(args.model, args.device)
-    steps = args.steps or model.preset.steps
-    with tqdm(total=steps, desc="sampling", unit="step") as bar:
+    steps = model.preset.steps if args.steps is None else args.steps
+    with tqdm(total=max(steps, 0), desc="sampling", unit="step") as bar:
         images = generate(model, args.prompts, steps=steps, cfg=args.cfg, seed=args.seed, callback=lambda i, z: bar.update())
     picture = images[0] if len(images) == 1 else sheet(images, args.prompts)
     picture.save(args.out)

@@ -25,10 +25,16 @@ def byte_symbols() -> list[str]:
 
 def clip_tokenizer(merges: list[str]) -> Tokenizer:
     """CLIP's lower-casing byte-level BPE. Its vocabulary follows from the merges ("a b" each) alone: bytes,
-    bytes at a word's end, one entry a merge, then start and end of text, the largest ids."""
+    bytes at a word's end, one entry a merge, then start and end of text, the largest ids.
+    ValueError: merges that are none."""
     alphabet = byte_symbols()
+    if not isinstance(merges, list) or not all(isinstance(m, str) and m.count(" ") == 1 for m in merges):
+        raise ValueError('the tokenizer\'s merges must be a list of texts such as "a b"')
     pieces = alphabet + [s + "</w>" for s in alphabet] + [m.replace(" ", "") for m in merges]
     vocab = {piece: i for i, piece in enumerate(pieces + ["<|startoftext|>", "<|endoftext|>"])}
+    unknown = [m for m in merges if not vocab.keys() >= set(m.split(" "))]
+    if unknown:
+        raise ValueError(f"the tokenizer's merges join pieces that no earlier merge makes: {unknown[0]!r}")
     bpe = models.BPE(vocab, [tuple(m.split(" ")) for m in merges], end_of_word_suffix="</w>",
                      continuing_subword_prefix="", unk_token="<|endoftext|>")
     tokenizer = Tokenizer(bpe)
@@ -118,10 +124,10 @@ class CLIPText(nn.Module):
             sd = {k if k.startswith("text_projection") else "text_model." + k: v for k, v in sd.items()}
         proj = sd.get("text_projection.weight")
         is_l = proj is None or not proj.is_meta and torch.equal(proj.float().cpu(), torch.eye(*proj.shape))
-        vocab, width = shape(sd, "text_model.embeddings.token_embedding.weight")
+        vocab, width = shape(sd, "text_model.embeddings.token_embedding.weight", 2)
         with torch.device("meta"):
-            tower = CLIPText(vocab, shape(sd, "text_model.embeddings.position_embedding.weight")[0], width,
-                             shape(sd, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+            tower = CLIPText(vocab, shape(sd, "text_model.embeddings.position_embedding.weight", 2)[0], width,
+                             shape(sd, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
                              count(sd, "text_model.encoder.layers."), is_l, proj is not None)
         return assign(tower, sd, "CLIP text tower", device, dtype)
 

@@ -147,7 +147,7 @@ class VAE(nn.Module):
         # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
         # levels cannot be cut in 32 and use 4.
         groups = 32 if widths[0] % 32 == 0 else 4
-        self.factor = 2 ** (len(widths) - 1)            # pixels per latent, 8
+        self.channels, self.factor = latent, 2 ** (len(widths) - 1)        # factor: pixels per latent, 8
         self.encoder = Encoder(widths, enc_blocks, latent, groups)
         self.decoder = Decoder(widths, dec_blocks, latent, groups)
 
@@ -159,10 +159,10 @@ class VAE(nn.Module):
         ValueError names missing, surplus and misshapen keys.
         """
         levels = count(sd, "encoder.down.")
-        widths = tuple(shape(sd, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels))
+        widths = tuple(shape(sd, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
         with torch.device("meta"):
             vae = VAE(widths, count(sd, "encoder.down.0.block."), count(sd, "decoder.up.0.block."),
-                      shape(sd, "decoder.conv_in.weight")[1])
+                      shape(sd, "decoder.conv_in.weight", 4)[1])
         return assign(vae, sd, "VAE", device, dtype)
 
     def encode(self, x: Tensor) -> Tensor:

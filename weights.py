@@ -33,11 +33,13 @@ FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip
 # ---------------------------------------------------------------------------- state dict -> module
 
 
-def shape(sd: dict[str, Tensor], key: str) -> tuple[int, ...]:
-    """Shape of one tensor that a config is read off; ValueError if it is not there."""
+def shape(sd: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
+    """Shape of one tensor that a config is read off; ValueError if it is not there or has another number of sides."""
     if key not in sd:
         raise ValueError(f"this state dict has no {key!r}, so it is not a network of the expected kind; "
                          f"it holds {len(sd)} tensors, the first: {', '.join(sorted(sd)[:3]) or 'none'}")
+    if sd[key].ndim != ndim:
+        raise ValueError(f"{key!r} is misshapen: {tuple(sd[key].shape)}, where {ndim} dimensions are expected")
     return tuple(sd[key].shape)
 
 
@@ -99,7 +101,7 @@ def from_diffusers(part: str, sd: dict[str, Tensor]) -> dict[str, Tensor]:
             name, _, i = key.partition("#")
             parts.setdefault(name, {})[int(i or 0)] = v
         sd = {key: torch.cat([vs[i] for i in sorted(vs)]) if len(vs) > 1 else vs[0] for key, vs in parts.items()}
-        width = shape(sd, "x_embedder.proj.weight")[0]
+        width = shape(sd, "x_embedder.proj.weight", 4)[0]
         for key, v in sd.items():           # diffusers keeps [scale; shift] where there are two chunks (final layer, last
             if "adaLN_modulation" in key and len(v) == 2 * width:            # block's text), the original [shift; scale]
                 sd[key] = torch.cat(v.chunk(2)[::-1])
@@ -227,9 +229,16 @@ def read(files: Files, last_block: int | None = None, device: str | torch.device
 
 
 def header(files: Files) -> dict[str, str]:
-    """What the model's file says about itself: for nano, "presets" and "merges" as JSON."""
-    with safe_open(files.parts["mmdit"][0][0], framework="pt") as f:
-        return dict(f.metadata() or {})
+    """What the model's file says about itself: for nano, "presets" and "merges" as JSON.  ValueError: not JSON."""
+    path = files.parts["mmdit"][0][0]
+    with safe_open(path, framework="pt") as f:
+        meta = dict(f.metadata() or {})
+    for key in ("presets", "merges"):
+        try:
+            json.loads(meta.get(key, "{}"))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"the header of {path} is broken: its {key!r} is not JSON ({e})") from None
+    return meta
 
 
 def merges(files: Files) -> list[str]:

@@ -43,10 +43,10 @@ def test_segment(command, folder, tiny, tiny_file):
     assert [line.rsplit(maxsplit=1)[0] for line in areas] == names
     assert [line.split()[-1] for line in areas] == [f"{(labels == k).mean():.1%}" for k in range(3)]
     assert last == "wrote overlay.png"
-    overlay = Image.open(folder / "overlay.png")                             # 60 x 45, shown nine times as large
-    assert overlay.width == 2 * 540 + 4 and 405 < overlay.height < 405 + 100
-    left = overlay.crop((0, 0, 540, 405)).resize((60, 45), Image.Resampling.NEAREST)
-    assert (np.asarray(left) == np.asarray(Image.open(folder / "photo.png"))).all()
+    overlay = Image.open(folder / "overlay.png")                             # 60 x 45, enlarged to 512 x 384
+    assert overlay.width == 2 * 512 + 4 and 384 < overlay.height < 384 + 100
+    shown = Image.open(folder / "photo.png").resize((512, 384), Image.Resampling.BILINEAR)
+    assert (np.asarray(overlay.crop((0, 0, 512, 384))) == np.asarray(shown)).all()
 
 
 def test_segment_options(command, folder, tiny_file):
@@ -62,14 +62,14 @@ def test_segment_options(command, folder, tiny_file):
     assert len({usual, *others}) == 4
 
 
-@pytest.mark.parametrize("size", [(1, 1), (700, 9), (5, 300)])
+@pytest.mark.parametrize("size", [(1, 1), (700, 9), (5, 300), (3000, 2000)])
 def test_segment_any_aspect_ratio(command, folder, tiny_file, size):
     Image.new("RGBA", size, (200, 30, 30, 128)).save(folder / "strip.png")
     code, _, err = command("seg4diff.py", "segment", "strip.png", "car", "--model", tiny_file, "--out", "o.jpg")
     assert (code, err) == (0, "")
-    scale = max(1, round(512 / max(size)))
+    scale = min(max(512, max(size)), 1024) / max(size)                        # neither tiny nor larger than a screen
     out = Image.open(folder / "o.jpg")
-    assert out.width >= 2 * size[0] * scale + 4 and out.height > size[1] * scale
+    assert out.width >= 2 * max(1, round(size[0] * scale)) + 4 and round(size[1] * scale) < out.height <= 1100
 
 
 def test_generate(command, folder, tiny_file):
@@ -93,7 +93,7 @@ def test_in_a_process_of_its_own(folder, tiny_file):
                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     good = run("seg4diff.py", "segment", "photo.png", "car", "sky", "--model", tiny_file, "--out", "o.png")
-    assert (good.returncode, good.stderr) == (0, "") and Image.open(folder / "o.png").width == 1084
+    assert (good.returncode, good.stderr) == (0, "") and Image.open(folder / "o.png").width == 1028
     before = files(folder)
     bad = run("evaluate.py", "--model", "cut.safetensors", "--limit", 1)
     assert bad.returncode == 2 and bad.stderr.startswith("error: cut.safetensors") and bad.stderr.count("\n") == 1
@@ -155,7 +155,6 @@ def test_a_data_set_that_is_not_there(command, folder):
     assert code == 2 and err.startswith("error: data set 'voc'") and "nowhere" in err and "Traceback" not in err
 
 
-@pytest.mark.xfail(reason="whether --out can be written is found out when all steps have been run")
 def test_out_is_tried_before_the_work(command, folder, tiny_file):
     options = ("--model", tiny_file, "--steps", 2, "--out", "none/g.png")
     code, _, err = command("seg4diff.py", "generate", "car", *options)

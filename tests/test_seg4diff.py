@@ -108,11 +108,10 @@ def test_generate_without_guidance_by_hand(tiny):
 
 def test_generate_errors(tiny):
     for prompt, steps in (("car", -1), ([], 2)):
-        with pytest.raises(ValueError, match="at least one step and one prompt"):
+        with pytest.raises(ValueError, match="at least one step, one prompt"):
             seg4diff.generate(tiny, prompt, steps=steps)
 
 
-@pytest.mark.xfail(reason="`steps or preset` takes 0 for not given: 28 steps are run")
 def test_zero_steps_are_refused(tiny):
     with pytest.raises(ValueError):
         seg4diff.generate(tiny, "car", steps=0)
@@ -305,7 +304,6 @@ def test_open_image_errors(tmp_path, picture):
             seg4diff.open_image(path)
 
 
-@pytest.mark.xfail(reason="a phone's upright photo is read lying on its side")
 def test_open_image_turns_photos_upright(tmp_path):
     image = Image.new("RGB", (40, 20), "red")
     exif = image.getexif()
@@ -341,7 +339,6 @@ def test_legend_shows_every_colour():
         assert {tuple(c) for c in colours.tolist()} <= {c for _, c in strip.getcolors(1 << 16)}
 
 
-@pytest.mark.xfail(reason="a name wider than the picture is cut off at the right")
 def test_legend_writes_out_a_long_name():
     """Cut off, it would have fewer dark pixels than where there is room."""
     def ink(width: int) -> int:
@@ -383,7 +380,6 @@ def test_segment_only(tiny, tiny_file, picture):
             fails()
 
 
-@pytest.mark.xfail(reason="Path.stem takes what follows a dot for an ending: SD3.5's results would be named sd3")
 def test_name_of_a_folder(tiny_file, tmp_path):
     (tmp_path / "sd3.5-medium").mkdir()
     (tmp_path / "sd3.5-medium" / "model.safetensors").write_bytes(tiny_file.read_bytes())
@@ -416,7 +412,6 @@ def test_incomplete_files(contents, tmp_path, drop, meta, told):
 
 @pytest.mark.parametrize("meta", [{"presets": '{"sise": 128}'}, {"presets": "3"}, {"merges": '["abc"]'},
                                   {"merges": '["xx yy"]'}, {"merges": '["c a"]'}])
-@pytest.mark.xfail(reason="a header's presets and merges are not checked")
 def test_headers_that_do_not_fit(contents, tmp_path, meta):
     with pytest.raises(ValueError):
         load_changed(contents, tmp_path / "header.safetensors", **meta)
