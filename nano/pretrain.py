@@ -2,6 +2,7 @@
 
     python nano/pretrain.py --minutes 90                  # on CPU; again after a kill: goes on where it stopped
     python nano/pretrain.py --device cuda --minutes 20 --batch 256 --width 256 --depth 8 --scenes 100000
+    python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/more      # trains the embedded model on
 
 Four stages, each skipped when its result lies in --run: draw the scenes, train the VAE, encode all scenes
 once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss of
@@ -32,12 +33,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate                                          # noqa: E402
 import seg4diff                                          # noqa: E402
+import weights                                           # noqa: E402
 from data import DATASETS                                # noqa: E402
 from mmdit import MMDiT, MMDiTConfig                     # noqa: E402
 from nano import scenes                                  # noqa: E402
 from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
 from vae import SCALE, SHIFT, VAE                        # noqa: E402
-from weights import PREFIXES                             # noqa: E402
 
 
 def save(state: dict, path: Path) -> None:
@@ -195,7 +196,7 @@ def encode_latents(run: Path, vae: VAE, device: str) -> None:
     images = np.load(run / "images.npy", mmap_mode="r")
     chunks = []
     for i in tqdm(range(0, len(images), 64), desc="latents", mininterval=5):
-        x = torch.from_numpy(images[i:i + 64]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(np.array(images[i:i + 64])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         chunks.append(vae.encode(x).half().cpu().numpy())
     np.save(run / "latents.tmp.npy", np.concatenate(chunks))
     os.replace(run / "latents.tmp.npy", run / "latents.npy")
@@ -247,7 +248,7 @@ def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, l
 def export(path: Path, mmdit: MMDiT, text: TextEncoders, vae: VAE, merges: list[str], note: dict) -> None:
     """ONE file in SD3's key layout, fp16; the tokenizer's merges and the presets travel in its header."""
     parts = {"mmdit": mmdit, "vae": vae, "clip_l": text.clip_l, "clip_g": text.clip_g}
-    sd = {PREFIXES[part] + k: v.detach().half().cpu().contiguous() for part, m in parts.items()
+    sd = {weights.PREFIXES[part] + k: v.detach().half().cpu().contiguous() for part, m in parts.items()
           for k, v in m.state_dict().items()}
     presets = dict(block=mmdit.config.depth // 2, size=scenes.SIDE, steps=28, shift=3.0, noise_steps=8, cfg=3.0)
     save_file(sd, path.with_suffix(".tmp"), {"merges": json.dumps(merges), "presets": json.dumps(presets),
@@ -263,6 +264,10 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
              for stuff, things in json.loads((run / "facts.json").read_text())]
     mmdit, text, merges = build(args, latents.shape[1])
     model = nn.ModuleDict({"mmdit": mmdit, "clip_l": text.clip_l, "clip_g": text.clip_g}).to(device)
+    if args.init:
+        for part, sd in weights.read(weights.find(args.init), dtype=torch.float32).items():
+            if part in model:
+                model[part].load_state_dict(sd)
     ema = copy.deepcopy(model)
     opts = optimisers(model, lambda name, p: p.ndim == 2 and "adaLN" not in name
                       and ("joint_blocks" in name or "layers" in name), args.lr)
@@ -287,7 +292,8 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
         images = seg4diff.generate(seg4diff.load(run / f"nano{tag}.safetensors", device), prompts)
         seg4diff.sheet(images, prompts).save(run / f"samples{tag}.png")
 
-    while (done := spent / (60 * args.minutes)) < 1:
+    while spent < 60 * args.minutes:
+        done = spent / (60 * args.minutes)
         idx = rng.integers(0, len(latents), args.batch * (3 if done < args.low else 1))
         z0 = latents[idx].float()                                                       # (B, C, h, w)
         if done < args.low:                              # a cheap start on a quarter of the tokens
@@ -342,9 +348,12 @@ def main(args: argparse.Namespace) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     if not (args.run / "images.npy").exists():
         draw_scenes(args.run, args.scenes, scenes.SIDE)
-    if not (args.run / "vae_done.pt").exists():
-        train_vae(args.run, args)
-    vae = VAE.from_state_dict(torch.load(args.run / "vae_done.pt", weights_only=True)["vae"], device=args.device)
+    if args.init:
+        vae = VAE.from_state_dict(weights.read(weights.find(args.init), dtype=torch.float32)["vae"], device=args.device)
+    else:
+        if not (args.run / "vae_done.pt").exists():
+            train_vae(args.run, args)
+        vae = VAE.from_state_dict(torch.load(args.run / "vae_done.pt", weights_only=True)["vae"], device=args.device)
     if not (args.run / "latents.npy").exists():
         encode_latents(args.run, vae, args.device)
     train_mmdit(args.run, args, vae)
@@ -355,6 +364,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run", help="folder of scenes, latents and state")
+    parser.add_argument("--init", type=Path, help="go on from this model file (its VAE too) instead of from nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=24_000, help="distinct training scenes")
