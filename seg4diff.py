@@ -327,9 +327,10 @@ def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, bloc
 
 
 def palette(n: int) -> np.ndarray:
-    """n colours as different as hues and two brightnesses allow, (n, 3) uint8."""
-    hsv = [(i / n, 0.85 if i % 2 else 0.6, 0.85 if i % 2 else 1.0) for i in range(n)]
-    return np.array([[round(255 * c) for c in colorsys.hsv_to_rgb(*x)] for x in hsv], np.uint8)
+    """n colours, (n, 3) uint8: hues a golden section apart, so that neighbours differ most, in three strengths."""
+    strengths = [(0.55, 1.0), (0.85, 0.9), (0.8, 0.6)]                        # saturation, value
+    rgb = [colorsys.hsv_to_rgb((0.57 + 0.618034 * i) % 1, *strengths[i % 3]) for i in range(n)]
+    return np.array([[round(255 * c) for c in x] for x in rgb], np.uint8)
 
 
 def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.6) -> Image.Image:
@@ -363,7 +364,8 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image
 
 def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
     """Pictures of one size in rows, each above its caption, wrapped to the picture's width."""
-    font, (w, h) = ImageFont.load_default(13), (max(images[0].width, 192), max(images[0].height, 192))
+    font, zoom = ImageFont.load_default(13), max(1.0, 192 / images[0].height)
+    w, h = round(zoom * images[0].width), round(zoom * images[0].height)
     wrapped = []
     for caption in captions:
         lines = [""]

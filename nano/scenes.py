@@ -8,6 +8,7 @@ known from the picture or from the caption. Everything follows from the seed alo
 """
 import argparse
 import colorsys
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,17 +223,15 @@ def words() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    palette = (np.random.default_rng(3).permutation(np.linspace(0, 1, len(CLASSES), endpoint=False))[:, None])
-    palette = np.array([colorsys.hsv_to_rgb(h[0], 0.6, 0.95) for h in palette])
-    rows, cols = 4, 4
-    sheet = Image.new("RGB", (cols * 270, rows * 150), "white")
-    for i in range(rows * cols):
-        scene = draw(VAL_SEEDS[args.first + i])
-        x, y = 270 * (i % cols), 150 * (i // cols)
-        sheet.paste(Image.fromarray(scene.image), (x, y))
-        sheet.paste(Image.fromarray((255 * palette[scene.labels]).astype(np.uint8)), (x + SIDE + 2, y))
-        ImageDraw.Draw(sheet).text((x, y + SIDE + 2), caption(scene, np.random.default_rng(i))[:44], fill="black")
-    sheet.save(args.out)
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import seg4diff                            # here, because it stands on data.py, which stands on this file
+    colours, cells, captions = seg4diff.palette(len(CLASSES)), [], []
+    for seed in VAL_SEEDS[args.first:args.first + 12]:
+        scene = draw(seed)
+        cells.append(Image.fromarray(np.concatenate([scene.image, colours[scene.labels]], axis=1)))   # (SIDE, 2*SIDE, 3)
+        captions.append(caption(scene, np.random.default_rng(seed)))
+    sheet = seg4diff.sheet(cells, captions, columns=3)
+    seg4diff.stack(sheet, seg4diff.legend(CLASSES, colours, sheet.width)).save(args.out)
     print(f"wrote {args.out}")
 
 
