@@ -7,7 +7,8 @@ Only this script needs those two libraries.  It writes *.safetensors beside itse
     w.*     weights under SD3's original key names, the layout this project loads
     in.*    inputs
     out.*   what the library made of them
-and names the library versions in its header.  The libraries compute in fp64, so that the rounding of one
+and names the library versions in its header.  diffusers/ holds the weights of mmdit_sd35_medium and vae once
+more, under that library's own keys, as its folders do.  The libraries compute in fp64, so that the rounding of one
 machine's fp32 kernels is not part of the reference; what is stored is fp32.
 
 The weights are random numbers rounded to float8_e4m3fn and stored as such: the library itself computes with
@@ -144,6 +145,13 @@ def save(name: str, weights: dict[str, Tensor], tensors: dict[str, Tensor], **me
     print(f"{path.name:32s} {path.stat().st_size:9,d} bytes   {', '.join(sizes)}")
 
 
+def save_folder(part: str, sd: dict[str, Tensor]) -> None:
+    """The same weights as diffusers itself keeps them: one part of a folder in its layout."""
+    path = FOLDER / "diffusers" / part / "diffusion_pytorch_model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_bytes({k: w.to(STORED).contiguous() for k, w in sd.items()}, VERSIONS))
+
+
 class ExplicitSoftmax(JointAttnProcessor2_0):
     """diffusers' joint attention with the kernel alone replaced: the softmax written out, and kept."""
 
@@ -176,6 +184,8 @@ def make_mmdit(name: str, config: dict, seed: int, block: int = 1) -> None:
 
     weights = mmdit_to_original(model.state_dict())
     check_same(convert_sd3_transformer_checkpoint_to_diffusers(dict(weights)), dict(model.state_dict()))
+    if model.config.dual_attention_layers:
+        save_folder("transformer", model.state_dict())  # the flavour that has every kind of key
     save(name, weights, {"in.z": z, "in.sigma": sigma, "in.ctx": ctx, "in.pooled": pooled, "out.vel": vel,
                          "out.probs": explicit.probs}, block=str(block))
 
@@ -196,6 +206,7 @@ def make_vae(seed: int) -> None:
 
     weights = vae_to_original(vae.state_dict(), len(widths))
     check_same(convert_ldm_vae_checkpoint(weights, vae.config), dict(vae.state_dict()))
+    save_folder("vae", vae.state_dict())
     save("vae", weights, {"in.x": x, "out.mean": mean, "out.z": z, "out.decoded": decoded})
 
 

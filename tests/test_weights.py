@@ -1,0 +1,175 @@
+"""Where tensors come from: both layouts, files beside the model, the hub's refusals, and reading no more than needed."""
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import seg4diff
+import weights
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# ---------------------------------------------------------------------------- diffusers' keys
+
+
+@pytest.mark.parametrize("part, folder, golden", [("mmdit", "transformer", "mmdit_sd35_medium"), ("vae", "vae", "vae")])
+def test_diffusers_layout_becomes_the_original(part, folder, golden):
+    """Bit for bit: fused q, k, v, the two swapped modulations, reversed decoder levels, 1x1 convolutions."""
+    theirs = load_file(GOLDEN / "diffusers" / folder / "diffusion_pytorch_model.safetensors")
+    original = {k.removeprefix("w."): v for k, v in load_file(GOLDEN / f"{golden}.safetensors").items() if k[:2] == "w."}
+    ours = weights.from_diffusers(part, {k: v.float() for k, v in theirs.items()})
+    assert ours.keys() == original.keys() and ours.keys() != theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], original[key].float()), key
+    again = weights.from_diffusers(part, ours)
+    assert all(again[key] is ours[key] for key in ours)        # the original layout passes through
+
+
+def test_a_part_of_the_diffusers_layout(tmp_path):
+    """Cut after block 1, its text modulation has six chunks and must not be swapped."""
+    theirs = load_file(GOLDEN / "diffusers/transformer/diffusion_pytorch_model.safetensors")
+    whole = weights.from_diffusers("mmdit", {k: v.float() for k, v in theirs.items()})
+    part = weights.from_diffusers("mmdit", {k: v.float() for k, v in theirs.items() if weights.block_of(k) <= 1})
+    assert part.keys() == {k for k in whole if weights.block_of(k) <= 1}
+    assert all(torch.equal(part[k], whole[k]) for k in part)
+
+
+# ---------------------------------------------------------------------------- files and folders
+
+
+@pytest.fixture
+def split(tiny_file, tmp_path):
+    """The tiny model as published: transformer and VAE in one file, towers and merges beside it."""
+    tensors = load_file(tiny_file)
+    with safe_open(tiny_file, framework="pt") as f:
+        meta = f.metadata()
+    for part in ("clip_l", "clip_g"):
+        prefix = weights.PREFIXES[part]
+        path = tmp_path / weights.ENCODERS[part]
+        path.parent.mkdir(exist_ok=True)
+        save_file({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
+    save_file({k: v for k, v in tensors.items() if "text_encoders" not in k}, tmp_path / "model.safetensors",
+              {"presets": meta["presets"]})
+    (tmp_path / "tokenizer").mkdir()
+    merges = weights.merges(weights.find(tiny_file))
+    (tmp_path / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def same(a: seg4diff.Seg4Diff, b: seg4diff.Seg4Diff) -> None:
+    for x, y in ((a.mmdit, b.mmdit), (a.vae, b.vae), (a.text, b.text)):
+        assert all(torch.equal(x.state_dict()[k], v) for k, v in y.state_dict().items())
+    assert a.text.tokenizer.get_vocab() == b.text.tokenizer.get_vocab() and a.preset == b.preset
+
+
+def test_towers_and_merges_beside_the_model(split, tiny):
+    same(seg4diff.load(split / "model.safetensors", "cpu"), tiny)
+    same(seg4diff.load(split, "cpu"), tiny)                     # the folder, in the original layout
+    (split / "text_encoders/clip_l.safetensors").rename(split / "clip_l.safetensors")
+    (split / "tokenizer/merges.txt").rename(split / "merges.txt")
+    same(seg4diff.load(split, "cpu"), tiny)
+
+
+def test_diffusers_folder(split, tiny, tmp_path_factory):
+    """Its folders hold each part without prefix; keys of the original layout in them are taken as they are."""
+    folder, tensors = tmp_path_factory.mktemp("snapshot"), load_file(split / "model.safetensors")
+    for part, name in weights.FOLDERS.items():
+        (folder / name).mkdir()
+        prefix = weights.PREFIXES[part]
+        sd = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        sd = sd or load_file(split / weights.ENCODERS[part])
+        keys, half = sorted(sd), len(sd) // 2                   # two shards, and a half-precision twin to be passed over
+        save_file({k: sd[k] for k in keys[:half]}, folder / name / "model-00001-of-00002.safetensors", {"presets": "{}"})
+        save_file({k: sd[k] for k in keys[half:]}, folder / name / "model-00002-of-00002.safetensors")
+        save_file({k: 0 * sd[k] for k in keys}, folder / name / "model.fp16.safetensors")
+    (split / "tokenizer").rename(folder / "tokenizer")
+    model = seg4diff.load(folder, "cpu")
+    assert torch.equal(model.mmdit.pos_embed, tiny.mmdit.pos_embed) and model.preset == seg4diff.Preset()
+    for f in (folder / "vae").iterdir():
+        f.unlink()
+    with pytest.raises(ValueError, match="vae/ holds no"):
+        weights.find(folder)
+
+
+def test_folder_with_two_models_or_none(split, tmp_path_factory):
+    (split / "again.safetensors").write_bytes((split / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="again.safetensors, model.safetensors"):
+        weights.find(split)
+    with pytest.raises(ValueError, match="0 model files"):
+        weights.find(tmp_path_factory.mktemp("empty"))
+
+
+def test_lora_is_no_model(tmp_path):
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "l.safetensors")
+    with pytest.raises(ValueError, match="LoRA"):
+        weights.find(tmp_path / "l.safetensors")
+
+
+def test_vae_must_be_there(split):
+    kept = {k: v for k, v in load_file(split / "model.safetensors").items() if not k.startswith("first_stage")}
+    save_file(kept, split / "model.safetensors")
+    with pytest.raises(ValueError, match="autoencoder is missing"):
+        weights.find(split / "model.safetensors")
+
+
+# ---------------------------------------------------------------------------- the hub
+
+
+def refuse_with(error):
+    def download(repo, file):
+        raise error
+    return download
+
+
+@pytest.mark.parametrize("error, told", [
+    (GatedRepoError.__new__(GatedRepoError), ["licence", "huggingface.co/stabilityai/stable-diffusion-3-medium", "hf auth login"]),
+    (LocalEntryNotFoundError("no network"), ["not in the cache", "huggingface.co/stabilityai/stable-diffusion-3-medium"]),
+    (ConnectionError("no route"), ["not in the cache", "--model"])])
+def test_what_the_hub_refuses(monkeypatch, error, told):
+    monkeypatch.setattr(weights, "hf_hub_download", refuse_with(error))
+    with pytest.raises(ValueError) as raised:
+        seg4diff.load("sd3", "cpu")
+    assert all(x in str(raised.value) for x in ["sd3_medium.safetensors", *told])
+
+
+def test_names_of_the_hub(monkeypatch, split):
+    """Each name asks for its repository's file, that repository's towers and CLIP's merges, once each."""
+    asked = []
+
+    def download(repo, file):
+        asked.append((repo, file))
+        return str(split / {"merges.txt": "tokenizer/merges.txt"}.get(file, file if "clip" in file else "model.safetensors"))
+    monkeypatch.setattr(weights, "hf_hub_download", download)
+    (split / "tokenizer").rename(split / "elsewhere")
+    (split / "text_encoders").rename(split / "towers")
+    monkeypatch.setattr(weights, "ENCODERS", {k: v.replace("text_encoders", "towers") for k, v in weights.ENCODERS.items()})
+    for part in weights.ENCODERS.values():                      # found on the hub, not beside the model
+        (split / part).rename(split / Path(part).name.replace("clip", "hub_clip"))
+    for name, (repo, file) in weights.HUB.items():
+        asked.clear()
+        weights.find(name)
+        assert asked == [(repo, file), (repo, "towers/clip_l.safetensors"), (repo, "towers/clip_g.safetensors"),
+                         weights.TOKENIZER]
+
+
+# ---------------------------------------------------------------------------- no more than needed
+
+
+def test_only_the_blocks_that_segmentation_needs(tiny_file, tiny):
+    files = weights.find(tiny_file)
+    part = weights.read(files, last_block=1)["mmdit"]
+    whole = weights.read(files)["mmdit"]
+    assert set(whole) - set(part) == {k for k in whole if k.startswith("joint_blocks.2.")} != set()
+    short = seg4diff.load(tiny_file, "cpu", segment_only=True)  # the preset's expert is block 1
+    assert short.mmdit.config.depth == tiny.preset.block + 1 and not short.mmdit.config.whole and tiny.mmdit.config.whole
+
+
+def test_tensors_are_cast_while_they_are_read(tiny_file):
+    parts = weights.read(weights.find(tiny_file), dtype=torch.bfloat16)
+    assert {v.dtype for sd in parts.values() for v in sd.values()} == {torch.bfloat16}
+    model = seg4diff.load(tiny_file, "cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
