@@ -1,8 +1,9 @@
-"""One command for each table and figure of the paper; without arguments, open-vocabulary segmentation by nano.
+"""One command for each table or figure; without arguments, open-vocabulary segmentation by nano.
 
     python evaluate.py                                   # Table 1's protocol on 200 scenes of the toy world
     python evaluate.py --task layers                     # Fig. 8: mIoU of every block
     python evaluate.py --task heads                      # Fig. 17 / supplement Fig. 4: of every head
+                                                         # (the paper: with --dataset voc21)
     python evaluate.py --task timesteps                  # Fig. 15 / supplement Fig. 2: against the noise level
     python evaluate.py --task normalization              # Table 5 / supplement Table 1: what is compared
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import seg4diff
 import weights
-from data import DATASETS, IGNORE, ROOT, Item
+from data import DATASETS, IGNORE, ROOT, Dataset, Item
 from seg4diff import Seg4Diff
 
 # ---------------------------------------------------------------------------- metrics, A.4
@@ -75,7 +76,7 @@ def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) 
 
 class Variant(NamedTuple):
     """One way to read a segmentation off the attention; a task is a list of them, scored on the same pictures."""
-    name: str
+    name: str                           # of its row in the table
     block: int
     sigma: float
     kind: str = "softmax"               # seg4diff.KINDS
@@ -123,8 +124,8 @@ def image_seed(name: str, seed: int) -> int:
 def predict(model: Seg4Diff, items: list[Item], classes: list[str], variants: list[Variant], seed: int
             ) -> list[dict[str, np.ndarray]]:
     """Label maps (indices into `classes`) of each picture, by each variant, the floor and the ceiling."""
-    x = torch.stack([seg4diff.image_tensor(item.image, model.preset.size) for item in items])
-    z0 = model.vae.encode(x.to(model.device, model.dtype))                   # (B, C, H, W)
+    x = [seg4diff.image_tensor(item.image, model.preset.size)[None].to(model.device, model.dtype) for item in items]
+    z0 = torch.cat([model.vae.encode(image) for image in x])                 # (B, C, ., .), one by one for memory
     present = [np.setdiff1d(np.unique(item.labels), [IGNORE]) for item in items]
     seeds = [image_seed(item.name, seed) for item in items]
     grid = tuple(s // model.mmdit.config.patch for s in z0.shape[-2:])
@@ -140,7 +141,7 @@ def predict(model: Seg4Diff, items: list[Item], classes: list[str], variants: li
     return out
 
 
-def evaluate(model: Seg4Diff, data, names: list[str], variants: list[Variant], *, batch_size: int, seed: int
+def evaluate(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Variant], *, batch_size: int, seed: int
              ) -> tuple[dict[str, np.ndarray], list[tuple[Item, np.ndarray]]]:
     """Confusion matrix of each variant, of floor and ceiling; and the first pictures with the first variant's labels."""
     K, shown = len(data.classes), []
@@ -166,7 +167,7 @@ def evaluate(model: Seg4Diff, data, names: list[str], variants: list[Variant], *
 
 
 def overlay_grid(shown: list[tuple[Item, np.ndarray]], classes: list[str], side: int = 192) -> Image.Image:
-    """picture | truth | prediction, three to a row, with a legend."""
+    """picture | truth | prediction, two pictures to a row, with a legend."""
     colours = seg4diff.palette(len(classes))
     cells = []
     for item, pred in shown:
@@ -206,7 +207,8 @@ def plot(task: str, variants: list[Variant], rows: dict[str, dict], model: Seg4D
             ax.set(xlabel="block", xticks=range(n), title="Segmentation performance across blocks (Fig. 8)")
         elif task == "timesteps":
             ax.plot([v.sigma for v in variants], miou, "o-", label=f"block {model.preset.block}")
-            ax.axvline(model.preset.sigma, color="grey", lw=0.8, label=f"t = {model.preset.noise_steps} of {model.preset.steps}")
+            ax.axvline(model.preset.sigma, color="grey", lw=0.8,
+                       label=f"t = {model.preset.noise_steps} of {model.preset.steps}")
             ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
         else:
             ax.bar([v.name.replace(", ", ",\n") for v in variants], miou, width=0.6)
@@ -230,7 +232,8 @@ def peak_megabytes() -> float:
 def table(rows: dict[str, dict]) -> str:
     width = max(map(len, rows))
     lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
-    return "\n".join(lines + [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()])
+    lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
+    return "\n".join(lines)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -238,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     for what, value, valid in (("data set", args.dataset, DATASETS), ("task", args.task, TASKS)):
         if value not in valid:
             raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
-    if args.batch_size < 1 or args.limit is not None and args.limit < 1:
+    if any(x is not None and x < 1 for x in (args.batch_size, args.limit)):
         raise ValueError("--batch-size and --limit must be at least 1")
     data = DATASETS[args.dataset](args.data_root)
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
@@ -249,16 +252,21 @@ def main(args: argparse.Namespace) -> None:
     out = args.out or Path("out") / f"{args.task}-{data.name}-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
 
-    conf, shown = evaluate(model, data, names, variants, batch_size=args.batch_size, seed=args.seed)
+    conf, shown = evaluate(model, data, names, variants, seed=args.seed,
+                           batch_size=model.preset.batch if args.batch_size is None else args.batch_size)
     rows, seconds = {name: scores(c) for name, c in conf.items()}, time.time() - start
-    caption = (f"{args.task} · {data.name}, {len(names)} pictures, {len(data.classes)} classes · model {model.name} · block "
-               f"{model.preset.block} · sigma {model.preset.sigma:.3f} · prompt: present classes · seed {args.seed}")
+    blocks, levels = sorted({v.block for v in variants}), sorted({v.sigma for v in variants})
+    caption = (f"{args.task} · {data.name}, {len(names)} pictures, {len(data.classes)} classes · model {model.name} · "
+               f"block {blocks[0] if len(blocks) == 1 else f'{blocks[0]} to {blocks[-1]}'} · "
+               f"sigma {levels[0]:.3f}{f' to {levels[-1]:.3f}' if len(levels) > 1 else ''} · "
+               f"prompt: present classes · seed {args.seed}")
     print(caption, table(rows), sep="\n")
     if args.task == "ovss":
         print("IoU per class:", ", ".join(
             f"{c} {x:.0f}" for c, x in zip(data.classes, rows[model.name]["IoU"]) if x is not None))
     megabytes = peak_megabytes()
-    result = {"task": args.task, "caption": caption, "arguments": {k: str(v) for k, v in vars(args).items()},
+    result = {"task": args.task, "n": len(names), "caption": caption,
+              "arguments": {k: str(v) for k, v in vars(args).items()},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "classes": data.classes,
               "rows": rows, "variants": [v._asdict() for v in variants], "seconds": seconds, "peak_MB": megabytes}
     (out / "results.tmp").write_text(json.dumps(result, indent=1))
@@ -279,7 +287,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder (default: nano for "
                         "scenes, sd3 for real pictures)")
     parser.add_argument("--limit", type=int, help="only the first so many pictures")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset); changes no number")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; each picture's own follows from it and its name")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder for results (default: out/TASK-DATASET-MODEL)")

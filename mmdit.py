@@ -75,10 +75,11 @@ def i2t_scores(qkv: JointQKV) -> Tensor:
 def i2t_attention(qkv: JointQKV, chunk: int = 512) -> Tensor:
     """A_I2T = i2t(joint_probs(qkv)), (B, H, N, M) in fp32, without ever holding the whole of A.
 
-    The softmax runs over all N+M keys, for `chunk` image queries at a time; only text columns are kept.
+    The softmax runs over all N+M keys, for `chunk` image queries at a time; only text columns are kept (cloned,
+    as a view would keep the whole chunk alive).
     """
     N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
-    rows = [(q.float() @ k).softmax(dim=-1)[..., N:] for q in qkv.q[:, :, :N].split(chunk, dim=2)]
+    rows = [(q.float() @ k).softmax(dim=-1)[..., N:].clone() for q in qkv.q[:, :, :N].split(chunk, dim=2)]
     return torch.cat(rows, dim=2)                                            # (B, H, N, M)
 
 
@@ -105,6 +106,8 @@ def joint_attention(qkv: JointQKV, edit: Edit | None = None) -> Tensor:
 
 # ---------------------------------------------------------------------------- config
 
+SD3_HEAD_DIM = 64
+
 
 @dataclass(frozen=True)
 class MMDiTConfig:
@@ -130,15 +133,15 @@ class MMDiTConfig:
     def from_state_dict(sd: dict[str, Tensor]) -> "MMDiTConfig":
         """Everything the architecture needs, from the shapes of SD3's original keys (no prefix) alone.
 
-        ValueError names the key that is missing. A head width leaves no trace in SD3's checkpoint: it is 64,
-        as in all of the family; with q/k norm it is the length of the norm's weight.
+        ValueError names the key that is missing. A head width leaves no trace in SD3's checkpoint: it is the
+        family's; with q/k norm it is the length of the norm's weight.
         """
         width, channels, patch, _ = shape(sd, "x_embedder.proj.weight", 4)
         qk_norm = any(".attn.ln_q." in key for key in sd)
         depth = count(sd, "joint_blocks.")
         return MMDiTConfig(
             width=width, depth=depth, patch=patch, channels=channels, qk_norm=qk_norm,
-            head_dim=shape(sd, "joint_blocks.0.x_block.attn.ln_q.weight", 1)[0] if qk_norm else 64,
+            head_dim=shape(sd, "joint_blocks.0.x_block.attn.ln_q.weight", 1)[0] if qk_norm else SD3_HEAD_DIM,
             pos_grid=math.isqrt(shape(sd, "pos_embed", 3)[1]),
             ctx_dim=shape(sd, "context_embedder.weight", 2)[1],
             pooled_dim=shape(sd, "y_embedder.mlp.0.weight", 2)[1],
@@ -214,7 +217,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(cfg.width, cfg.width) if proj else None
         self.ln_q, self.ln_k = (RMSNorm(cfg.head_dim) if cfg.qk_norm else None for _ in range(2))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) -> q, k, v, each (B, H, L, d), q and k normed where the model does so."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # 3 x (B, H, L, d)
                    for y in self.qkv(x).chunk(3, dim=-1))
@@ -232,20 +235,20 @@ class StreamBlock(nn.Module):
         chunks = 2 if pre_only else 9 if dual else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, chunks * cfg.width))
 
-    def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    def pre_attention(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
         """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v and its modulation, chunks of (B, D)."""
         mod = self.adaLN_modulation(c).chunk(self.adaLN_modulation[1].out_features // c.shape[-1], dim=-1)
-        return self.attn.heads(modulate(x, mod[0], mod[1])), mod
+        return self.attn.qkv_heads(modulate(x, mod[0], mod[1])), mod
 
-    def after(self, x: Tensor, out: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
+    def post_attention(self, x: Tensor, out: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
         """Residual updates with the joint attention's output (B, L, D), Eq. 6, then with the MLP's."""
-        gate, shift_mlp, scale_mlp, gate_mlp = (m[:, None] for m in mod[2:6])                # 4 x (B, 1, D)
-        y = x + gate * self.attn.proj(out)
+        gate, shift, scale, gate_mlp = mod[2:6]                              # 4 x (B, D)
+        y = x + gate[:, None] * self.attn.proj(out)
         if self.attn2 is not None:                  # SD3.5 Medium: from the block's input, not from y
-            q, k, v = self.attn2.heads(modulate(x, mod[6], mod[7]))
+            q, k, v = self.attn2.qkv_heads(modulate(x, mod[6], mod[7]))
             own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)         # (B, N, D)
             y = y + mod[8][:, None] * self.attn2.proj(own)
-        return y + gate_mlp * self.mlp(modulate(y, shift_mlp[:, 0], scale_mlp[:, 0]))
+        return y + gate_mlp[:, None] * self.mlp(modulate(y, shift, scale))
 
 
 class JointBlock(nn.Module):
@@ -291,21 +294,22 @@ class MMDiT(nn.Module):
 
     def positions(self, h: int, w: int) -> Tensor:
         """The centre h x w of the stored grid of position embeddings, (1, N, D); never interpolated."""
-        K = self.config.pos_grid
-        if max(h, w) > K:
-            raise ValueError(f"a grid of {h} x {w} tokens is larger than the model's {K} x {K} positions")
-        top, left = (K - h) // 2, (K - w) // 2
-        return self.pos_embed.view(1, K, K, -1)[:, top:top + h, left:left + w].flatten(1, 2)     # (1, N, D)
+        side = self.config.pos_grid
+        if max(h, w) > side:
+            raise ValueError(f"a grid of {h} x {w} tokens is larger than the model's {side} x {side} positions")
+        top, left = (side - h) // 2, (side - w) // 2
+        return self.pos_embed.view(1, side, side, -1)[:, top:top + h, left:left + w].flatten(1, 2)     # (1, N, D)
 
     def forward(self, z: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, *, capture: Collection[int] = (),
                 stop_at: int | None = None, edit: Mapping[int, Edit] | None = None,
                 ) -> tuple[Tensor | None, dict[int, JointQKV]]:
         """Predicted velocity eps - z0 (Eq. 2), and the joint q, k, v of the blocks in `capture` (Sec. 3.2).
 
-        z (B, C, H, W) noisy latent, sigma (B,) in [0, 1], ctx (B, M, ctx_dim), pooled (B, pooled_dim).
+        z (B, C, h*p, w*p) noisy latent with patches of p x p, sigma (B,) in [0, 1], ctx (B, M, ctx_dim),
+        pooled (B, pooled_dim).
         With `stop_at` the run ends as soon as that block's q, k, v exist, and the velocity is None.
         `edit` {block: function of (probs, qkv)} replaces the softmax of chosen blocks (Sec. 3.3).
-        Returns vel (B, C, H, W) and {block: JointQKV}.  ValueError: sides or blocks that do not fit.
+        Returns vel of z's shape and {block: JointQKV}.  ValueError: sides or blocks that do not fit.
         """
         cfg, p, edit = self.config, self.config.patch, edit or {}
         for i in {*capture, *edit, *(() if stop_at is None else (stop_at,))}:
@@ -321,8 +325,8 @@ class MMDiT(nn.Module):
         c = self.t_embedder(sinusoids(1000 * sigma, cfg.time_dim)) + self.y_embedder(pooled)     # (B, D)
         taps = {}
         for i, block in enumerate(self.joint_blocks):
-            (q_i, k_i, v_i), mod_i = block.x_block.before(x, c)              # (B, H, N, d) each
-            (q_t, k_t, v_t), mod_t = block.context_block.before(text, c)     # (B, H, M, d) each
+            (q_i, k_i, v_i), mod_i = block.x_block.pre_attention(x, c)              # (B, H, N, d) each
+            (q_t, k_t, v_t), mod_t = block.context_block.pre_attention(text, c)     # (B, H, M, d) each
             qkv = JointQKV(torch.cat([q_i, q_t], 2), torch.cat([k_i, k_t], 2), torch.cat([v_i, v_t], 2),
                            h * w, (h, w))                                    # Eq. 3
             if i in capture:
@@ -330,8 +334,8 @@ class MMDiT(nn.Module):
             if i == stop_at:
                 return None, taps
             out = joint_attention(qkv, edit.get(i))                          # Eq. 4, 5: (B, N+M, D)
-            x = block.x_block.after(x, out[:, :h * w], mod_i)                # Eq. 6: (B, N, D)
+            x = block.x_block.post_attention(x, out[:, :h * w], mod_i)                # Eq. 6: (B, N, D)
             if block.context_block.mlp is not None:
-                text = block.context_block.after(text, out[:, h * w:], mod_t)                    # (B, M, D)
+                text = block.context_block.post_attention(text, out[:, h * w:], mod_t)                    # (B, M, D)
         y = self.final_layer(x, c).unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                # (B, h, w, p, p, C)
-        return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), taps                     # (B, C, H, W)
+        return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), taps                     # (B, C, h*p, w*p)

@@ -44,6 +44,7 @@ class Preset:
     shift: float = 3.0              # of the sigma schedule
     noise_steps: int = 8            # segmentation sees a latent this many steps before clean ("t = 8 of 28")
     cfg: float = 7.5                # classifier-free guidance scale
+    batch: int = 1                  # pictures evaluated at once
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
@@ -100,11 +101,17 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     preset = Preset.from_header(weights.header(files))
     sd = weights.read(files, preset.block if segment_only else None, device, dtype)
     mmdit = MMDiT.from_state_dict(sd["mmdit"])
+    if not (mmdit.config.whole or segment_only):
+        raise ValueError(f"{name_or_path} is incomplete: its block {mmdit.config.depth - 1} is not a last block")
     text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]),
                         clip_tokenizer(weights.merges(files)), mmdit.config.ctx_dim)
     vae, rows = VAE.from_state_dict(sd["vae"]), len(text.clip_l.text_model.embeddings.token_embedding.weight)
+    widths = [len(tower.text_model.final_layer_norm.weight) for tower in (text.clip_l, text.clip_g)]
+    ctx, pooled = sum(widths), widths[0] + text.clip_g.text_projection.out_features
     for what, found, wanted in (("tokens in the tokenizer", text.tokenizer.get_vocab_size(), rows),
                                 ("channels in the MM-DiT's latent", mmdit.config.channels, vae.channels),
+                                ("columns of pooled text", pooled, mmdit.config.pooled_dim),
+                                ("text columns that do not fit the context", max(0, ctx - mmdit.config.ctx_dim), 0),
                                 ("pixels beyond whole patches", preset.size % (vae.factor * mmdit.config.patch), 0)):
         if found != wanted:
             raise ValueError(f"the parts of {name_or_path} do not fit each other: {found} {what}, not {wanted}")
@@ -142,7 +149,7 @@ def sample(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, schedule: Te
            callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """Euler steps along dz/dsigma = velocity(z, sigma) from schedule[0] to schedule[-1].
 
-    z (B, C, H, W) noise; sigma reaches velocity as (B,).  callback(i, z) sees the latent after step i.
+    z (B, C, ., .) noise; sigma reaches velocity as (B,).  callback(i, z) sees the latent after step i.
     """
     for i in range(len(schedule) - 1):
         z = z + (schedule[i + 1] - schedule[i]) * velocity(z, schedule[i].expand(len(z)))
@@ -159,9 +166,9 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
         if cfg == 1:
             return model.mmdit(z, sigma, cond.ctx, cond.pooled)[0].float()
         both, _ = model.mmdit(torch.cat([z, z]), torch.cat([sigma, sigma]), torch.cat([uncond.ctx, cond.ctx]),
-                              torch.cat([uncond.pooled, cond.pooled]))       # (2B, C, H, W)
-        without, with_ = both.float().chunk(2)
-        return without + cfg * (with_ - without)
+                              torch.cat([uncond.pooled, cond.pooled]))       # (2B, C, ., .)
+        v_uncond, v_cond = both.float().chunk(2)
+        return v_uncond + cfg * (v_cond - v_uncond)
     return velocity
 
 
@@ -175,13 +182,15 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     steps, cfg = (model.preset.steps if steps is None else steps), (model.preset.cfg if cfg is None else cfg)
     if steps < 1 or not prompts or not math.isfinite(cfg):
-        raise ValueError(f"generation takes at least one step, one prompt and a finite scale, not {steps}, {len(prompts)}, {cfg}")
+        raise ValueError(f"generation takes at least one step, one prompt and a finite guidance scale, not {steps} steps, "
+                         f"{len(prompts)} prompts, scale {cfg}")
     side = model.preset.size // model.vae.factor
     z = noise((model.mmdit.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
     velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg)
     z = sample(velocity, z, sigmas(steps, model.preset.shift).to(model.device), callback)
-    x = ((model.vae.decode(z.to(model.dtype)).float() + 1) / 2).clamp(0, 1)                  # (B, 3, px, px)
-    return [Image.fromarray((255 * y).round().byte().permute(1, 2, 0).cpu().numpy()) for y in x]
+    x = [model.vae.decode(one.to(model.dtype))[0] for one in z.split(1)]     # B x (3, px, px), one at a time for memory
+    return [Image.fromarray((127.5 * (y.float() + 1)).clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy())
+            for y in x]
 
 
 # ---------------------------------------------------------------------------- I2T maps -> masks, Sec. 3.4
@@ -198,7 +207,10 @@ class Segmentation(NamedTuple):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.  ValueError: no such file, not a picture."""
+    """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.
+
+    ValueError: no such file, not a picture.
+    """
     try:
         image = Image.open(path)
         image.load()
@@ -216,7 +228,8 @@ def open_image(path: str | Path) -> Image.Image:
 
 def image_tensor(image: Image.Image, size: int) -> Tensor:
     """Squash the whole picture to size x size (one bilinear resize, antialiased when shrinking), (3, size, size) in
-    [-1, 1]. NOTE(official): the paper crops the centre, its code squashes; so do we, and nothing is lost."""
+    [-1, 1]. NOTE(official): the paper crops the centre; its code squashes, and so do we (it first shrinks the short
+    side to 640, and resizes without antialiasing)."""
     x = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))     # (size, size, 3)
     return torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 127.5 - 1                   # (3, size, size)
 
@@ -278,9 +291,9 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]], *, blo
            seeds: Sequence[int], kinds: Sequence[str] = ("softmax",)) -> list[dict[tuple[int, str], Tensor]]:
     """Clean latents through the model once: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
-    z0 (B, C, H, W) from vae.encode; the noise of picture b is that of seeds[b] (Eq. 8). More names than one prompt
-    holds run as several prompts on the same noise; their maps are shares of the same attention budget (a softmax
-    over all keys), so they are compared as they are.  The run ends at the last block asked for.
+    z0 from vae.encode, one row a picture; the noise of picture b is that of seeds[b] (Eq. 8). More names than one
+    prompt holds run as several prompts on the same noise. Each softmax map is a share of its pixel's attention over
+    all keys, so maps of different prompts are compared as they are. The run ends at the last block asked for.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
     if not 0 <= sigma <= 1:
@@ -315,7 +328,7 @@ def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, bloc
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.mmdit.config.heads - 1}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
-    z0 = model.vae.encode(image_tensor(image, model.preset.size)[None].to(model.device, model.dtype))    # (1, C, H, W)
+    z0 = model.vae.encode(image_tensor(image, model.preset.size)[None].to(model.device, model.dtype))    # (1, C, ., .)
     attn, = attend(model, z0, [classes], blocks=blocks, kinds=[kind], seeds=[seed],
                    sigma=model.preset.sigma if sigma is None else sigma)     # {(block, kind): (H, K, h, w)}
     maps = torch.stack([class_maps(a, head, minmax) for a in attn.values()]).mean(0)         # (K, h, w)
@@ -395,6 +408,9 @@ def stack(*rows: Image.Image) -> Image.Image:
 # ---------------------------------------------------------------------------- command line
 
 
+PANEL = (512, 1024)                     # least and most pixels of a panel's longer side, so that its legend can be read
+
+
 def check_out(path: Path) -> None:
     """ValueError now, not after the work, if a picture cannot be written to `path`."""
     if path.suffix.lower() not in Image.registered_extensions():
@@ -409,7 +425,8 @@ def run_segment(args: argparse.Namespace) -> None:
     model = load(args.model, args.device, segment_only=args.block is None)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
     colours, longest = palette(len(seg.classes)), max(image.size)
-    size = [max(1, round(x * min(max(longest, 512), 1024) / longest)) for x in image.size]   # so that the legend fits
+    shown = min(max(longest, PANEL[0]), PANEL[1])
+    size = [max(1, round(x * shown / longest)) for x in image.size]
     panels = Image.new("RGB", (2 * size[0] + 4, size[1]), "white")
     for i, x in enumerate([image, overlay(image, seg.labels, colours)]):
         panels.paste(x.resize(size, Image.Resampling.BILINEAR), (i * (size[0] + 4), 0))

@@ -26,7 +26,7 @@ def byte_symbols() -> list[str]:
 def clip_tokenizer(merges: list[str]) -> Tokenizer:
     """CLIP's lower-casing byte-level BPE. Its vocabulary follows from the merges ("a b" each) alone: bytes,
     bytes at a word's end, one entry a merge, then start and end of text, the largest ids.
-    ValueError: merges that are none."""
+    ValueError: not a list of merges."""
     alphabet = byte_symbols()
     if not isinstance(merges, list) or not all(isinstance(m, str) and m.count(" ") == 1 for m in merges):
         raise ValueError('the tokenizer\'s merges must be a list of texts such as "a b"')
@@ -50,13 +50,16 @@ def clip_tokenizer(merges: list[str]) -> Tokenizer:
 # ---------------------------------------------------------------------------- one tower
 
 
+HEAD_DIM = 64                       # of every CLIP text tower; it leaves no trace in a checkpoint
+
+
 class SelfAttention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, 64)).transpose(1, 2)              # 3 x (B, heads, L, 64): CLIP's head width
+        q, k, v = (f(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)        # 3 x (B, heads, L, HEAD_DIM)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # no padding mask, as published
         return self.out_proj(y.transpose(1, 2).flatten(2))                   # (B, L, W)
@@ -176,7 +179,8 @@ class TextEncoders(nn.Module):
     def tokenize(self, prompt: str | list[str]) -> tuple[list[int], list[str], list[slice]]:
         """A prompt, or class names that become one ("a", "b c" -> "a b c") -> ids padded to `length` as for
         CLIP-L, token strings, and for each name (of a plain prompt: each word) the columns of its tokens, found
-        by character offsets.  A name that was cut off gets an empty slice."""
+        by character offsets.  A name that was cut off keeps the tokens
+        that are left, or gets an empty slice."""
         names = prompt.split() if isinstance(prompt, str) else prompt
         text = " ".join(names)
         enc = self.tokenizer.encode(text)

@@ -47,7 +47,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # 3 x (B, 1, h*w, C)
+        # contiguous, or no fused kernel takes them and 1024 x 1024 pixels cost a matrix of 16384 x 16384
+        q, k, v = (f(y).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))   # 3 x (B, 1, h*w, C)
         y = F.scaled_dot_product_attention(q, k, v)                                # (B, 1, h*w, C)
         return x + self.proj_out(y[:, 0].mT.reshape(B, C, h, w))                   # (B, C, h, w)
 
@@ -141,8 +142,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    def __init__(self, widths: tuple[int, ...] = (128, 256, 512, 512), enc_blocks: int = 2, dec_blocks: int = 3,
-                 latent: int = 16):
+    def __init__(self, widths: tuple[int, ...], enc_blocks: int, dec_blocks: int, latent: int):
         super().__init__()
         # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
         # levels cannot be cut in 32 and use 4.
@@ -152,7 +152,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(widths, dec_blocks, latent, groups)
 
     @staticmethod
-    def from_state_dict(sd: dict[str, Tensor], device: str | None = None,
+    def from_state_dict(sd: dict[str, Tensor], device: str | torch.device | None = None,
                         dtype: torch.dtype | None = None) -> "VAE":
         """A VAE of the shapes found in `sd` (keys `encoder.*`, `decoder.*`), holding those very tensors.
 

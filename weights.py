@@ -34,7 +34,7 @@ FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip
 
 
 def shape(sd: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
-    """Shape of one tensor that a config is read off; ValueError if it is not there or has another number of sides."""
+    """Shape of one tensor that a config is read off; ValueError if it is not there or has another number of dimensions."""
     if key not in sd:
         raise ValueError(f"this state dict has no {key!r}, so it is not a network of the expected kind; "
                          f"it holds {len(sd)} tensors, the first: {', '.join(sorted(sd)[:3]) or 'none'}")
@@ -86,7 +86,8 @@ MMDIT_KEYS = [
 VAE_KEYS = [
     (r"down_blocks\.", "down."), (r"up_blocks\.", "up."), (r"downsamplers\.0", "downsample"),
     (r"upsamplers\.0", "upsample"), (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"), (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
     (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"), (r"resnets\.", "block."),
     (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out")]
 
@@ -94,13 +95,13 @@ VAE_KEYS = [
 def from_diffusers(part: str, sd: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the diffusers layout under SD3's original keys; other layouts pass through unchanged."""
     if part == "mmdit" and "pos_embed.pos_embed" in sd:
-        parts: dict[str, dict[int, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for key, v in sd.items():
             for theirs, original in MMDIT_KEYS:
                 key = re.sub(rf"(?:^|(?<=\.)){theirs}", original, key)
             name, _, i = key.partition("#")
-            parts.setdefault(name, {})[int(i or 0)] = v
-        sd = {key: torch.cat([vs[i] for i in sorted(vs)]) if len(vs) > 1 else vs[0] for key, vs in parts.items()}
+            parts.setdefault(name, {})[i] = v
+        sd = {key: torch.cat([vs[i] for i in sorted(vs)]) for key, vs in parts.items()}
         width = shape(sd, "x_embedder.proj.weight", 4)[0]
         for key, v in sd.items():           # diffusers keeps [scale; shift] where there are two chunks (final layer, last
             if "adaLN_modulation" in key and len(v) == 2 * width:            # block's text), the original [shift; scale]
@@ -163,27 +164,32 @@ def find(name_or_path: str | Path) -> Files:
         for part, found in files.items():
             if not found:
                 raise ValueError(f"{path} looks like a diffusers folder, but {FOLDERS[part]}/ holds no .safetensors file")
+            for file in found:
+                keys_of(file)                                                # a broken one is named before anything is read
         merges = path / "tokenizer/merges.txt"
         return Files({part: (found, "") for part, found in files.items()}, merges if merges.exists() else hub(*TOKENIZER))
     if path.is_dir():
-        models = [f for f in sorted(path.glob("*.safetensors")) if any(k.startswith(PREFIXES["mmdit"]) for k in keys_of(f))]
+        models = [f for f in sorted(path.glob("*.safetensors"))
+                  if any(k.startswith(PREFIXES["mmdit"]) for k in keys_of(f))]
         if len(models) != 1:
-            raise ValueError(f"the folder {path} should hold one model file (keys under {PREFIXES['mmdit']!r}) or diffusers' "
-                             f"transformer/, but {len(models)} model files were found: {', '.join(f.name for f in models) or '-'}")
+            raise ValueError(f"the folder {path} should hold one model file (keys under {PREFIXES['mmdit']!r}) or "
+                             f"diffusers' transformer/, but {len(models)} model files were found"
+                             f"{': ' + ', '.join(f.name for f in models) if models else ''}")
         path = models[0]
     if not path.is_file():
         raise ValueError(f"no model {name!r}: there is no such file or folder, and the known names are {', '.join(NAMES)}")
     keys = keys_of(path)
     if not any(k.startswith(PREFIXES["mmdit"]) for k in keys):
-        lora = " (it looks like a LoRA, which is added to a model and is none itself)" if any("lora" in k for k in keys) else ""
-        raise ValueError(f"{path} holds no tensor under {PREFIXES['mmdit']!r}, so it is no SD3 model file{lora}")
+        lora = any("lora" in k for k in keys)
+        raise ValueError(f"{path} holds no tensor under {PREFIXES['mmdit']!r}, so it is no SD3 model file"
+                         f"{' (it looks like a LoRA, which is added to a model and is none itself)' if lora else ''}")
     parts = {part: ([path], prefix) for part, prefix in PREFIXES.items() if any(k.startswith(prefix) for k in keys)}
+    if "vae" not in parts:
+        raise ValueError(f"{path} holds no tensor under {PREFIXES['vae']!r}: the autoencoder is missing")
     for part, file in ENCODERS.items():
         if part not in parts:
             beside = next((p for p in (path.parent / file, path.parent / Path(file).name) if p.is_file()), None)
             parts[part] = ([beside or hub(repo, file)], "")
-    if "vae" not in parts:
-        raise ValueError(f"{path} holds no tensor under {PREFIXES['vae']!r}: the autoencoder is missing")
     with safe_open(path, framework="pt") as f:
         if "merges" in (f.metadata() or {}):
             return Files(parts, None)
@@ -214,7 +220,7 @@ def read(files: Files, last_block: int | None = None, device: str | torch.device
          dtype: torch.dtype | None = None) -> dict[str, dict[str, Tensor]]:
     """The state dict of each part under SD3's original keys, without prefix.
 
-    With `last_block`, blocks after it are not read: segmentation needs no more (a third of SD3's transformer).
+    With `last_block`, blocks after it are not read: segmentation needs no more (less than half of SD3's transformer).
     ValueError for a broken file.
     """
     parts = {}

@@ -16,20 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt                          # noqa: E402
 
-import evaluate                                          # noqa: E402
-import seg4diff                                          # noqa: E402
 import weights                                           # noqa: E402
-from data import DATASETS                                # noqa: E402
+from nano.pretrain import block_scores                   # noqa: E402
 
 
 def measure(path: Path, limit: int) -> dict:
     """Samples seen by a snapshot and the mIoU of each of its blocks (Fig. 8) on scenes-dev."""
-    model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
-    variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
-    conf, _ = evaluate.evaluate(model, data, data.names[:limit], variants, batch_size=10, seed=0)
+    miou, floor = block_scores(path, limit)
     samples = json.loads(weights.header(weights.find(path))["trained"])["samples"]
-    return {"samples": samples, "mIoU": [evaluate.scores(conf[v.name])["mIoU"] for v in variants],
-            "floor": evaluate.scores(conf["floor"])["mIoU"]}
+    return {"samples": samples, "mIoU": miou, "floor": floor}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -42,6 +37,8 @@ def main(args: argparse.Namespace) -> None:
     points = sorted((m for key, m in done.items() if key.endswith(f"/{args.limit}")), key=lambda m: m["samples"])
     for m in points:
         print(f"{m['samples']:8d} samples  mIoU by block: " + " ".join(f"{x:5.1f}" for x in m["mIoU"]))
+    if not points:
+        sys.exit(f"error: no snapshot nano_*.safetensors in {args.run}; pretrain.py writes them")
     log = torch.load(args.run / "mmdit.pt", weights_only=True)["log"]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(*zip(*log), lw=0.8)
@@ -49,7 +46,8 @@ def main(args: argparse.Namespace) -> None:
     for i in range(len(points[0]["mIoU"])):
         right.plot([m["samples"] for m in points], [m["mIoU"][i] for m in points], "o-", ms=3, label=f"block {i}")
     right.axhline(points[-1]["floor"], color="black", ls=":", lw=1, label="floor")
-    right.set(xlabel="samples seen", ylabel="mIoU [%]", ylim=(0, None), title=f"segmentation, {args.limit} scenes of scenes-dev")
+    right.set(xlabel="samples seen", ylabel="mIoU [%]", ylim=(0, None),
+              title=f"segmentation, {args.limit} scenes of scenes-dev")
     right.legend(fontsize=8)
     fig.savefig(args.out, dpi=100)
     print(f"wrote {args.out}")

@@ -1,12 +1,13 @@
 """How nano was made: one command from nothing to nano.safetensors.
 
     python nano/pretrain.py --minutes 90                  # on CPU; again after a kill: goes on where it stopped
-    python nano/pretrain.py --device cuda --minutes 20 --batch 256 --width 256 --depth 8 --scenes 100000
-    python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/more      # trains the embedded model on
+    python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/run/more     # trains nano on
+    python nano/pretrain.py --device cuda --minutes 20 --batch 256 --width 256 --depth 8 --scenes 100000 --run nano/run/gpu
 
-Four stages, each skipped when its result lies in --run: draw the scenes, train the VAE, encode all scenes
-once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss of
-Eq. 2 and nothing else.  Masks are not even drawn to disk.
+Five stages; the first three are skipped when their result lies in --run: draw the scenes, train the VAE, encode
+all scenes once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss
+alone, choose the expert block.  Masks are not even drawn to disk.
+NOTE(paper): Eq. 2 draws the noise level uniformly; as in SD3's own training it is logit-normal here.
 """
 import argparse
 import copy
@@ -139,15 +140,16 @@ def train_vae(run: Path, args: argparse.Namespace) -> None:
     """L1 + L2 + a touch of KL; the last third trains the decoder alone on latents that stay as they are."""
     device, images = args.device, np.load(run / "images.npy", mmap_mode="r")
     torch.manual_seed(args.seed)
-    vae = VAE(args.vae_widths, enc_blocks=1, dec_blocks=1).to(device)
+    vae = VAE(args.vae_widths, enc_blocks=1, dec_blocks=1, latent=16).to(device)
     opts = optimisers(vae, lambda name, p: p.ndim == 4 and "conv_in" not in name and "conv_out" not in name, 1e-3)
     rng, start, spent, step, folded = np.random.default_rng(args.seed), time.time(), 0.0, 0, False
     if (run / "vae.pt").exists():
-        state = torch.load(run / "vae.pt", weights_only=True)
+        state = torch.load(run / "vae.pt", map_location=device, weights_only=True)
         vae.load_state_dict(state["vae"])
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
         spent, step, folded = state["spent"], state["step"], state["folded"]
+        vae.encoder.requires_grad_(not folded)
         rng = np.random.default_rng([args.seed, step])
 
     def batch(n):
@@ -173,9 +175,11 @@ def train_vae(run: Path, args: argparse.Namespace) -> None:
         optimise(opts, loss, 1e-3 * min(1, (step + 1) / 50, 3 * (1 - done) + 0.01))    # warm up, hold, fall to zero
         step, spent = step + 1, begun + time.time() - start
         bar.n = int(spent)
-        bar.set_postfix(psnr=f"{-10 * np.log10(mse.item() / 4):.1f}dB", kl=f"{kl.item():.2f}", images=step * args.batch_vae)
+        bar.set_postfix(psnr=f"{-10 * np.log10(mse.item() / 4):.1f}dB", kl=f"{kl.item():.2f}",
+                        images=step * args.batch_vae)
         if step % 300 == 0 or spent >= 60 * args.minutes_vae:
-            save(dict(vae=vae.state_dict(), opts=[o.state_dict() for o in opts], spent=spent, step=step, folded=folded), run / "vae.pt")
+            save(dict(vae=vae.state_dict(), opts=[o.state_dict() for o in opts], spent=spent, step=step, folded=folded),
+                 run / "vae.pt")
             show = torch.cat([x[:8], y[:8]]).detach().clamp(-1, 1).cpu()
             save_grid(show, run / "vae.png")
     save(dict(vae=vae.state_dict()), run / "vae_done.pt")
@@ -223,7 +227,14 @@ def sincos_grid(K: int, width: int) -> Tensor:
 
 
 def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, list[str]]:
-    """MM-DiT (q/k-normed, so that its head width can be read off the file) and two small CLIP towers, from nothing."""
+    """MM-DiT (q/k-normed, so that its head width can be read off the file) and two small CLIP towers, from nothing;
+    with --init all of them, and their sizes, from that file."""
+    if args.init:
+        files = weights.find(args.init)
+        sd, merges = weights.read(files, dtype=torch.float32), weights.merges(files)
+        parts = [MMDiT.from_state_dict(sd["mmdit"]), *(CLIPText.from_state_dict(sd[p]) for p in ("clip_l", "clip_g"))]
+        mmdit, clip_l, clip_g = (m.requires_grad_(True).train() for m in parts)
+        return mmdit, TextEncoders(clip_l, clip_g, clip_tokenizer(merges), mmdit.config.ctx_dim), merges
     torch.manual_seed(args.seed)
     merges = word_merges(scenes.words())
     vocab, (width_l, width_g), length = 2 * 256 + len(merges) + 2, args.text_widths, args.text_length
@@ -250,7 +261,8 @@ def export(path: Path, mmdit: MMDiT, text: TextEncoders, vae: VAE, merges: list[
     parts = {"mmdit": mmdit, "vae": vae, "clip_l": text.clip_l, "clip_g": text.clip_g}
     sd = {weights.PREFIXES[part] + k: v.detach().half().cpu().contiguous() for part, m in parts.items()
           for k, v in m.state_dict().items()}
-    presets = dict(block=mmdit.config.depth // 2, size=scenes.SIDE, steps=28, shift=3.0, noise_steps=8, cfg=3.0)
+    presets = dict(block=mmdit.config.depth // 2, size=scenes.SIDE, steps=28, shift=3.0, noise_steps=8, cfg=3.0,
+                   batch=16)
     save_file(sd, path.with_suffix(".tmp"), {"merges": json.dumps(merges), "presets": json.dumps(presets),
                                              "trained": json.dumps(note)})
     os.replace(path.with_suffix(".tmp"), path)
@@ -264,20 +276,17 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
              for stuff, things in json.loads((run / "facts.json").read_text())]
     mmdit, text, merges = build(args, latents.shape[1])
     model = nn.ModuleDict({"mmdit": mmdit, "clip_l": text.clip_l, "clip_g": text.clip_g}).to(device)
-    if args.init:
-        for part, sd in weights.read(weights.find(args.init), dtype=torch.float32).items():
-            if part in model:
-                model[part].load_state_dict(sd)
     ema = copy.deepcopy(model)
     opts = optimisers(model, lambda name, p: p.ndim == 2 and "adaLN" not in name
                       and ("joint_blocks" in name or "layers" in name), args.lr)
     step, samples, spent, log = 0, 0, 0.0, []
     if (run / "mmdit.pt").exists():
-        state = torch.load(run / "mmdit.pt", weights_only=True)
+        state = torch.load(run / "mmdit.pt", map_location=device, weights_only=True)
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
         step, samples, spent, log = state["step"], state["samples"], state["spent"], state["log"]
+    kind = torch.device(device).type
     velocity = torch.compile(mmdit, dynamic=False) if args.compile else mmdit
     rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(args.seed + step)
     start, begun, losses, snapshot = time.time(), spent, [], time.time()
@@ -303,7 +312,7 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
         sigma = torch.sigmoid(args.noise_mean + torch.randn(len(z0), generator=generator))   # (B,), logit-normal
         keep_pooled = (torch.rand(len(z0), 1, generator=generator) < 0.5).to(device)
         z0, eps, sigma = z0.to(device), eps.to(device), sigma.to(device)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
             cond = text.encode(captions)
             z = (1 - sigma)[:, None, None, None] * z0 + sigma[:, None, None, None] * eps     # Eq. 1
             # half of the time the pooled vector is withheld, so that words have to come in through attention
@@ -316,7 +325,7 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise SystemExit(f"loss is {losses[-1]} after {step} steps; the last good state is {run / 'mmdit.pt'}")
+            raise ValueError(f"the loss is {losses[-1]} after {step} steps; the last good state is {run / 'mmdit.pt'}")
         if step % 50 == 0:
             log.append((samples, float(np.mean(losses[-50:]))))
             bar.n = int(spent)
@@ -329,13 +338,18 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
 
 # ---------------------------------------------------------------------------- 5. which block is the expert
 
-def choose_block(path: Path) -> None:
-    """Write the block with the best mIoU on scenes-dev into the file's presets (Fig. 8), as the paper chose SD3's
-    on its benchmarks.  The only place where masks are looked at, after the training is over."""
+def block_scores(path: Path, limit: int | None = None) -> tuple[list[float], float]:
+    """mIoU of every block of a model file on scenes-dev (Fig. 8), and the floor's."""
     model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
     variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
-    conf, _ = evaluate.evaluate(model, data, data.names, variants, batch_size=10, seed=0)
-    miou = [evaluate.scores(conf[v.name])["mIoU"] for v in variants]
+    conf, _ = evaluate.evaluate(model, data, data.names[:limit], variants, batch_size=10, seed=0)
+    return [evaluate.scores(conf[v.name])["mIoU"] for v in variants], evaluate.scores(conf["floor"])["mIoU"]
+
+
+def choose_block(path: Path) -> None:
+    """Write the block with the best mIoU on scenes-dev into the file's presets, as the paper chose SD3's on its
+    benchmarks.  The only place in this file where masks are looked at, after the training is over."""
+    miou, _ = block_scores(path)
     with safe_open(path, framework="pt") as f:
         meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
     meta["presets"] = json.dumps(json.loads(meta["presets"]) | {"block": int(np.argmax(miou))})
@@ -346,6 +360,11 @@ def choose_block(path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
+    origin = args.run / "origin.txt"
+    if origin.exists() and origin.read_text() != str(args.init):
+        raise ValueError(f"{args.run} holds a run that began from {origin.read_text()}, not {args.init}; "
+                         "name another --run")
+    origin.write_text(str(args.init))
     if not (args.run / "images.npy").exists():
         draw_scenes(args.run, args.scenes, scenes.SIDE)
     if args.init:
@@ -363,7 +382,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run", help="folder of scenes, latents and state")
+    parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run",
+                        help="folder of scenes, latents and state")
     parser.add_argument("--init", type=Path, help="go on from this model file (its VAE too) instead of from nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -385,4 +405,8 @@ if __name__ == "__main__":
     parser.add_argument("--cooldown", type=float, default=0.25, help="share of the time in which the rate falls to zero")
     parser.add_argument("--snapshot", type=float, default=8, help="minutes between saved states")
     parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as error:                          # one sentence, no traceback
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

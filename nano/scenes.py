@@ -188,7 +188,7 @@ def draw(seed: int, side: int = SIDE) -> Scene:
     ids = np.asarray(labels)[1::2, 1::2].copy()                          # (side, side)
     seen = [t for t in sorted((t for _, t, _ in todo), key=lambda t: t.x)
             if 4 * (ids == CLASSES.index(t.name)).sum() > 0.35 * full[t.name]]
-    for t in (t for _, t, _ in todo if t not in seen):                   # nearly hidden: draw another scene
+    if len(seen) < n:                          # one is nearly hidden: another scene instead
         return draw(seed + 1_000_000_007, side)
     stuff = [(sky, "sky")] + [("", g) for g in map(str, grounds) if (ids == CLASSES.index(g)).any()]
     return Scene(np.asarray(image.resize((side, side), Image.Resampling.BOX)), ids, stuff, seen)

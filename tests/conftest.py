@@ -18,7 +18,7 @@ from vae import VAE                        # noqa: E402
 
 torch.set_num_threads(1)                   # for tensors this small; on a busy machine more threads wait for each other
 
-ARGS = Namespace(seed=0, text_widths=(64, 128), text_length=28, width=64, depth=3, head_dim=32)
+ARGS = Namespace(init=None, seed=0, text_widths=(64, 128), text_length=28, width=64, depth=3, head_dim=32)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def tiny_file(tmp_path_factory) -> Path:
     """nano's architecture at width 64, untrained, in SD3's key layout; no parameter is left at zero."""
     mmdit, text, merges = pretrain.build(ARGS, 16)
     torch.manual_seed(1)
-    vae = VAE((16, 24, 48, 64), 1, 1)
+    vae = VAE((16, 24, 48, 64), 1, 1, 16)
     with torch.no_grad():
         for part in (mmdit, text, vae):
             for name, p in part.named_parameters():

@@ -32,6 +32,8 @@ def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path):
     old, new = (weights.read(weights.find(f / "nano.safetensors")) for f in (run, more))
     for part in old:
         assert all(torch.equal(old[part][k], new[part][k]) for k in old[part])
+    code, _, err = command("nano/pretrain.py", "--run", more, *FAST)         # that run did not begin from nothing
+    assert code == 2 and "name another --run" in err
     image, = seg4diff.generate(seg4diff.load(more / "nano.safetensors"), "red car", steps=2)
     assert image.size == (128, 128)
 

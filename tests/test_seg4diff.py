@@ -359,7 +359,7 @@ def test_stack():
 
 def test_load(tiny, tiny_file):
     assert (tiny.name, tiny.device.type, tiny.dtype) == ("tiny", "cpu", torch.float32)
-    assert tiny.preset == seg4diff.Preset(block=1, size=128, cfg=3.0) and abs(tiny.preset.sigma - 0.5150721) < 1e-6
+    assert tiny.preset == seg4diff.Preset(block=1, size=128, cfg=3.0, batch=16) and abs(tiny.preset.sigma - 0.5150721) < 1e-6
     assert tiny.mmdit.config.head_dim == 32 and tiny.mmdit.config.heads == 2
     assert seg4diff.Preset() == seg4diff.Preset(block=9, size=1024, steps=28, shift=3.0, noise_steps=8, cfg=7.5)
     half = seg4diff.load(str(tiny_file), device="cpu", dtype="bfloat16")
