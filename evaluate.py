@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
@@ -180,8 +180,9 @@ def overlay_grid(shown: list[tuple[Item, np.ndarray]], classes: list[str], side:
     grid = Image.new("RGB", (columns * cells[0].width, -(-len(cells) // columns) * cells[0].height), "white")
     for i, cell in enumerate(cells):
         grid.paste(cell, (i % columns * cell.width, i // columns * cell.height))
-    return seg4diff.stack(seg4diff.legend(["picture | truth | prediction:"], np.array([[255] * 3]), grid.width),
-                          grid, seg4diff.legend(classes, colours, grid.width))
+    title = Image.new("RGB", (grid.width, 24), "white")
+    ImageDraw.Draw(title).text((2, 3), "picture | truth | prediction", fill="black", font=ImageFont.load_default(14))
+    return seg4diff.stack(title, grid, seg4diff.legend(classes, colours, grid.width))
 
 
 def plot(task: str, variants: list[Variant], rows: dict[str, dict], model: Seg4Diff, path: Path) -> None:
@@ -196,8 +197,10 @@ def plot(task: str, variants: list[Variant], rows: dict[str, dict], model: Seg4D
         image = ax.imshow(np.reshape(miou, (cfg.depth, cfg.heads)).T, aspect="auto", cmap="viridis")
         for i, (v, y) in enumerate(zip(variants, miou)):
             if len(variants) <= 100:                     # SD3's 576 numbers would not be readable
-                ax.text(i // cfg.heads, v.head, f"{y:.0f}", ha="center", va="center", color="white")
+                bright = y > (min(miou) + max(miou)) / 2
+                ax.text(i // cfg.heads, v.head, f"{y:.0f}", ha="center", va="center", color="black" if bright else "white")
         ax.set(xlabel="block", ylabel="head", title="mIoU of each head (Fig. 17)")
+        ax.locator_params(integer=True)
         fig.colorbar(image, label="mIoU [%]")
     else:
         if task == "layers":

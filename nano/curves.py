@@ -41,12 +41,12 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(f"error: no snapshot nano_*.safetensors in {args.run}; pretrain.py writes them")
     log = torch.load(args.run / "mmdit.pt", weights_only=True)["log"]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(*zip(*log), lw=0.8)
-    left.set(xlabel="samples seen", ylabel="flow-matching loss (Eq. 2)", yscale="log", title="training loss")
+    left.plot([n / 1000 for n, _ in log], [loss for _, loss in log], lw=0.8)
+    left.set(xlabel="samples seen [thousands]", ylabel="flow-matching loss (Eq. 2)", yscale="log", title="training loss")
     for i in range(len(points[0]["mIoU"])):
-        right.plot([m["samples"] for m in points], [m["mIoU"][i] for m in points], "o-", ms=3, label=f"block {i}")
+        right.plot([m["samples"] / 1000 for m in points], [m["mIoU"][i] for m in points], "o-", ms=3, label=f"block {i}")
     right.axhline(points[-1]["floor"], color="black", ls=":", lw=1, label="floor")
-    right.set(xlabel="samples seen", ylabel="mIoU [%]", ylim=(0, None),
+    right.set(xlabel="samples seen [thousands]", ylabel="mIoU [%]", ylim=(0, None),
               title=f"segmentation, {args.limit} scenes of scenes-dev")
     right.legend(fontsize=8)
     fig.savefig(args.out, dpi=100)
