@@ -346,11 +346,11 @@ def palette(n: int) -> np.ndarray:
     return np.array([[round(255 * c) for c in x] for x in rgb], np.uint8)
 
 
-def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.6) -> Image.Image:
+def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
     """The picture, greyed, under its label map in colour; label IGNORE stays uncoloured."""
     grey = np.asarray(image.convert("L").convert("RGB"), float)
     table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
-    mixed = np.where((labels == IGNORE)[..., None], grey, (1 - alpha) * grey + alpha * table[labels])
+    mixed = np.where((labels == IGNORE)[..., None], grey, 0.4 * grey + 0.6 * table[labels])
     return Image.fromarray(mixed.astype(np.uint8))
 
 

@@ -154,11 +154,6 @@ class TextCond(NamedTuple):
     tokens: list[list[str]]             # what stands in each CLIP row, padding included
     spans: list[list[slice]]            # for each prompt, the rows of each of its names
 
-    @property
-    def n_clip(self) -> int:
-        """Number of context rows that belong to CLIP: the columns that the paper's maps are taken from."""
-        return len(self.tokens[0])
-
 
 class TextEncoders(nn.Module):
     def __init__(self, clip_l: CLIPText, clip_g: CLIPText, tokenizer: Tokenizer, ctx_dim: int):

@@ -324,10 +324,10 @@ def test_palette_is_distinct(n):
 def test_overlay_by_hand():
     image = Image.new("RGB", (4, 2), (100, 100, 100))
     labels = np.array([[0, 0, 1, 255], [0, 1, 1, 255]])
-    over = seg4diff.overlay(image, labels, np.array([[200, 0, 0], [0, 0, 255]], np.uint8), alpha=0.75)
+    over = seg4diff.overlay(image, labels, np.array([[200, 0, 0], [0, 0, 255]], np.uint8))
     assert over.size == (4, 2)
-    assert np.asarray(over)[0].tolist() == [[175, 25, 25], [175, 25, 25], [25, 25, 216], [100, 100, 100]]
-    assert over.getpixel((1, 1)) == (25, 25, 216)
+    assert np.asarray(over)[0].tolist() == [[160, 40, 40], [160, 40, 40], [40, 40, 193], [100, 100, 100]]
+    assert over.getpixel((1, 1)) == (40, 40, 193)
 
 
 def test_legend_shows_every_colour():

@@ -137,7 +137,7 @@ def test_context_layout_and_padding(tiny):
     zeros = ids.clone()
     zeros[:, 5:] = 0
     (hidden_l, pooled_l), (hidden_g, pooled_g) = tiny.text.clip_l(ids), tiny.text.clip_g(zeros)
-    assert cond.ctx.shape == (1, 56, 256) and cond.n_clip == 28
+    assert cond.ctx.shape == (1, 56, 256) and len(cond.tokens[0]) == 28
     torch.testing.assert_close(cond.ctx[:, :28, :64], hidden_l)
     torch.testing.assert_close(cond.ctx[:, :28, 64:192], hidden_g)
     assert not cond.ctx[:, :28, 192:].any() and not cond.ctx[:, 28:].any()
