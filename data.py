@@ -8,8 +8,10 @@ reading.  classes.json holds the class lists, in each benchmark's order, and the
 """
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +39,42 @@ class Dataset:
     classes: list[str]
     names: list[str]                    # one for each picture, in a fixed order
     read: Callable[[str], Item]         # OSError, ValueError: a broken picture or label map
+    always: tuple[int, ...] = ()        # classes that stand in every prompt though they are never true
+
+
+def subset(names: Sequence[str], limit: int | None) -> list[str]:
+    """`limit` of the names, always the same ones, a larger limit keeping those of a smaller; None: all."""
+    if limit is None:
+        return list(names)
+    chosen = sorted(np.random.default_rng(0).permutation(len(names))[:limit])
+    return [names[i] for i in chosen]
+
+
+def centre_crop(item: Item) -> Item:
+    """The largest square in the middle of a picture, and of its label map."""
+    side = min(item.image.size)
+    x, y = (item.image.width - side) // 2, (item.image.height - side) // 2
+    return Item(item.image.crop((x, y, x + side, y + side)), item.labels[y:y + side, x:x + side], item.name)
+
+
+def read_ahead(read: Callable[[str], Item], names: Sequence[str], ahead: int = 8) -> Iterator[tuple[str, Item | Exception]]:
+    """(name, item) in order; up to `ahead` of the next pictures are read by other threads meanwhile.
+
+    A picture that cannot be read comes as its exception, so that one broken file does not end a run.
+    """
+    def attempt(name: str) -> Item | Exception:
+        try:
+            return read(name)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:        # SyntaxError: PIL, broken PNGs
+            return e
+
+    with ThreadPoolExecutor(min(4, ahead)) as pool:
+        waiting = deque((name, pool.submit(attempt, name)) for name in names[:ahead])
+        for i in range(len(names)):
+            if i + ahead < len(names):
+                waiting.append((names[i + ahead], pool.submit(attempt, names[i + ahead])))
+            name, item = waiting.popleft()
+            yield name, item.result()
 
 
 def lookup(source_ids: Sequence[int], background: bool = False, ignore: int | None = 255) -> np.ndarray:
@@ -127,20 +165,26 @@ def context(root: Path = ROOT, background: bool = False) -> Dataset:
 def coco(root: Path = ROOT, name: str = "coco-object") -> Dataset:
     """COCO val2017, 5000 pictures: coco-object (80 things; coco-object81 with the background) or stuff27.
 
+    NOTE(official): in the released code "background" stands in the prompt of coco-object and competes for pixels,
+    though it is never scored; that is coco-object-bg here.
+
     Label PNGs hold fine ids: 0 to 90 things (category id - 1), 91 to 181 stuff, 255 unlabelled.
     """
     base = root / "coco"
     labels = next((f for f in (base / "stuffthingmaps/val2017", base / "annotations/val2017") if f.is_dir()),
                   base / "stuffthingmaps/val2017")
     need(name, root, "  coco/val2017/*.jpg\n  coco/stuffthingmaps/val2017/*.png", [base / "val2017", labels])
-    background = name == "coco-object81"
+    background = name in ("coco-object81", "coco-object-bg")
     if name == "stuff27":
         classes, table = FACTS["stuff27"]["classes"], np.full(65536, IGNORE, np.uint8)
         table[:182] = FACTS["stuff27"]["coarse_of_fine"]
     else:
         classes = ["background"] * background + FACTS["coco-object"]["classes"]
         table = lookup([i - 1 for i in FACTS["coco-object"]["source_ids"]], background)
-    return paired(name, classes, table, {p.stem: (base / f"val2017/{p.stem}.jpg", p) for p in labels.glob("*.png")})
+        if name == "coco-object-bg":
+            table[table == 0] = IGNORE
+    data = paired(name, classes, table, {p.stem: (base / f"val2017/{p.stem}.jpg", p) for p in labels.glob("*.png")})
+    return replace(data, always=(0,)) if name == "coco-object-bg" else data
 
 
 def ade20k(root: Path = ROOT) -> Dataset:
@@ -177,5 +221,6 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "voc": voc, "voc21": partial(voc, background=True),
     "context59": context, "context60": partial(context, background=True),
     "coco-object": coco, "coco-object81": partial(coco, name="coco-object81"),
+    "coco-object-bg": partial(coco, name="coco-object-bg"),
     "stuff27": partial(coco, name="stuff27"), "ade20k": ade20k, "cityscapes": cityscapes,
 }

@@ -1,14 +1,21 @@
 """One command for each table or figure; without arguments, open-vocabulary segmentation by nano.
 
     python evaluate.py                                   # Table 1's protocol on 200 scenes of the toy world
+    python evaluate.py --dataset voc                     # Table 1's first number, by SD3, of ./data/VOCdevkit
+    python evaluate.py --dataset all                     # Table 1, beside the paper's numbers
+    python evaluate.py --task unsup                      # Table 2: proposals from <pad> tokens (--dataset all, too)
+    python evaluate.py --task thresholds                 # how Table 2's scaling and threshold are chosen
     python evaluate.py --task layers                     # Fig. 8: mIoU of every block
     python evaluate.py --task heads                      # Fig. 17 / supplement Fig. 4: of every head
                                                          # (the paper: with --dataset voc21)
     python evaluate.py --task timesteps                  # Fig. 15 / supplement Fig. 2: against the noise level
     python evaluate.py --task normalization              # Table 5 / supplement Table 1: what is compared
+    python evaluate.py --dataset folder --data-root DIR --classes "cat,sofa"     # one's own pictures, no scores
+    torchrun --nproc-per-node=4 evaluate.py --dataset ade20k                     # the pictures shared out
 
 Every run prints floor and ceiling beside the score: random maps, and the ground truth itself reduced to the
-patch grid, through the same protocol on the same pictures.  Results go to --out as results.json and PNGs.
+patch grid, through the same protocol on the same pictures.  Results go to --out as results.json and PNGs; a run
+that is killed goes on where it stopped (ledger.py).
 """
 import argparse
 import json
@@ -17,19 +24,25 @@ import platform
 import sys
 import time
 import zlib
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
 import seg4diff
 import weights
-from data import DATASETS, IGNORE, ROOT, Dataset, Item
+from data import DATASETS, IGNORE, ROOT, Dataset, Item, centre_crop, read_ahead, subset
+from ledger import Counts, Ledger
+from pictures import overlay_grid, palette, panels
+from report import PAPER, paper_table, peak_megabytes, plot, table
 from seg4diff import Seg4Diff
 
 # ---------------------------------------------------------------------------- metrics, A.4
@@ -44,18 +57,43 @@ def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
     return np.bincount(pairs, minlength=K * K).reshape(K, K)
 
 
+def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unnamed regions against a label map, as DiffSeg scores them: (K, 3) pixel counts TP, FP, FN of each class, and
+    `pred` with the classes that its regions were matched to, IGNORE where a region got none.
+
+    Classes and proposals are matched one to one so that the overlap is largest (Hungarian). Overlap with its match is a
+    class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
+    Pixels whose truth is IGNORE are left out of all counts.
+    """
+    valid, counts, named = truth != IGNORE, np.zeros((K, 3), np.int64), np.full(truth.shape, IGNORE, np.uint8)
+    ids, rows = np.unique(truth[valid], return_inverse=True)
+    regions, columns = np.unique(pred[valid], return_inverse=True)
+    overlap = np.zeros((len(ids), len(regions)), np.int64)
+    np.add.at(overlap, (rows, columns), 1)
+    counts[ids, 2] = overlap.sum(1)
+    for i, j in zip(*linear_sum_assignment(overlap, maximize=True)):
+        counts[ids[i]] = overlap[i, j], overlap[:, j].sum() - overlap[i, j], overlap[i].sum() - overlap[i, j]
+        named[pred == regions[j]] = ids[i]
+    return counts, named
+
+
 def scores(conf: np.ndarray) -> dict:
     """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent.
 
-    A class that does not occur has IoU None.  ValueError: an empty confusion matrix.
+    conf: a confusion matrix (K, K), or the (K, 3) counts TP, FP, FN of match_proposals.
+    A class that does not occur has IoU None.  ValueError: nothing was counted.
     """
     if conf.sum() == 0:
-        raise ValueError("no pixel was scored: the confusion matrix is empty")
-    tp, truth, pred = np.diag(conf).astype(float), conf.sum(1), conf.sum(0)
-    with np.errstate(invalid="ignore"):
-        iou = np.where(truth > 0, 100 * tp / (truth + pred - tp), np.nan)   # TP / (TP + FN + FP)
-        acc = np.where(truth > 0, 100 * tp / truth, np.nan)                  # TP / (TP + FN)
-    return {"mIoU": float(np.nanmean(iou)), "mACC": float(np.nanmean(acc)), "pACC": float(100 * tp.sum() / conf.sum()),
+        raise ValueError("no pixel was scored: nothing was counted")
+    if conf.shape[0] == conf.shape[1]:
+        tp, fp, fn = np.diag(conf).astype(float), conf.sum(0) - np.diag(conf), conf.sum(1) - np.diag(conf)
+    else:
+        tp, fp, fn = conf.T.astype(float)
+    truth = tp + fn
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = np.where(truth > 0, 100 * tp / (tp + fp + fn), np.nan)
+        acc = np.where(truth > 0, 100 * tp / truth, np.nan)
+    return {"mIoU": float(np.nanmean(iou)), "mACC": float(np.nanmean(acc)), "pACC": float(100 * tp.sum() / truth.sum()),
             "IoU": [None if np.isnan(x) else float(x) for x in iou]}
 
 
@@ -82,6 +120,8 @@ class Variant(NamedTuple):
     kind: str = "softmax"               # seg4diff.KINDS
     minmax: bool = False
     head: int | None = None
+    threshold: float | None = None      # of merging <pad> maps; None: names are given, nothing is merged
+    scaling: str | None = None          # seg4diff.SCALINGS
 
 
 def ovss(m: Seg4Diff) -> list[Variant]:
@@ -110,9 +150,31 @@ def normalization(m: Seg4Diff) -> list[Variant]:
             for kind in ("logits", "softmax") for minmax in (False, True)]
 
 
-TASKS = {"ovss": ovss, "layers": layers, "heads": heads, "timesteps": timesteps, "normalization": normalization}
+def unsup(m: Seg4Diff) -> list[Variant]:
+    return [Variant(m.name, m.preset.block, m.preset.sigma, threshold=m.preset.threshold, scaling=m.preset.scaling)]
+
+
+def thresholds(m: Seg4Diff) -> list[Variant]:
+    return [Variant(f"{scaling} {t:g}", m.preset.block, m.preset.sigma, threshold=t, scaling=scaling)
+            for scaling in seg4diff.SCALINGS for t in (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)]
+
+
+def floor_row(v: Variant, variants: list[Variant]) -> str:
+    """The row of a variant's floor: random maps, as many as it has itself, so one for each when nothing is named."""
+    return "floor" if v.threshold is None or len(variants) == 1 else f"{v.name} floor"
+
+
+TASKS = {"ovss": ovss, "unsup": unsup, "thresholds": thresholds, "layers": layers, "heads": heads, "timesteps": timesteps, "normalization": normalization}
 
 # ---------------------------------------------------------------------------- the evaluation
+
+
+class Protocol(NamedTuple):
+    """Every choice beside model, data and variants that touches a number; stored with it and printed above it."""
+    seed: int = 0
+    prompt: str = "present"             # the classes of the picture, as in the paper, or "all" of the data set
+    resize: str = "squash"              # the whole picture to a square, or "crop" its centre, truth and all
+    draws: int = 1                      # noise draws whose maps are averaged
 
 
 def image_seed(name: str, seed: int) -> int:
@@ -120,180 +182,286 @@ def image_seed(name: str, seed: int) -> int:
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
+def prepare(data: Dataset, name: str, how: Protocol) -> Item:
+    """A picture and its truth, cropped if the protocol says so."""
+    item = data.read(name)
+    return centre_crop(item) if how.resize == "crop" else item
+
+
+def average(draws: list[list[dict]]) -> list[dict]:
+    """Mean over noise draws of what attend returns."""
+    return [{key: torch.stack([d[b][key] for d in draws]).mean(0) for key in first} for b, first in enumerate(draws[0])]
+
+
 @torch.inference_mode()
-def predict(model: Seg4Diff, items: list[Item], classes: list[str], variants: list[Variant], seed: int
+def predict(model: Seg4Diff, items: list[Item], data: Dataset, variants: list[Variant], how: Protocol
             ) -> list[dict[str, np.ndarray]]:
-    """Label maps (indices into `classes`) of each picture, by each variant, the floor and the ceiling."""
-    x = [seg4diff.image_tensor(item.image, model.preset.size)[None].to(model.device, model.dtype) for item in items]
-    z0 = torch.cat([model.vae.encode(image) for image in x])                 # (B, C, ., .), one by one for memory
+    """Label maps of each picture, by each variant, floor and ceiling: indices of classes, or of unnamed proposals.
+
+    With the prompt "all", every class of the data set is a candidate, over several prompts (seg4diff.attend).
+    """
+    z0 = torch.cat([seg4diff.encode_image(model, item.image) for item in items])             # (B, C, ., .)
     present = [np.setdiff1d(np.unique(item.labels), [IGNORE]) for item in items]
-    seeds = [image_seed(item.name, seed) for item in items]
+    ids = [np.union1d(p, data.always).astype(int) if how.prompt == "present" else np.arange(len(data.classes))
+           for p in present]
+    seeds = [image_seed(item.name, how.seed) for item in items]
     grid = tuple(s // model.mmdit.config.patch for s in z0.shape[-2:])
-    out = [{"floor": ids[floor_map(len(ids), grid, item.labels.shape, s)],
-            "ceiling": ids[ceiling_map(item.labels, ids, grid)]} for item, ids, s in zip(items, present, seeds)]
+    named = variants[0].threshold is None
+    out = [{"ceiling": p[ceiling_map(item.labels, p, grid)]} for item, p in zip(items, present)]
     for sigma in dict.fromkeys(v.sigma for v in variants):
         now = [v for v in variants if v.sigma == sigma]
-        attn = seg4diff.attend(model, z0, [[classes[k] for k in ids] for ids in present], sigma=sigma, seeds=seeds,
-                               blocks=sorted({v.block for v in now}), kinds=sorted({v.kind for v in now}))
+        classes = [[data.classes[k] for k in own] for own in ids] if named else None
+        attn = average([seg4diff.attend(model, z0, classes, sigma=sigma, seeds=[s + i for s in seeds],
+                                        blocks=sorted({v.block for v in now}), kinds=sorted({v.kind for v in now}))
+                        for i in range(how.draws)])
         for b, v in ((b, v) for b in range(len(items)) for v in now):
-            maps = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax)           # (K, h, w)
-            out[b][v.name] = present[b][seg4diff.label_map(maps, items[b].labels.shape).cpu().numpy()]
+            maps, size = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax), items[b].labels.shape
+            if not named:
+                maps = seg4diff.merge_maps(maps, v.threshold, v.scaling)[0]  # (P, h, w)
+            table, floor = ids[b] if named else np.arange(len(maps)), floor_row(v, variants)
+            out[b][v.name] = table[seg4diff.label_map(maps, size).cpu().numpy()]
+            if floor not in out[b]:
+                out[b][floor] = table[floor_map(len(maps), grid, size, seeds[b])]
     return out
 
 
-def evaluate(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Variant], *, batch_size: int, seed: int
-             ) -> tuple[dict[str, np.ndarray], list[tuple[Item, np.ndarray]]]:
-    """Confusion matrix of each variant, of floor and ceiling; and the first pictures with the first variant's labels."""
-    K, shown = len(data.classes), []
-    conf = {row: np.zeros((K, K), np.int64) for row in [*(v.name for v in variants), "floor", "ceiling"]}
-    with tqdm(total=len(names), desc="evaluating", unit="image") as bar:
-        for i in range(0, len(names), batch_size):
-            items = [data.read(name) for name in names[i:i + batch_size]]
-            bar.update(len(items))
-            items = [item for item in items if (item.labels != IGNORE).any()]                # nothing to prompt or score
-            if not items:
-                continue
-            for item, labels in zip(items, predict(model, items, data.classes, variants, seed)):
-                for row, pred in labels.items():
-                    conf[row] += confusion(item.labels, pred, K)
-                if len(shown) < 12:
-                    shown.append((item, labels[variants[0].name]))
-            best = max(variants, key=lambda v: scores(conf[v.name])["mIoU"])
-            bar.set_postfix({f"mIoU {best.name}": f"{scores(conf[best.name])['mIoU']:.1f}"})
-    return conf, shown
+def tally(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Variant], how: Protocol, batch_size: int
+          ) -> Iterator[tuple[str, Counts | Exception]]:
+    """(name, counts of every row of the table) picture by picture; the exception of one that cannot be read.
 
+    Counts are a confusion matrix (K, K), or match_proposals' (K, 3); none for a picture without a labelled pixel.
+    """
+    K, batch = len(data.classes), []
 
-# ---------------------------------------------------------------------------- pictures and tables
+    def count(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:
+        return confusion(truth, pred, K) if variants[0].threshold is None else match_proposals(truth, pred, K)[0]
 
+    def finish() -> Iterator[tuple[str, Counts]]:
+        for item, labels in zip(batch, predict(model, batch, data, variants, how) if batch else ()):
+            yield item.name, {row: count(item.labels, pred) for row, pred in labels.items()}
+        batch.clear()
 
-def overlay_grid(shown: list[tuple[Item, np.ndarray]], classes: list[str], side: int = 192) -> Image.Image:
-    """picture | truth | prediction, two pictures to a row, with a legend."""
-    colours = seg4diff.palette(len(classes))
-    cells = []
-    for item, pred in shown:
-        cell = Image.new("RGB", (3 * side + 12, side + 6), "white")
-        for j, x in enumerate([item.image, seg4diff.overlay(item.image, item.labels, colours),
-                               seg4diff.overlay(item.image, pred, colours)]):
-            cell.paste(x.resize((side, side), Image.Resampling.BILINEAR), (j * (side + 2), 0))
-        cells.append(cell)
-    columns = min(2, len(cells))
-    grid = Image.new("RGB", (columns * cells[0].width, -(-len(cells) // columns) * cells[0].height), "white")
-    for i, cell in enumerate(cells):
-        grid.paste(cell, (i % columns * cell.width, i // columns * cell.height))
-    title = Image.new("RGB", (grid.width, 24), "white")
-    ImageDraw.Draw(title).text((2, 3), "picture | truth | prediction", fill="black", font=ImageFont.load_default(14))
-    return seg4diff.stack(title, grid, seg4diff.legend(classes, colours, grid.width))
-
-
-def plot(task: str, variants: list[Variant], rows: dict[str, dict], model: Seg4Diff, path: Path) -> None:
-    """The task's figure: mIoU against block, head, noise level or kind of score, with floor and ceiling."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    miou = [rows[v.name]["mIoU"] for v in variants]
-    if task == "heads":
-        cfg = model.mmdit.config
-        image = ax.imshow(np.reshape(miou, (cfg.depth, cfg.heads)).T, aspect="auto", cmap="viridis")
-        for i, (v, y) in enumerate(zip(variants, miou)):
-            if len(variants) <= 100:                     # SD3's 576 numbers would not be readable
-                bright = y > (min(miou) + max(miou)) / 2
-                ax.text(i // cfg.heads, v.head, f"{y:.0f}", ha="center", va="center", color="black" if bright else "white")
-        ax.set(xlabel="block", ylabel="head", title="mIoU of each head (Fig. 17)")
-        ax.locator_params(integer=True)
-        fig.colorbar(image, label="mIoU [%]")
-    else:
-        if task == "layers":
-            n = model.mmdit.config.depth
-            for name, ys, mark in (("image-to-text", miou[:n], "o-"), ("text-to-image", miou[n:], "s--")):
-                ax.plot(range(n), ys, mark, label=name)
-            ax.set(xlabel="block", xticks=range(n), title="Segmentation performance across blocks (Fig. 8)")
-        elif task == "timesteps":
-            ax.plot([v.sigma for v in variants], miou, "o-", label=f"block {model.preset.block}")
-            ax.axvline(model.preset.sigma, color="grey", lw=0.8,
-                       label=f"t = {model.preset.noise_steps} of {model.preset.steps}")
-            ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
+    for name, item in read_ahead(lambda name: prepare(data, name, how), names, 2 * batch_size):
+        if isinstance(item, Exception):
+            yield name, item
+        elif (item.labels == IGNORE).all():                                  # nothing to prompt or score
+            yield name, {}
         else:
-            ax.bar([v.name.replace(", ", ",\n") for v in variants], miou, width=0.6)
-            ax.set(title="Which score is compared (Table 5)")
-        for name, style in (("floor", ":"), ("ceiling", "-.")):
-            ax.axhline(rows[name]["mIoU"], color="black", ls=style, lw=1, label=name)
-        ax.set(ylabel="mIoU [%]", ylim=(0, 100))
-        ax.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+            batch.append(item)
+            if len(batch) == batch_size:
+                yield from finish()
+    yield from finish()
 
 
-def peak_megabytes() -> float:
-    """Peak memory of this process; nan where the system does not tell."""
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
+def examples(model: Seg4Diff, data: Dataset, names: list[str], variant: Variant, how: Protocol) -> Image.Image:
+    """Pictures beside truth and prediction; unnamed regions in the colour of the class they were matched to."""
+    shown = []
+    for name in names:
+        item = prepare(data, name, how)
+        pred = predict(model, [item], data, [variant], how)[0][variant.name]
+        named = pred if variant.threshold is None else match_proposals(item.labels, pred, len(data.classes))[1]
+        shown.append((item, named))
+    return overlay_grid(shown, data.classes)
 
 
-def table(rows: dict[str, dict]) -> str:
-    width = max(map(len, rows))
-    lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
-    lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
-    return "\n".join(lines)
+# ---------------------------------------------------------------------------- runs
 
 
-def main(args: argparse.Namespace) -> None:
-    start = time.time()
-    for what, value, valid in (("data set", args.dataset, DATASETS), ("task", args.task, TASKS)):
-        if value not in valid:
-            raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
-    if any(x is not None and x < 1 for x in (args.batch_size, args.limit)):
-        raise ValueError("--batch-size and --limit must be at least 1")
-    data = DATASETS[args.dataset](args.data_root)
-    name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
-    model = seg4diff.load(name, args.device, segment_only=args.task not in ("layers", "heads"))
-    names, variants = data.names[:args.limit], TASKS[args.task](model)
-    if model.name in ("floor", "ceiling"):
-        raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
-    out = args.out or Path("out") / f"{args.task}-{data.name}-{model.name}"
-    out.mkdir(parents=True, exist_ok=True)
+def world() -> tuple[int, int]:
+    """This process's number and how many there are: torchrun says so in the environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    conf, shown = evaluate(model, data, names, variants, seed=args.seed,
-                           batch_size=model.preset.batch if args.batch_size is None else args.batch_size)
-    rows, seconds = {name: scores(c) for name, c in conf.items()}, time.time() - start
+
+def wait_for_all() -> None:
+    """Until every process of torchrun is here."""
+    if world()[1] > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.barrier()
+
+
+def caption(task: str, data: Dataset, n: int, model: Seg4Diff, variants: list[Variant], how: Protocol) -> str:
+    """Everything that touches the numbers, in a line."""
     blocks, levels = sorted({v.block for v in variants}), sorted({v.sigma for v in variants})
-    caption = (f"{args.task} · {data.name}, {len(names)} pictures, {len(data.classes)} classes · model {model.name} · "
-               f"block {blocks[0] if len(blocks) == 1 else f'{blocks[0]} to {blocks[-1]}'} · "
-               f"sigma {levels[0]:.3f}{f' to {levels[-1]:.3f}' if len(levels) > 1 else ''} · "
-               f"prompt: present classes · seed {args.seed}")
-    print(caption, table(rows), sep="\n")
-    if args.task == "ovss":
+    merging = "" if variants[0].threshold is None else "empty prompt" if len(variants) > 1 else \
+        f"empty prompt, maps scaled over: {variants[0].scaling}, merged below KL {variants[0].threshold:g}"
+    return (f"{task} · {data.name}, {n} pictures, {len(data.classes)} classes · model {model.name} "
+            f"({model.fingerprint}, {str(model.dtype).removeprefix('torch.')}) · "
+            f"block {blocks[0] if len(blocks) == 1 else f'{blocks[0]} to {blocks[-1]}'} · "
+            f"sigma {levels[0]:.3f}{f' to {levels[-1]:.3f}' if len(levels) > 1 else ''} · "
+            f"{merging or f'prompt: {how.prompt} classes'} · {how.resize} · draws {how.draws} · seed {how.seed}")
+
+
+def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> dict[str, dict]:
+    """One task on one data set: count what the ledger has not, then everything from the ledger; rows of the table."""
+    start, (rank, processes) = time.time(), world()
+    names, variants = subset(data.names, args.limit), TASKS[args.task](model)
+    if args.task == "unsup":
+        variants = [v._replace(threshold=args.threshold or v.threshold, scaling=args.scaling or v.scaling) for v in variants]
+    how = Protocol(args.seed, args.prompt, args.resize, args.draws)
+    floors = list(dict.fromkeys(floor_row(v, variants) for v in variants))
+    here = Path(__file__).parent                         # what a changed program had counted does not count
+    code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), here / "nano/scenes.py"))
+    protocol = {"task": args.task, "dataset": data.name, "classes": data.classes, "always": data.always,
+                "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "variants": variants,
+                "how": how._asdict(), "code": zlib.crc32(code.encode())}
+    book = Ledger(out, protocol, rank)
+    todo = [name for name in names[rank::processes] if name not in book.done]
+    K = len(data.classes)
+    shape = (K, K) if variants[0].threshold is None else (K, 3)
+    conf = book.sum(names, [v.name for v in variants], shape)                # for the progress bar only
+    with tqdm(total=len(names[rank::processes]), initial=len(names[rank::processes]) - len(todo), desc="evaluating",
+              unit="image", disable=rank > 0) as bar:
+        for name, counts in tally(model, data, todo, variants, how, args.batch_size or model.preset.batch):
+            if isinstance(counts, Exception):
+                book.skip(name, str(counts))
+            else:
+                book.add(name, counts, image_seed(name, how.seed))
+                for row in conf.keys() & counts.keys():
+                    conf[row] += counts[row]
+            bar.update()
+            best = max(conf, key=lambda row: scores(conf[row])["mIoU"] if conf[row].any() else 0)
+            if conf[best].any():
+                bar.set_postfix({f"mIoU {best}": f"{scores(conf[best])['mIoU']:.1f}"})
+    wait_for_all()
+    if rank > 0:
+        return {}
+    book = Ledger(out, protocol)                                             # with what the other processes wrote
+    broken = {name: book.broken[name] for name in names if name not in book.done}
+    if len(broken) == len(names):
+        raise ValueError(f"none of the {len(names)} pictures of {data.name} could be read; the first: {broken[names[0]]}")
+    total = book.sum(names, [*(v.name for v in variants), *floors, "ceiling"], shape)
+    rows, seconds = {row: scores(c) for row, c in total.items()}, time.time() - start
+    line = caption(args.task, data, len(names) - len(broken), model, variants, how)
+    print(line, table(rows), sep="\n")
+    if len(variants) == 1:
         print("IoU per class:", ", ".join(
             f"{c} {x:.0f}" for c, x in zip(data.classes, rows[model.name]["IoU"]) if x is not None))
+    if broken:
+        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
+              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
     megabytes = peak_megabytes()
-    result = {"task": args.task, "n": len(names), "caption": caption,
-              "arguments": {k: str(v) for k, v in vars(args).items()},
+    result = {"task": args.task, "n": len(names) - len(broken), "caption": line, "protocol": protocol, "hash": book.hash,
+              "broken": broken, "arguments": {k: str(v) for k, v in vars(args).items()},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "classes": data.classes,
               "rows": rows, "variants": [v._asdict() for v in variants], "seconds": seconds, "peak_MB": megabytes}
     (out / "results.tmp").write_text(json.dumps(result, indent=1))
     os.replace(out / "results.tmp", out / "results.json")
-    if args.task == "ovss":
-        overlay_grid(shown, data.classes).save(out / "overlays.png")
+    picture = out / ("overlays.png" if len(variants) == 1 else f"{args.task}.png")
+    if len(variants) == 1:
+        examples(model, data, [name for name in names if book.done.get(name)][:12], variants[0], how).save(picture)
     else:
-        plot(args.task, variants, rows, model, out / f"{args.task}.png")
-    print(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and "
-          f"{'overlays' if args.task == 'ovss' else args.task}.png")
+        plot(args.task, variants, rows, model, picture)
+    print(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
+    return rows
+
+
+def run_folder(args: argparse.Namespace, model: Seg4Diff, classes: list[str], out: Path) -> None:
+    """Label maps (palette PNGs, value k the k-th class) and overlays of all pictures of a folder; no truth, no scores."""
+    start, kinds = time.time(), Image.registered_extensions()
+    names = sorted(p.name for p in args.data_root.iterdir() if p.suffix.lower() in kinds)
+    if not names or len({Path(n).stem for n in names}) < len(names):
+        raise ValueError(f"{args.data_root} must hold pictures, no two of them with the same name before the dot; "
+                         f"it holds {len(names)} pictures")
+    for folder in ("labels", "overlays"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    broken = {}
+    for name in tqdm(subset(names, args.limit), desc="segmenting", unit="image"):
+        try:
+            image = seg4diff.open_image(args.data_root / name)
+        except ValueError as e:
+            broken[name] = str(e)
+            continue
+        labels = seg4diff.segment(model, image, classes, seed=image_seed(name, args.seed)).labels
+        stem = Path(name).stem
+        picture = Image.fromarray(labels.astype(np.uint8))
+        picture.putpalette(palette(len(classes)).ravel().tolist())
+        picture.save(out / "labels" / f"{stem}.png")
+        panels(image, labels, classes).save(out / "overlays" / f"{stem}.png")
+    if len(broken) == len(subset(names, args.limit)):
+        raise ValueError(f"none of the {len(broken)} pictures of {args.data_root} can be read; the first: {broken[names[0]]}")
+    if broken:
+        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: {'; '.join(broken.values())}")
+    print(f"{time.time() - start:.0f} s; wrote {out}/labels and {out}/overlays")
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError: arguments that cannot be, one sentence each."""
+    sets = [*DATASETS, "all", "folder"]
+    for what, value, valid in (("data set", args.dataset, sets), ("task", args.task, TASKS),
+                               ("prompt", args.prompt, ("present", "all")), ("resize", args.resize, ("squash", "crop")),
+                               ("scaling", args.scaling or "map", seg4diff.SCALINGS)):
+        if value not in valid:
+            raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
+    if any(x is not None and x < 1 for x in (args.batch_size, args.limit, args.draws)):
+        raise ValueError("--batch-size, --limit and --draws must be at least 1")
+    if args.threshold is not None and not args.threshold > 0:
+        raise ValueError(f"--threshold must be positive, not {args.threshold}")
+    if (args.threshold or args.scaling) and args.task != "unsup":
+        raise ValueError("--threshold and --scaling belong to --task unsup")
+    if args.prompt == "all" and args.task in ("unsup", "thresholds"):
+        raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
+    if args.dataset == "all" and args.task not in PAPER:
+        raise ValueError(f"--dataset all is for the tables of the paper: --task {' or '.join(PAPER)}")
+    if (args.dataset == "folder") != (args.classes is not None):
+        raise ValueError("--dataset folder and --classes cat,dog,... go together")
+    if args.dataset == "folder":
+        if args.task != "ovss" or not args.data_root.is_dir():
+            raise ValueError(f"--dataset folder segments the pictures of --data-root, which must be a folder, not "
+                             f"{args.data_root}, and knows --task ovss only")
+
+
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    classes = [c.strip() for c in args.classes.split(",") if c.strip()] if args.classes is not None else None
+    sets, missing = [], {}
+    for name in PAPER[args.task][1] if args.dataset == "all" else [args.dataset] if classes is None else []:
+        try:
+            sets.append(DATASETS[name](args.data_root))
+        except ValueError as e:
+            if args.dataset != "all":
+                raise
+            missing[name] = str(e)
+    if missing and not sets:
+        raise ValueError(f"none of the data sets {', '.join(missing)} was found; " + next(iter(missing.values())))
+    name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "auto" and torch.cuda.is_available() and world()[1] > 1 \
+        else args.device                                                     # torchrun: a GPU for each process
+    model = seg4diff.load(name, device, segment_only=args.task not in ("layers", "heads"))
+    if model.name in ("floor", "ceiling"):
+        raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
+
+    def out(data: str) -> Path:
+        folder = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
+        return folder / data if args.dataset == "all" else folder
+    if classes is not None:
+        seg4diff.split_classes(model.text, classes)
+        return run_folder(args, model, classes, out("folder"))
+    found = {data.name: run(args, model, data, out(data.name)) for data in sets}
+    if args.dataset == "all" and world()[0] == 0:
+        print(paper_table(args.task, model.name, found))
+        if missing:
+            print(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the tree that is expected")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="ovss", help=", ".join(TASKS))
-    parser.add_argument("--dataset", default="scenes", help=", ".join(DATASETS))
+    parser.add_argument("--dataset", default="scenes", help=", ".join([*DATASETS, "all (of the paper's table), folder"]))
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
+    parser.add_argument("--classes", help="for --dataset folder: names, separated by commas")
     parser.add_argument("--model", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder (default: nano for "
                         "scenes, sd3 for real pictures)")
-    parser.add_argument("--limit", type=int, help="only the first so many pictures")
+    parser.add_argument("--limit", type=int, help="only so many pictures, always the same ones")
+    parser.add_argument("--prompt", default="present", help="present (the picture's classes, as the paper), all (of the set)")
+    parser.add_argument("--resize", default="squash", help="squash (as the released code), crop (as the paper says)")
+    parser.add_argument("--draws", type=int, default=1, help="noise draws whose maps are averaged")
+    parser.add_argument("--threshold", type=float, help="unsup: symmetric KL below which maps merge (default: the model's)")
+    parser.add_argument("--scaling", help=f"unsup: {', '.join(seg4diff.SCALINGS)} (default: the model's)")
     parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset); changes no number")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; each picture's own follows from it and its name")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, help="folder for results (default: out/TASK-DATASET-MODEL)")
+    parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
     try:
         main(parser.parse_args())
     except (ValueError, OSError) as error:              # bad input: one sentence, no traceback

@@ -1,4 +1,5 @@
-"""The method of Seg4Diff: rectified flow, and image-to-text attention maps read as a segmentation (Sec. 3.4).
+"""The method of Seg4Diff: rectified flow, and image-to-text attention maps read as a segmentation, with names
+(Sec. 3.4) or without (Sec. 4.2).
 
     python seg4diff.py segment photo.png car sky "teddy bear" --out overlay.png
     python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
@@ -9,10 +10,8 @@ Both use the embedded nano model unless --model names another.  From Python:
     seg = seg4diff.segment(model, Image.open("photo.png"), ["car", "sky", "teddy bear"])
 """
 import argparse
-import colorsys
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 import weights
 from data import IGNORE
 from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, t2i_attention
+from pictures import check_out, panels, sheet
 from text import CLIPText, TextCond, TextEncoders, clip_tokenizer
 from vae import VAE
 
@@ -45,6 +45,8 @@ class Preset:
     noise_steps: int = 8            # segmentation sees a latent this many steps before clean ("t = 8 of 28")
     cfg: float = 7.5                # classifier-free guidance scale
     batch: int = 1                  # pictures evaluated at once
+    threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
+    scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
@@ -67,6 +69,7 @@ class Seg4Diff:
     text: TextEncoders
     preset: Preset
     name: str
+    fingerprint: str                    # of its files (weights.fingerprint)
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +119,8 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
         if found != wanted:
             raise ValueError(f"the parts of {name_or_path} do not fit each other: {found} {what}, not {wanted}")
     path = Path(name_or_path)
-    return Seg4Diff(mmdit, vae, text, preset, path.stem if path.suffix == ".safetensors" else path.name)
+    return Seg4Diff(mmdit, vae, text, preset, path.stem if path.suffix == ".safetensors" else path.name,
+                    weights.fingerprint(files))
 
 
 # ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
@@ -234,26 +238,39 @@ def image_tensor(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 127.5 - 1                   # (3, size, size)
 
 
+@torch.inference_mode()
+def encode_image(model: Seg4Diff, image: Image.Image) -> Tensor:
+    """A picture -> its clean latent (1, C, ., .)."""
+    return model.vae.encode(image_tensor(image, model.preset.size)[None].to(model.device, model.dtype))
+
+
 def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]:
-    """Class names -> as few prompts as hold them all; no name is cut.
+    """Class names -> as few prompts as hold them all, equally full as far as order allows; no name is cut.
 
     ValueError: no names, a name without tokens, a name longer than a prompt.
     """
-    prompts, room = [], 0
-    for name in classes:
-        n = text.n_tokens(name)
+    sizes, limit = [text.n_tokens(name) for name in classes], text.length - 2
+    for name, n in zip(classes, sizes):
         if n == 0:
             raise ValueError(f"the class name {name!r} has no token; give it letters or digits")
-        if n > text.length - 2:
-            raise ValueError(f"the class name {name[:40]!r}... takes {n} tokens; a prompt has room for {text.length - 2}")
-        if n > room:
-            prompts.append([])
-            room = text.length - 2
-        prompts[-1].append(name)
-        room -= n
-    if not prompts:
+        if n > limit:
+            raise ValueError(f"the class name {name[:40]!r}... takes {n} tokens; a prompt has room for {limit}")
+    if not classes:
         raise ValueError("the list of classes is empty; name at least one thing to segment")
-    return prompts
+
+    def fill(room: int) -> list[list[str]]:
+        prompts, left = [], 0
+        for name, n in zip(classes, sizes):
+            if n > left:
+                prompts.append([])
+                left = room
+            prompts[-1].append(name)
+            left -= n
+        return prompts
+
+    fewest = len(fill(limit))            # the smallest room that needs no prompt more: a last prompt of one name would
+    return next(prompts for room in range(max(sizes), limit + 1)                # have little competition for attention
+                if len(prompts := fill(room)) == fewest)
 
 
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
@@ -287,26 +304,28 @@ def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]], *, blocks: Sequence[int], sigma: float,
+def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None, *, blocks: Sequence[int], sigma: float,
            seeds: Sequence[int], kinds: Sequence[str] = ("softmax",)) -> list[dict[tuple[int, str], Tensor]]:
     """Clean latents through the model once: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
     z0 from vae.encode, one row a picture; the noise of picture b is that of seeds[b] (Eq. 8). More names than one
     prompt holds run as several prompts on the same noise. Each softmax map is a share of its pixel's attention over
-    all keys, so maps of different prompts are compared as they are. The run ends at the last block asked for.
+    all keys, so maps of different prompts, which are equally full, are compared as they are. classes None: the empty
+    prompt, and every CLIP column, <start> and <pad> too, is a class.  The run ends at the last block asked for.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
     z = add_noise(z0.float(), noise(z0.shape[1:], seeds).to(z0.device), sigma).to(model.dtype)
-    prompts = [(b, names) for b, own in enumerate(classes) for names in split_classes(model.text, own)]
-    out: list[dict] = [{(i, kind): [] for i in blocks for kind in kinds} for _ in classes]
+    prompts = [(b, names) for b in range(len(z)) for names in (split_classes(model.text, classes[b]) if classes else [[]])]
+    out: list[dict] = [{(i, kind): [] for i in blocks for kind in kinds} for _ in z]
     for part in (prompts[i:i + len(z)] for i in range(0, len(prompts), len(z))):   # never more than B rows at once
         rows, cond = [b for b, _ in part], model.text.encode([names for _, names in part])
         _, taps = model.mmdit(z[rows], torch.full((len(rows),), sigma, device=z.device), cond.ctx, cond.pooled,
                               capture=set(blocks), stop_at=max(blocks))
+        spans = cond.spans if classes else [[slice(i, i + 1) for i in range(model.text.length)]] * len(rows)
         for i, kind in out[0]:
-            for b, attn in zip(rows, class_attention(taps[i], cond.spans, kind)):
+            for b, attn in zip(rows, class_attention(taps[i], spans, kind)):
                 out[b][i, kind].append(attn)
     return [{key: torch.cat(attn, dim=1) for key, attn in maps.items()} for maps in out]
 
@@ -328,7 +347,7 @@ def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, bloc
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.mmdit.config.heads - 1}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
-    z0 = model.vae.encode(image_tensor(image, model.preset.size)[None].to(model.device, model.dtype))    # (1, C, ., .)
+    z0 = encode_image(model, image)                                          # (1, C, ., .)
     attn, = attend(model, z0, [classes], blocks=blocks, kinds=[kind], seeds=[seed],
                    sigma=model.preset.sigma if sigma is None else sigma)     # {(block, kind): (H, K, h, w)}
     maps = torch.stack([class_maps(a, head, minmax) for a in attn.values()]).mean(0)         # (K, h, w)
@@ -336,87 +355,73 @@ def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, bloc
     return Segmentation(labels, maps.cpu(), list(classes))
 
 
-# ---------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------- <pad> tokens -> proposals, Sec. 4.2, Table 2
 
 
-def palette(n: int) -> np.ndarray:
-    """n colours, (n, 3) uint8: hues a golden section apart, so that neighbours differ most, in three strengths."""
-    strengths = [(0.55, 1.0), (0.85, 0.9), (0.8, 0.6)]                        # saturation, value
-    rgb = [colorsys.hsv_to_rgb((0.57 + 0.618034 * i) % 1, *strengths[i % 3]) for i in range(n)]
-    return np.array([[round(255 * c) for c in x] for x in rgb], np.uint8)
+SCALINGS = ("map", "token", "none")
 
 
-def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """The picture, greyed, under its label map in colour; label IGNORE stays uncoloured."""
-    grey = np.asarray(image.convert("L").convert("RGB"), float)
-    table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
-    mixed = np.where((labels == IGNORE)[..., None], grey, 0.4 * grey + 0.6 * table[labels])
-    return Image.fromarray(mixed.astype(np.uint8))
+class Proposals(NamedTuple):
+    labels: np.ndarray                  # (height, width) of the picture given, index into maps
+    maps: Tensor                        # (P, h, w), each sums to 1
+    members: list[list[int]]            # for each proposal, the text columns whose maps it is the mean of
 
 
-def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
-    """Colour patches with their names, as many to a row as fit into `width` pixels."""
-    font = ImageFont.load_default(14)
-    rows, x, widest = [[]], 0, width
-    for name, colour in zip(names, colours):
-        w = 34 + int(font.getlength(name))
-        if x + w > width and rows[-1]:
-            rows.append([])
-            x = 0
-        rows[-1].append((x, name, tuple(int(c) for c in colour)))
-        x += w
-        widest = max(widest, x)
-    strip = Image.new("RGB", (widest, 22 * len(rows) + 4), "white")
-    pen = ImageDraw.Draw(strip)
-    for i, row in enumerate(rows):
-        for x, name, colour in row:
-            pen.rectangle([x + 4, 22 * i + 5, x + 18, 22 * i + 19], fill=colour, outline="black")
-            pen.text((x + 23, 22 * i + 3), name, fill="black", font=font)
-    return strip
+def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, list[list[int]]]:
+    """Attention maps of tokens (L, h, w) -> proposals (P, h, w), and which tokens each gathers.
+
+    Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a
+    "map", over the tokens at each position, "token", or "none"). One greedy pass in token order: a map not yet taken
+    gathers all maps, taken ones too, whose symmetric KL to it, half the sum of both directions, is below the
+    threshold, and their mean is a proposal.
+    NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
+    """
+    x = maps.float().flatten(1)                                              # (L, N)
+    if scaling != "none":
+        over = 1 if scaling == "map" else 0
+        lo, hi = x.amin(over, keepdim=True), x.amax(over, keepdim=True)
+        x = (x - lo) / (hi - lo).clamp_min(1e-12)
+    log_p = x.log_softmax(dim=1)                                             # (L, N)
+    p = log_p.exp()
+    cross = p @ log_p.mT                                                     # (L, L): sum of p_i log p_j
+    own = cross.diag()
+    kl = 0.5 * (own[:, None] - cross + own[None] - cross.mT)                 # (L, L)
+    taken, proposals, members = torch.zeros(len(p), dtype=torch.bool), [], []
+    for i, near in enumerate((kl < threshold).cpu()):
+        if not taken[i]:
+            near[i] = True
+            taken |= near
+            members.append(near.nonzero()[:, 0].tolist())
+            proposals.append(p[members[-1]].mean(0))
+    return torch.stack(proposals).unflatten(1, maps.shape[1:]), members      # (P, h, w)
 
 
-def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
-    """Pictures of one size in rows, each above its caption, wrapped to the picture's width."""
-    font, zoom = ImageFont.load_default(13), max(1.0, 192 / images[0].height)
-    w, h = round(zoom * images[0].width), round(zoom * images[0].height)
-    wrapped = []
-    for caption in captions:
-        lines = [""]
-        for word in caption.split():
-            if font.getlength(f"{lines[-1]} {word}") > w - 6 and lines[-1]:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        wrapped.append("\n".join(lines))
-    cell_h = h + 18 * max(x.count("\n") + 1 for x in wrapped) + 8
-    columns = min(columns, len(images))
-    out = Image.new("RGB", (columns * (w + 6), -(-len(images) // columns) * cell_h), "white")
-    for i, (image, caption) in enumerate(zip(images, wrapped)):
-        x, y = i % columns * (w + 6), i // columns * cell_h
-        out.paste(image.resize((w, h), Image.Resampling.BICUBIC), (x, y))
-        ImageDraw.Draw(out).multiline_text((x + 2, y + h + 2), caption, fill="black", font=font)
-    return out
+@torch.inference_mode()
+def pad_maps(model: Seg4Diff, z0: Tensor, *, block: int, sigma: float, seeds: Sequence[int]) -> Tensor:
+    """I2T maps of all CLIP columns of the empty prompt, mean over heads: z0 (B, C, ., .) -> (B, L, h, w) (Fig. 9 b)."""
+    attn = attend(model, z0, None, blocks=[block], sigma=sigma, seeds=seeds)
+    return torch.stack([a[block, "softmax"].mean(0) for a in attn])          # (B, L, h, w)
 
 
-def stack(*rows: Image.Image) -> Image.Image:
-    """Pictures below each other on white."""
-    out = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
-    for i, row in enumerate(rows):
-        out.paste(row, (0, sum(r.height for r in rows[:i])))
-    return out
+def propose(model: Seg4Diff, image: Image.Image, *, block: int | None = None, sigma: float | None = None, seed: int = 0,
+            threshold: float | None = None, scaling: str | None = None) -> Proposals:
+    """Regions without any names (Sec. 4.2): <start>, <end> and <pad> of the empty prompt, their maps merged.
+
+    What is not given comes from the model's preset.  ValueError: block, sigma, scaling that does not exist,
+    a threshold that is not positive.
+    """
+    p = model.preset
+    threshold, scaling = p.threshold if threshold is None else threshold, scaling or p.scaling
+    if scaling not in SCALINGS or not threshold > 0:
+        raise ValueError(f"the threshold must be positive, and scaling one of {', '.join(SCALINGS)}, not {threshold}, {scaling!r}")
+    z0 = encode_image(model, image)                                          # (1, C, ., .)
+    maps = pad_maps(model, z0, block=p.block if block is None else block, sigma=p.sigma if sigma is None else sigma,
+                    seeds=[seed])[0]                                         # (L, h, w)
+    proposals, members = merge_maps(maps, threshold, scaling)
+    return Proposals(label_map(proposals, (image.height, image.width)).cpu().numpy(), proposals.cpu(), members)
 
 
 # ---------------------------------------------------------------------------- command line
-
-
-PANEL = (512, 1024)                     # least and most pixels of a panel's longer side, so that its legend can be read
-
-
-def check_out(path: Path) -> None:
-    """ValueError now, not after the work, if a picture cannot be written to `path`."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
 
 
 def run_segment(args: argparse.Namespace) -> None:
@@ -424,13 +429,7 @@ def run_segment(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     model = load(args.model, args.device, segment_only=args.block is None)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
-    colours, longest = palette(len(seg.classes)), max(image.size)
-    shown = min(max(longest, PANEL[0]), PANEL[1])
-    size = [max(1, round(x * shown / longest)) for x in image.size]
-    panels = Image.new("RGB", (2 * size[0] + 4, size[1]), "white")
-    for i, x in enumerate([image, overlay(image, seg.labels, colours)]):
-        panels.paste(x.resize(size, Image.Resampling.BILINEAR), (i * (size[0] + 4), 0))
-    stack(panels, legend(seg.classes, colours, panels.width)).save(args.out)
+    panels(image, seg.labels, seg.classes).save(args.out)
     for k, name in enumerate(seg.classes):
         print(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
     print(f"wrote {args.out}")

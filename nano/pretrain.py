@@ -1,8 +1,8 @@
 """How nano was made: one command from nothing to nano.safetensors.
 
-    python nano/pretrain.py --minutes 90                  # on CPU; again after a kill: goes on where it stopped
+    python nano/pretrain.py --samples 150000              # on CPU; again after a kill: goes on where it stopped
     python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/run/more     # trains nano on
-    python nano/pretrain.py --device cuda --minutes 20 --batch 256 --width 256 --depth 8 --scenes 100000 --run nano/run/gpu
+    python nano/pretrain.py --device cuda --samples 2000000 --batch 256 --width 256 --depth 8 --scenes 100000 --run nano/run/gpu
 
 Five stages; the first three are skipped when their result lies in --run: draw the scenes, train the VAE, encode
 all scenes once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate                                          # noqa: E402
+import pictures                                          # noqa: E402
 import seg4diff                                          # noqa: E402
 import weights                                           # noqa: E402
 from data import DATASETS                                # noqa: E402
@@ -238,7 +239,7 @@ def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, l
     torch.manual_seed(args.seed)
     merges = word_merges(scenes.words())
     vocab, (width_l, width_g), length = 2 * 256 + len(merges) + 2, args.text_widths, args.text_length
-    towers = [CLIPText(vocab, length, w, 2 * w, layers=2, quick_gelu=w == width_l, project=w == width_g)
+    towers = [CLIPText(vocab, length, w, 2 * w, layers=args.text_layers, quick_gelu=w == width_l, project=w == width_g)
               for w in (width_l, width_g)]
     ctx_dim = 256 * math.ceil((width_l + width_g) / 256)
     for tower in towers:
@@ -272,7 +273,7 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
     """Eq. 2 on cached latents; Muon for the matrices inside the blocks, AdamW for the rest, EMA of all."""
     device = args.device
     latents = torch.from_numpy(np.load(run / "latents.npy"))                            # (n, C, h, w) fp16
-    facts = [scenes.Scene(None, None, [tuple(s) for s in stuff], [scenes.Thing(*t) for t in things])
+    facts = [scenes.Scene(None, None, stuff, [scenes.Thing(*t) for t in things])
              for stuff, things in json.loads((run / "facts.json").read_text())]
     mmdit, text, merges = build(args, latents.shape[1])
     model = nn.ModuleDict({"mmdit": mmdit, "clip_l": text.clip_l, "clip_g": text.clip_g}).to(device)
@@ -290,7 +291,7 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
     velocity = torch.compile(mmdit, dynamic=False) if args.compile else mmdit
     rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(args.seed + step)
     start, begun, losses, snapshot = time.time(), spent, [], time.time()
-    bar = tqdm(total=args.minutes * 60, initial=int(spent), desc="MM-DiT", unit="s", mininterval=10)
+    bar = tqdm(total=args.samples, initial=samples, desc="MM-DiT", unit="sample", mininterval=10)
 
     def keep(tag=""):
         save(dict(model=model.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts], step=step,
@@ -299,10 +300,10 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
                text.ctx_dim), vae, merges, dict(samples=samples, seconds=round(spent), scenes=len(latents), seed=args.seed))
         prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:16]]
         images = seg4diff.generate(seg4diff.load(run / f"nano{tag}.safetensors", device), prompts)
-        seg4diff.sheet(images, prompts).save(run / f"samples{tag}.png")
+        pictures.sheet(images, prompts).save(run / f"samples{tag}.png")
 
-    while spent < 60 * args.minutes:
-        done = spent / (60 * args.minutes)
+    while samples < args.samples:
+        done = samples / args.samples
         idx = rng.integers(0, len(latents), args.batch * (3 if done < args.low else 1))
         z0 = latents[idx].float()                                                       # (B, C, h, w)
         if done < args.low:                              # a cheap start on a quarter of the tokens
@@ -310,12 +311,12 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
         captions = ["" if rng.random() < 0.1 else scenes.caption(facts[i], rng) for i in idx]
         eps = torch.randn(z0.shape, generator=generator)
         sigma = torch.sigmoid(args.noise_mean + torch.randn(len(z0), generator=generator))   # (B,), logit-normal
-        keep_pooled = (torch.rand(len(z0), 1, generator=generator) < 0.5).to(device)
+        keep_pooled = (torch.rand(len(z0), 1, generator=generator) < args.pooled).to(device)
         z0, eps, sigma = z0.to(device), eps.to(device), sigma.to(device)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
             cond = text.encode(captions)
             z = (1 - sigma)[:, None, None, None] * z0 + sigma[:, None, None, None] * eps     # Eq. 1
-            # half of the time the pooled vector is withheld, so that words have to come in through attention
+            # the pooled vector is mostly withheld, so that words have to come in through attention
             vel, _ = velocity(z, sigma, cond.ctx, cond.pooled * keep_pooled)
         loss = F.mse_loss(vel.float(), eps - z0)                                        # Eq. 2
         optimise(opts, loss, args.lr * min(1, (step + 1) / 200, (1 - done) / args.cooldown + 0.01))  # up, hold, down
@@ -328,8 +329,8 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
             raise ValueError(f"the loss is {losses[-1]} after {step} steps; the last good state is {run / 'mmdit.pt'}")
         if step % 50 == 0:
             log.append((samples, float(np.mean(losses[-50:]))))
-            bar.n = int(spent)
-            bar.set_postfix(loss=f"{log[-1][1]:.4f}", samples=samples, per_s=f"{samples / max(spent, 1):.0f}")
+            bar.n = samples
+            bar.set_postfix(loss=f"{log[-1][1]:.4f}", minutes=f"{spent / 60:.0f}")
         if time.time() - snapshot > 60 * args.snapshot:
             keep(f"_{samples // 1000:04d}k")
             snapshot = time.time()
@@ -342,8 +343,10 @@ def block_scores(path: Path, limit: int | None = None) -> tuple[list[float], flo
     """mIoU of every block of a model file on scenes-dev (Fig. 8), and the floor's."""
     model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
     variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
-    conf, _ = evaluate.evaluate(model, data, data.names[:limit], variants, batch_size=10, seed=0)
-    return [evaluate.scores(conf[v.name])["mIoU"] for v in variants], evaluate.scores(conf["floor"])["mIoU"]
+    total = {row: 0 for row in (*(v.name for v in variants), "floor")}
+    for _, counts in evaluate.tally(model, data, data.names[:limit], variants, evaluate.Protocol(), 10):
+        total = {row: total[row] + counts[row] for row in total}
+    return [evaluate.scores(total[v.name])["mIoU"] for v in variants], evaluate.scores(total["floor"])["mIoU"]
 
 
 def choose_block(path: Path) -> None:
@@ -392,17 +395,19 @@ if __name__ == "__main__":
     parser.add_argument("--batch-vae", type=int, default=4)
     parser.add_argument("--vae-widths", type=int, nargs="+", default=(16, 24, 48, 64))
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term in the VAE's loss")
-    parser.add_argument("--minutes", type=float, default=90, help="for the MM-DiT, kills not counted")
+    parser.add_argument("--samples", type=int, default=150_000, help="that the MM-DiT sees, kills not counted")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--text-widths", type=int, nargs=2, default=(64, 128), help="CLIP-L's and CLIP-G's stand-in")
+    parser.add_argument("--text-layers", type=int, default=1, help="of a text tower; the context is the last but one's")
     parser.add_argument("--text-length", type=int, default=28, help="rows of a text tower, start and end included")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--noise-mean", type=float, default=0.8, help="of the logit-normal sigma; 0 is the middle")
-    parser.add_argument("--low", type=float, default=0.2, help="share of the time spent on 2x2-pooled latents first")
-    parser.add_argument("--cooldown", type=float, default=0.25, help="share of the time in which the rate falls to zero")
+    parser.add_argument("--pooled", type=float, default=0.1, help="how often the pooled text vector is not withheld")
+    parser.add_argument("--low", type=float, default=0.4, help="share of the samples seen as 2x2-pooled latents first")
+    parser.add_argument("--cooldown", type=float, default=0.25, help="share of the samples in which the rate falls to zero")
     parser.add_argument("--snapshot", type=float, default=8, help="minutes between saved states")
     parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
     try:

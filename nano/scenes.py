@@ -1,8 +1,9 @@
 """The toy world that nano is trained on: procedurally drawn scenes with exact masks and captions.
 
-Five kinds of stuff fill the picture (sky above, one or two grounds below); one to three things stand in
-front of it. A thing's class, colour and size are drawn independently of each other, so they can only be
-known from the picture or from the caption. Everything follows from the seed alone.
+Seven kinds of stuff fill the picture (sky, sunset or night above, one or two grounds below); one to three
+things stand in front of it. A thing's class, colour and size are drawn independently of each other, so they
+can only be known from the picture or from the caption; no class is in every picture, so every name tells
+something. Everything follows from the seed alone.
 
     python nano/scenes.py --out scenes.png          # a sheet of scenes with their masks and captions
 """
@@ -15,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-STUFF = ["sky", "grass", "sand", "water", "snow"]
+STUFF = ["sky", "sunset", "night", "grass", "sand", "water", "snow"]
 THINGS = ["car", "house", "tree", "boat", "mushroom", "flower", "teddy bear", "air balloon"]
 CLASSES = STUFF + THINGS                       # label map value = index in this list; every pixel has one
 COLOURS = {"red": (214, 48, 49), "orange": (240, 132, 28), "yellow": (246, 210, 50),
            "green": (52, 160, 72), "blue": (44, 92, 214), "purple": (138, 62, 184)}
-SKIES = {"blue": ((92, 160, 236), (190, 224, 250)), "pink": ((226, 130, 168), (252, 216, 196)),
-         "dark": ((20, 24, 62), (62, 68, 124))}
+SKIES = {"sky": ((92, 160, 236), (190, 224, 250)), "sunset": ((226, 130, 168), (252, 216, 196)),
+         "night": ((20, 24, 62), (62, 68, 124))}
 GROUNDS = {"grass": (118, 178, 74), "sand": (228, 202, 142), "water": (54, 132, 170), "snow": (238, 243, 250)}
 SIDE = 128                                     # pixels; drawn at twice that, then shrunk, for smooth edges
 TRAIN_SEEDS, VAL_SEEDS = range(1_000_000, 2_000_000), range(0, 10_000)   # disjoint by construction
@@ -37,7 +38,7 @@ class Thing(NamedTuple):
 class Scene(NamedTuple):
     image: np.ndarray                          # (SIDE, SIDE, 3) uint8
     labels: np.ndarray                         # (SIDE, SIDE) uint8, index into CLASSES
-    stuff: list[tuple[str, str]]               # (colour word or "", name), top to bottom
+    stuff: list[str]                           # top to bottom
     things: list[Thing]                        # left to right, only those that can be seen
 
 
@@ -47,11 +48,11 @@ def shade(rgb: tuple, k: float) -> tuple:
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(h, s if k <= 1 else s / k, min(1.0, v * k)))
 
 
-def paint_sky(yy: np.ndarray, xx: np.ndarray, colour: str, rng: np.random.Generator) -> np.ndarray:
-    """Vertical gradient with soft clouds, or with stars at night.  (Y, X) grids in [0, 1] -> (Y, X, 3)."""
-    top, low = (np.array(c, float) for c in SKIES[colour])
+def paint_sky(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
+    """Vertical gradient with soft clouds, or with stars by night.  (Y, X) grids in [0, 1] -> (Y, X, 3)."""
+    top, low = (np.array(c, float) for c in SKIES[name])
     sky = top + (low - top) * np.clip(yy / 0.6, 0, 1)[..., None]
-    if colour == "dark":
+    if name == "night":
         for x, y in rng.uniform(0, 1, (14, 2)):
             sky[(xx - x) ** 2 + (yy - 0.5 * y) ** 2 < 6e-5] = 235
         return sky
@@ -157,12 +158,12 @@ def draw(seed: int, side: int = SIDE) -> Scene:
     rng = np.random.default_rng(seed)
     big = 2 * side
     yy, xx = np.mgrid[0:big, 0:big] / big
-    # stuff: sky over one or two grounds, with gently curved borders
-    sky = rng.choice(list(SKIES))
+    # stuff: one kind of sky over one or two grounds, with gently curved borders
+    sky = str(rng.choice(list(SKIES)))
     grounds = list(rng.choice(list(GROUNDS), size=1 + int(rng.random() < 0.45), replace=False))
     horizon = rng.uniform(0.36, 0.56)
     edges = [horizon] if len(grounds) == 1 else [horizon, horizon + rng.uniform(0.17, 0.26)]
-    canvas, ids = paint_sky(yy, xx, sky, rng), np.full((big, big), CLASSES.index("sky"), np.uint8)
+    canvas, ids = paint_sky(yy, xx, sky, rng), np.full((big, big), CLASSES.index(sky), np.uint8)
     for name, edge in zip(grounds, edges):
         line = edge + rng.uniform(0.0, 0.03) * np.sin(2 * np.pi * rng.uniform(0.4, 1.2) * xx + rng.uniform(0, 6.3))
         below = yy > line
@@ -190,7 +191,7 @@ def draw(seed: int, side: int = SIDE) -> Scene:
             if 4 * (ids == CLASSES.index(t.name)).sum() > 0.35 * full[t.name]]
     if len(seen) < n:                          # one is nearly hidden: another scene instead
         return draw(seed + 1_000_000_007, side)
-    stuff = [(sky, "sky")] + [("", g) for g in map(str, grounds) if (ids == CLASSES.index(g)).any()]
+    stuff = [name for name in [sky, *map(str, grounds)] if (ids == CLASSES.index(name)).any()]
     return Scene(np.asarray(image.resize((side, side), Image.Resampling.BOX)), ids, stuff, seen)
 
 
@@ -200,7 +201,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         colours = rng.random() < 0.6
         items = [f"{t.colour} {t.name}" if colours else t.name for t in scene.things]
-        items += [f"{c} {name}".strip() if colours else name for c, name in scene.stuff]
+        items += scene.stuff
         return " ".join(items[i] for i in rng.permutation(len(items)))
 
     def noun(t):
@@ -212,26 +213,26 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
             f"{noun(things[1])} right of {noun(things[0])}"
     else:
         words = " and ".join(noun(things[i]) for i in rng.permutation(len(things)))
-    (c, sky), grounds = scene.stuff[0], [name for _, name in scene.stuff[1:]]
-    return f"{words} with {' and '.join(grounds)} under a {c + ' ' if rng.random() < 0.8 else ''}{sky}"
+    above = [name for name in scene.stuff if name in SKIES]
+    return f"{words} with {' and '.join(x for x in scene.stuff if x not in SKIES)}{f' under the {above[0]}' if above else ''}"
 
 
 def words() -> list[str]:
     """Every word a caption can hold; nano's tokenizer is made of them."""
-    fixed = "a and with under left right of big small an the on in above below next to photo".split()
-    return sorted({w for name in CLASSES for w in name.split()} | set(COLOURS) | set(SKIES) | set(fixed))
+    fixed = "a and with under the left right of big small an on in above below next to photo".split()
+    return sorted({w for name in CLASSES for w in name.split()} | set(COLOURS) | set(fixed))
 
 
 def main(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import seg4diff                            # here, because it stands on data.py, which stands on this file
-    colours, cells, captions = seg4diff.palette(len(CLASSES)), [], []
+    import pictures                            # here, because it stands on data.py, which stands on this file
+    colours, cells, captions = pictures.palette(len(CLASSES)), [], []
     for seed in VAL_SEEDS[args.first:args.first + 12]:
         scene = draw(seed)
         cells.append(Image.fromarray(np.concatenate([scene.image, colours[scene.labels]], axis=1)))   # (SIDE, 2*SIDE, 3)
         captions.append(caption(scene, np.random.default_rng(seed)))
-    sheet = seg4diff.sheet(cells, captions, columns=3)
-    seg4diff.stack(sheet, seg4diff.legend(CLASSES, colours, sheet.width)).save(args.out)
+    sheet = pictures.sheet(cells, captions, columns=3)
+    pictures.stack(sheet, pictures.legend(CLASSES, colours, sheet.width)).save(args.out)
     print(f"wrote {args.out}")
 
 

@@ -1,0 +1,89 @@
+"""A ledger of finished pictures: one line each, so that a killed run goes on where it stopped and loses nothing.
+
+    book = Ledger(folder, protocol)                      # what was written under this very protocol is in book.done
+    book.add(name, {"nano": counts, "floor": counts})    # on the disk before the next picture is begun
+    total = Ledger(folder, protocol).sum(names)          # exact: whole numbers, whoever counted them
+
+Several processes (torchrun) write a file each in one folder; whoever opens a ledger reads them all.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
+
+
+def digest(protocol: dict) -> str:
+    """12 hex digits that change with any entry of the protocol."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def sparse(counts: np.ndarray) -> list[list[int]]:
+    """(K, C) -> [row, column, count] of what is not zero."""
+    return [[int(i), int(j), int(counts[i, j])] for i, j in zip(*counts.nonzero())]
+
+
+class Ledger:
+    """`done` {name: {row: [[i, j, count], ...]}}, `broken` {name: why it could not be read}."""
+
+    def __init__(self, folder: Path, protocol: dict, rank: int = 0):
+        """ValueError: the folder cannot be made, or read.  A line that a kill left half written is dropped."""
+        self.hash, self.done, self.broken = digest(protocol), {}, {}
+        self.path = folder / f"ledger-{self.hash}-{rank}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob(f"ledger-{self.hash}-*.jsonl")):
+                for line in path.read_bytes().split(b"\n")[:-1]:     # what follows the last line end is half a line
+                    self.take(json.loads(line))
+            if not self.path.exists():
+                self.write({"protocol": protocol})
+            else:
+                whole = self.path.read_bytes()
+                if not whole.endswith(b"\n"):
+                    os.truncate(self.path, whole.rfind(b"\n") + 1)
+        except (OSError, json.JSONDecodeError) as e:
+            raise ValueError(f"the ledger {self.path} cannot be used: {e}; name another folder with --out") from None
+
+    def take(self, line: dict) -> None:
+        if "counts" in line:
+            self.done[line["name"]] = line["counts"]
+        elif "broken" in line:
+            self.broken[line["name"]] = line["broken"]
+
+    def write(self, line: dict) -> None:
+        """One line at the end of the file in one write, or nothing.  ValueError: the disk is full."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        data = json.dumps(line, default=str).encode() + b"\n"
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            if os.write(fd, data) != len(data):
+                raise OSError("no space left")
+        except OSError as e:
+            os.ftruncate(fd, size)
+            raise ValueError(f"{self.path} cannot be written ({e}); {len(self.done)} pictures are kept, and the same "
+                             "command goes on from there once there is room") from None
+        finally:
+            os.close(fd)
+
+    def add(self, name: str, counts: Counts, seed: int) -> None:
+        line = {"name": name, "seed": seed, "hash": self.hash, "counts": {row: sparse(c) for row, c in counts.items()}}
+        self.write(line)
+        self.take(line)
+
+    def skip(self, name: str, why: str) -> None:
+        """A picture that could not be read; it is tried again when the run is."""
+        line = {"name": name, "hash": self.hash, "broken": why}
+        self.write(line)
+        self.take(line)
+
+    def sum(self, names: list[str], rows: list[str], shape: tuple[int, int]) -> Counts:
+        """Counts of these pictures (those that are done) added up, (K, C) for each row of the table."""
+        total = {row: np.zeros(shape, np.int64) for row in rows}
+        for name in names:
+            for row in rows:
+                for i, j, n in self.done.get(name, {}).get(row, ()):
+                    total[row][i, j] += n
+        return total

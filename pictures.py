@@ -1,0 +1,116 @@
+"""Pictures to look at: label maps in colour, legends, sheets.  Plots are made where their numbers are."""
+import colorsys
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data import IGNORE, Item
+
+SHOWN = (512, 1024)                     # least and most pixels of the longer side of a picture of one's own
+
+
+def palette(n: int) -> np.ndarray:
+    """n colours, (n, 3) uint8: hues a golden section apart, so that neighbours differ most, in three strengths."""
+    strengths = [(0.55, 1.0), (0.85, 0.9), (0.8, 0.6)]                        # saturation, value
+    rgb = [colorsys.hsv_to_rgb((0.57 + 0.618034 * i) % 1, *strengths[i % 3]) for i in range(n)]
+    return np.array([[round(255 * c) for c in x] for x in rgb], np.uint8)
+
+
+def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """The picture, greyed, under its label map in colour; label IGNORE stays uncoloured."""
+    grey = np.asarray(image.convert("L").convert("RGB"), float)
+    table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
+    mixed = np.where((labels == IGNORE)[..., None], grey, 0.4 * grey + 0.6 * table[labels])
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
+    """Colour patches with their names, as many to a row as fit into `width` pixels."""
+    font = ImageFont.load_default(14)
+    rows, x, widest = [[]], 0, width
+    for name, colour in zip(names, colours):
+        w = 34 + int(font.getlength(name))
+        if x + w > width and rows[-1]:
+            rows.append([])
+            x = 0
+        rows[-1].append((x, name, tuple(int(c) for c in colour)))
+        x += w
+        widest = max(widest, x)
+    strip = Image.new("RGB", (widest, 22 * len(rows) + 4), "white")
+    pen = ImageDraw.Draw(strip)
+    for i, row in enumerate(rows):
+        for x, name, colour in row:
+            pen.rectangle([x + 4, 22 * i + 5, x + 18, 22 * i + 19], fill=colour, outline="black")
+            pen.text((x + 23, 22 * i + 3), name, fill="black", font=font)
+    return strip
+
+
+def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
+    """Pictures of one size in rows, each above its caption, wrapped to the picture's width."""
+    font, zoom = ImageFont.load_default(13), max(1.0, 192 / images[0].height)
+    w, h = round(zoom * images[0].width), round(zoom * images[0].height)
+    wrapped = []
+    for caption in captions:
+        lines = [""]
+        for word in caption.split():
+            if font.getlength(f"{lines[-1]} {word}") > w - 6 and lines[-1]:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        wrapped.append("\n".join(lines))
+    cell_h = h + 18 * max(x.count("\n") + 1 for x in wrapped) + 8
+    columns = min(columns, len(images))
+    out = Image.new("RGB", (columns * (w + 6), -(-len(images) // columns) * cell_h), "white")
+    for i, (image, caption) in enumerate(zip(images, wrapped)):
+        x, y = i % columns * (w + 6), i // columns * cell_h
+        out.paste(image.resize((w, h), Image.Resampling.BICUBIC), (x, y))
+        ImageDraw.Draw(out).multiline_text((x + 2, y + h + 2), caption, fill="black", font=font)
+    return out
+
+
+def stack(*rows: Image.Image) -> Image.Image:
+    """Pictures below each other on white."""
+    out = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    for i, row in enumerate(rows):
+        out.paste(row, (0, sum(r.height for r in rows[:i])))
+    return out
+
+
+def panels(image: Image.Image, labels: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """A picture beside its label map, above the legend; the longer side brought into SHOWN, so that it can be read."""
+    colours, longest = palette(len(classes)), max(image.size)
+    shown = min(max(longest, SHOWN[0]), SHOWN[1])
+    width, height = (max(1, round(x * shown / longest)) for x in image.size)
+    pair = Image.new("RGB", (2 * width + 4, height), "white")
+    for i, x in enumerate([image, overlay(image, labels, colours)]):
+        pair.paste(x.resize((width, height), Image.Resampling.BILINEAR), (i * (width + 4), 0))
+    return stack(pair, legend(classes, colours, pair.width))
+
+
+def overlay_grid(shown: list[tuple[Item, np.ndarray]], classes: list[str], side: int = 192) -> Image.Image:
+    """picture | truth | prediction, two pictures to a row, with a legend."""
+    colours = palette(len(classes))
+    cells = []
+    for item, pred in shown:
+        cell = Image.new("RGB", (3 * side + 12, side + 6), "white")
+        for j, x in enumerate([item.image, overlay(item.image, item.labels, colours),
+                               overlay(item.image, pred, colours)]):
+            cell.paste(x.resize((side, side), Image.Resampling.BILINEAR), (j * (side + 2), 0))
+        cells.append(cell)
+    columns = min(2, len(cells))
+    grid = Image.new("RGB", (columns * cells[0].width, -(-len(cells) // columns) * cells[0].height), "white")
+    for i, cell in enumerate(cells):
+        grid.paste(cell, (i % columns * cell.width, i // columns * cell.height))
+    title = Image.new("RGB", (grid.width, 24), "white")
+    ImageDraw.Draw(title).text((2, 3), "picture | truth | prediction", fill="black", font=ImageFont.load_default(14))
+    return stack(title, grid, legend(classes, colours, grid.width))
+
+
+def check_out(path: Path) -> None:
+    """ValueError now, not after the work, if a picture cannot be written to `path`."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
