@@ -1,0 +1,472 @@
+"""Reading the joint attention (Sec. 3.3, App. B): pure functions of q, k and v, and a command for each figure.
+
+    python analysis.py                                   # every figure below, by nano, into out/analysis-nano
+    python analysis.py shares values                     # Fig. 2 (b, c); Fig. 4, 19, 28
+    python analysis.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
+    python analysis.py perturb guide                     # Fig. 5, 18, 31; Fig. 6, 32
+    python analysis.py expert                            # which block is the semantic grounding expert?
+
+Pictures are generated from prompts, and attention is read at two steps of the sampler, as in the paper: at t = 28 (noise)
+and t = 8 of 28.  Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (prompts.txt).
+"""
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import seg4diff
+import weights
+from data import DATASETS, IGNORE, ROOT
+from mmdit import JointQKV, i2t_attention, t2i_attention
+from nano import scenes
+from pictures import sheet
+from seg4diff import Seg4Diff
+from text import TextCond
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt                          # noqa: E402
+
+# ---------------------------------------------------------------------------- functions of q, k, v
+
+
+def attention_shares(qkv: JointQKV) -> dict[str, Tensor]:
+    """Fig. 2 (b, c): how much of its attention a query gives to image and to text keys, mean over queries, each (B, H).
+
+    I2I + I2T = 1 and T2I + T2T = 1. Uniform attention would give N / (N+M) to the image (uniform_share).
+    """
+    i2t = i2t_attention(qkv).sum(-1).mean(-1)                                # (B, H)
+    t2i = t2i_attention(qkv).sum(-1).mean(-1)                                # (B, H)
+    return {"I2I": 1 - i2t, "I2T": i2t, "T2I": t2i, "T2T": 1 - t2i}
+
+
+def uniform_share(qkv: JointQKV) -> float:
+    """Share of the image keys among all keys, the dotted line of Fig. 2."""
+    return qkv.n_img / qkv.k.shape[2]
+
+
+def value_norms(qkv: JointQKV, prompt: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fig. 4, 28: mean L2 norm of the values of image tokens, all text tokens and the prompt's own tokens.
+
+    prompt[b]: how many of sample b's text columns, after <start>, are words. Returns for each kind the norm of the
+    whole value, (B,), and of each head's part, (B, H).  A sample without words has nan for "prompt".
+    """
+    v, N = qkv.v.float(), qkv.n_img                                          # (B, H, N+M, d)
+    heads = v.norm(dim=-1)                                                   # (B, H, N+M)
+    whole = heads.square().sum(1).sqrt()                                     # (B, N+M)
+    words = [slice(N + 1, N + 1 + n) for n in prompt]
+    return {"image": (whole[:, :N].mean(1), heads[:, :, :N].mean(2)),
+            "text": (whole[:, N:].mean(1), heads[:, :, N:].mean(2)),
+            "prompt": (torch.stack([w[s].mean() for w, s in zip(whole, words)]),
+                       torch.stack([h[:, s].mean(1) for h, s in zip(heads, words)]))}
+
+
+def pca_rgb(x: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Fig. 3, 29: features of image tokens (N, D) -> their first three principal components as a picture (h, w, 3).
+
+    Each component is scaled to [0, 1]; its sign is the one that makes the largest entry of its direction positive.
+    """
+    x = x.float() - x.float().mean(0)                                        # (N, D)
+    _, _, directions = torch.linalg.svd(x, full_matrices=False)              # rows are directions
+    v = directions[:3]                                                       # (3, D)
+    v = v * v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
+    y = x @ v.mT                                                             # (N, 3)
+    y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp_min(1e-12)
+    return y.unflatten(0, grid).cpu().numpy()                                # (h, w, 3)
+
+
+def token_maps(qkv: JointQKV, columns: Sequence[int], kind: str = "softmax") -> Tensor:
+    """Fig. 16, 25, 26: attention of single text tokens head by head, (B, H, T, h, w), T the columns asked for."""
+    return seg4diff.KINDS[kind](qkv)[..., list(columns)].mT.unflatten(-1, qkv.grid)          # (B, H, T, h, w)
+
+
+# ---------------------------------------------------------------------------- attention while a picture is generated
+
+
+@torch.inference_mode()
+def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: int = 0
+            ) -> tuple[list[Image.Image], TextCond, dict[int, dict[int, JointQKV]]]:
+    """Generate a batch, and at each t in `at` (steps that are left) run the prompt's branch once more, keeping all blocks.
+
+    Returns pictures, the encoded prompts, {t: {block: JointQKV}}.  ValueError: a t that the sampler does not visit.
+    """
+    p, depth = model.preset, model.mmdit.config.depth
+    if not all(1 <= t <= p.steps for t in at):
+        raise ValueError(f"the sampler has steps 1 to {p.steps}, not {list(at)}")
+    schedule, side = seg4diff.sigmas(p.steps, p.shift).to(model.device), p.size // model.vae.factor
+    cond, uncond = model.text.encode(list(prompts)), model.text.encode([""] * len(prompts))
+    z = seg4diff.noise((model.mmdit.config.channels, side, side), range(seed, seed + len(prompts))).to(model.device)
+    visited = {p.steps: z}
+    z = seg4diff.sample(seg4diff.guided_velocity(model, cond, uncond, p.cfg), z, schedule,
+                        lambda i, z: visited.update({p.steps - 1 - i: z}))
+    taps = {t: model.mmdit(visited[t].to(model.dtype), schedule[p.steps - t].expand(len(z)), cond.ctx, cond.pooled,
+                           capture=range(depth))[1] for t in at}
+    return seg4diff.decode(model, z), cond, taps
+
+
+def words_of(cond: TextCond, b: int) -> list[int]:
+    """Text columns of the prompt's own tokens, between <start> and <end>."""
+    return list(range(1, cond.tokens[b].index("<eos>")))
+
+
+# ---------------------------------------------------------------------------- an automatic judge of pictures
+
+
+JUDGE_SIGMA, JUDGE_DRAWS = 0.8, 4       # where text matters; noise draws, the same for all captions of a picture
+
+
+@torch.inference_mode()
+def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
+    """Flow-matching loss (Eq. 2) of every picture under every caption, (n, C): how well the caption explains it.
+
+    The judge of perturbed pictures: the model as it is, not perturbed. It knows what it was trained on and nothing
+    else, so it is first validated on true pairs and swapped captions (judge_accuracy).
+    """
+    cond, out = model.text.encode(list(captions)), []
+    for i, image in enumerate(images):
+        z0, total = seg4diff.encode_image(model, image).float(), 0.0
+        for k in range(JUDGE_DRAWS):
+            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * k + i]).to(z0.device)
+            z = seg4diff.add_noise(z0, eps, JUDGE_SIGMA).to(model.dtype).expand(len(captions), -1, -1, -1)
+            sigma = torch.full((len(captions),), JUDGE_SIGMA, device=z.device)
+            vel, _ = model.mmdit(z, sigma, cond.ctx, cond.pooled)
+            total = total + (vel.float() - (eps - z0)).square().mean((1, 2, 3))
+        out.append((total / JUDGE_DRAWS).cpu().numpy())
+    return np.stack(out)                                                     # (n, C)
+
+
+def judge_accuracy(losses: np.ndarray) -> float:
+    """Share of pictures, in percent, that their own caption (the diagonal) explains best of all captions."""
+    return 100 * float((losses.argmin(1) == np.arange(len(losses))).mean())
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+class Figure:
+    """A grid of panels that is written when the block ends."""
+
+    def __init__(self, path: Path, rows: int, columns: int, size: tuple[float, float], title: str):
+        self.path = path
+        self.fig, axes = plt.subplots(rows, columns, figsize=(columns * size[0], rows * size[1]), layout="constrained",
+                                      squeeze=False)
+        self.axes = axes
+        self.fig.suptitle(textwrap.fill(title, int(9 * columns * size[0])))
+
+    def __enter__(self) -> np.ndarray:
+        return self.axes
+
+    def __exit__(self, *error) -> None:
+        if error[0] is None:
+            self.fig.savefig(self.path, dpi=90)
+        plt.close(self.fig)
+
+
+def panel(ax, picture: np.ndarray | Image.Image, title: str = "", **options) -> None:
+    ax.imshow(picture, **options)
+    ax.set_title(title, fontsize=9)
+    ax.set(xticks=[], yticks=[])
+
+
+def batches(model: Seg4Diff, prompts: Sequence[str], desc: str):
+    size = model.preset.batch
+    for i in tqdm(range(0, len(prompts), size), desc=desc, unit="batch"):
+        yield i, prompts[i:i + size]
+
+
+def shares(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 2 (b, c)."""
+    at, depth = (model.preset.noise_steps, model.preset.steps), model.mmdit.config.depth
+    found: dict = {t: {kind: [[] for _ in range(depth)] for kind in ("I2I", "I2T", "T2I", "T2T")} for t in at}
+    for i, part in batches(model, prompts, "shares"):
+        _, _, taps = taps_of(model, part, at, i)
+        for t in at:
+            for block, qkv in taps[t].items():
+                for kind, share in attention_shares(qkv).items():
+                    found[t][kind][block] += share.mean(1).tolist()
+                line = uniform_share(qkv)
+    mean = {t: {kind: [float(np.mean(x)) for x in found[t][kind]] for kind in found[t]} for t in at}
+    with Figure(out / "shares.png", 1, 2, (5, 3.4), f"Where attention goes, {model.name} (Fig. 2)") as axes:
+        for ax, who, uniform in zip(axes[0], "IT", (1 - line, line)):
+            other = "T" if who == "I" else "I"
+            for t, style in zip(at, ("o-", "s--")):
+                ax.plot(range(depth), mean[t][f"{who}2{other}"], style, label=f"t = {t}")
+            ax.axhline(uniform, color="black", ls=":", label="uniform")
+            ax.set(xlabel="block", ylim=(0, 1), ylabel=f"share given to {'text' if who == 'I' else 'image'} keys",
+                   title=f"{'image' if who == 'I' else 'text'} queries")
+            ax.legend()
+    return {"uniform image share": line, "shares": mean}
+
+
+def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 4, 19: value norms of each block; Fig. 28: of each head."""
+    t, depth = model.preset.noise_steps, model.mmdit.config.depth
+    found: dict = {kind: [[] for _ in range(depth)] for kind in ("image", "text", "prompt")}
+    by_head: dict = {kind: [[] for _ in range(depth)] for kind in found}
+    for i, part in batches(model, prompts, "values"):
+        _, cond, taps = taps_of(model, part, [t], i)
+        for block, qkv in taps[t].items():
+            for kind, (whole, head) in value_norms(qkv, [len(words_of(cond, b)) for b in range(len(part))]).items():
+                found[kind][block] += whole.tolist()
+                by_head[kind][block].append(head.cpu())
+    mean = {kind: [float(np.nanmean(x)) for x in found[kind]] for kind in found}
+    heads = {kind: np.array([torch.cat(x).nanmean(0).tolist() for x in by_head[kind]]) for kind in by_head}
+    with Figure(out / "values.png", 1, 3, (4.6, 3.4), f"L2 norm of values at t = {t}, {model.name} (Fig. 4, 28)") as axes:
+        for kind, mark, label in (("image", "o-", "image"), ("text", "s--", "all text"), ("prompt", "^-", "prompt tokens")):
+            axes[0, 0].plot(range(depth), mean[kind], mark, label=label)
+        axes[0, 0].set(xlabel="block", ylabel="mean norm", title="whole values")
+        axes[0, 0].legend()
+        top = max(heads["image"].max(), heads["prompt"].max())
+        for ax, kind in zip(axes[0, 1:], ("image", "prompt")):
+            shown = ax.imshow(heads[kind].T, aspect="auto", vmin=0, vmax=top)
+            ax.set(xlabel="block", ylabel="head", title=f"{kind} tokens, each head")
+            ax.locator_params(integer=True)
+        plt.colorbar(shown, ax=axes[0, 2])
+    return {"t": t, "norms": mean, "heads": {kind: x.tolist() for kind, x in heads.items()}}
+
+
+def pca(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 3, 29: one picture, q, k, v of its image tokens in every block."""
+    t = model.preset.noise_steps
+    (image,), _, taps = taps_of(model, prompts[:1], [t])
+    depth, qkv = model.mmdit.config.depth, taps[t]
+    title = f"First three components at t = {t} (Fig. 3, 29): {prompts[0]}"
+    with Figure(out / "pca.png", 3, depth + 1, (1.4, 1.5), title) as axes:
+        for row, name in enumerate("qkv"):
+            panel(axes[row, 0], image, "generated" if row == 0 else "")
+            axes[row, 0].set_ylabel({"q": "queries", "k": "keys", "v": "values"}[name])
+            for block in range(depth):
+                x = getattr(qkv[block], name)[0, :, :qkv[block].n_img].transpose(0, 1).flatten(1)    # (N, D)
+                panel(axes[row, block + 1], pca_rgb(x, qkv[block].grid), f"block {block}" if row == 0 else "")
+    return {"prompt": prompts[0], "t": t}
+
+
+def tokens(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 16, 25: I2T and T2I maps of every token of a prompt in the expert block."""
+    t, block = model.preset.noise_steps, model.preset.block
+    (image,), cond, taps = taps_of(model, prompts[:1], [t])
+    columns = [0, *words_of(cond, 0)][:16]
+    both = {way: token_maps(taps[t][block], columns, kind)[0].mean(0) for way, kind in (("I2T", "softmax"), ("T2I", "t2i"))}
+    title = f"Maps of block {block} at t = {t} (Fig. 16, 25): {prompts[0]}"
+    with Figure(out / "tokens.png", 2, len(columns) + 1, (1.25, 1.5), title) as axes:
+        for row, (way, maps) in enumerate(both.items()):
+            panel(axes[row, 0], image, "generated" if row == 0 else "")
+            axes[row, 0].set_ylabel(way)
+            for i, (c, one) in enumerate(zip(columns, maps)):
+                panel(axes[row, i + 1], one.cpu(), cond.tokens[0][c] if row == 0 else "")
+    return {"prompt": prompts[0], "tokens": [cond.tokens[0][c] for c in columns]}
+
+
+def heads(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 9 (a), 26, 27: every head's map of each word of a prompt, in the expert block."""
+    t, block = model.preset.noise_steps, model.preset.block
+    (image,), cond, taps = taps_of(model, prompts[:1], [t])
+    columns = words_of(cond, 0)[:10]
+    maps = token_maps(taps[t][block], columns)[0]                            # (H, T, h, w)
+    title = f"Each head of block {block} at t = {t} (Fig. 9 a, 26): {prompts[0]}"
+    with Figure(out / "heads.png", len(columns), len(maps) + 2, (1.25, 1.4), title) as axes:
+        for row, column in enumerate(columns):
+            panel(axes[row, 0], image)
+            axes[row, 0].set_ylabel(cond.tokens[0][column])
+            panel(axes[row, 1], maps[:, row].mean(0).cpu(), "mean" if row == 0 else "")
+            for h, one in enumerate(maps[:, row]):
+                panel(axes[row, h + 2], one.cpu(), f"head {h}" if row == 0 else "")
+    return {"prompt": prompts[0], "tokens": [cond.tokens[0][c] for c in columns]}
+
+
+def pads(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 9 (b), 30: a picture generated from the empty prompt, and the maps of all its text tokens."""
+    t, block = model.preset.noise_steps, model.preset.block
+    (image,), cond, taps = taps_of(model, [""], [t])
+    names, columns = cond.tokens[0], 10
+    maps = token_maps(taps[t][block], range(len(names)))[0].mean(0)          # (L, h, w)
+    rows = -(-(len(names) + 1) // columns)
+    title = f"The empty prompt in block {block} at t = {t} (Fig. 9 b, 30)"
+    with Figure(out / "pads.png", rows, columns, (1.25, 1.45), title) as axes:
+        panel(axes.flat[0], image, "generated")
+        for i, ax in enumerate(axes.flat[1:]):
+            if i < len(names):
+                panel(ax, maps[i].cpu(), f"{names[i]} {i}")
+            else:
+                ax.axis("off")
+    return {"tokens": len(names)}
+
+
+def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path, name: str, title: str) -> dict:
+    """Generate the same seeds in each way (options of generate), judge, and draw pictures and numbers."""
+    prompts = list(dict.fromkeys(prompts))
+    rows, shown = {}, []
+    for way, options in tqdm(ways.items(), desc=name, unit="way"):
+        images = [im for i in range(0, len(prompts), model.preset.batch) for im in
+                  seg4diff.generate(model, prompts[i:i + model.preset.batch], seed=i, **options)]
+        losses = caption_losses(model, images, prompts + [""])               # (n, n+1)
+        own, empty = np.diag(losses), losses[:, -1]
+        gain = 100 * (empty - own) / empty
+        rows[way] = {"accuracy": judge_accuracy(losses[:, :-1]), "gain": float(gain.mean()),
+                     "error": float(gain.std() / len(gain) ** 0.5)}
+        shown.append(images[:4])
+    pictures = [images[k] for k in range(len(shown[0])) for images in shown]
+    captions = [way if k == 0 else "" for k in range(len(shown[0])) for way in ways]
+    captions[::len(ways)] = [f"{next(iter(ways)) if k == 0 else ''} · {prompts[k]}" for k in range(len(shown[0]))]
+    sheet(pictures, captions, columns=len(ways)).save(out / f"{name}_pictures.png")
+    with Figure(out / f"{name}.png", 1, 2, (5, 3.4), title) as axes:
+        for ax, key, label in ((axes[0, 0], "accuracy", "own caption explains best [%]"),
+                               (axes[0, 1], "gain", "loss saved by the caption [%]")):
+            ax.bar(range(len(rows)), [r[key] for r in rows.values()],
+                   yerr=[r["error"] for r in rows.values()] if key == "gain" else None)
+            ax.set(ylabel=label, xticks=range(len(rows)))
+            ax.set_xticklabels(rows, rotation=45, ha="right")
+        axes[0, 0].axhline(100 / len(prompts), color="black", ls=":", label="chance")
+        axes[0, 0].legend()
+    return {"n": len(prompts), "judge": f"flow loss at sigma {JUDGE_SIGMA}, {JUDGE_DRAWS} draws", "rows": rows}
+
+
+def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 5, 18, 31: I2T blurred in one block after the other, same seeds, without guidance by the empty prompt.
+
+    The judge is validated first, on real pairs for nano (scenes with their captions), else on the unperturbed pictures.
+    """
+    ways = {"none": {}} | {f"block {i}": {"perturb": [i]} for i in range(model.mmdit.config.depth)}
+    ways["all"] = {"perturb": range(model.mmdit.config.depth)}
+    found = judged(model, prompts, ways, out, "perturb", f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
+    drawn = {scenes.caption(s, np.random.default_rng(i)): Image.fromarray(s.image) for i, s in
+             ((i, scenes.draw(i)) for i in scenes.VAL_SEEDS[200:200 + len(prompts)])}
+    if len(prompts) > 1 and model.preset.size == scenes.SIDE:
+        losses = caption_losses(model, list(drawn.values()), list(drawn))
+        swapped = np.take_along_axis(losses, (np.arange(len(losses))[:, None] + 1) % len(losses), 1)[:, 0]
+        found["validation"] = {"pairs": len(losses), "own caption best of all [%]": judge_accuracy(losses),
+                               "own better than swapped [%]": 100 * float((np.diag(losses) < swapped).mean())}
+    return found
+
+
+def guide(model: Seg4Diff, prompts: list[str], out: Path, scale: float = 1.0) -> dict:
+    """Fig. 6, 32: Eq. 7 with one block after the other, on top of classifier-free guidance."""
+    ways = {"none": {}} | {f"block {i}": {"pag": scale, "blocks": [i]} for i in range(model.mmdit.config.depth)}
+    return {"scale": scale} | judged(model, prompts, ways, out, "guide",
+                                     f"Perturbed guidance (Eq. 7) with one block, s = {scale:g}, {model.name} (Fig. 6)")
+
+
+# ---------------------------------------------------------------------------- which block is the expert?
+
+
+@torch.inference_mode()
+def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: float) -> np.ndarray:
+    """How much the velocity changes, relative to its size, when I2T is blurred in one block: (n, depth), in percent.
+
+    Pictures with the prompt of their classes, at one noise level; cheap, and the same for any model.
+    """
+    depth, out = model.mmdit.config.depth, []
+    for item in tqdm(items, desc="sensitivity", unit="image"):
+        z0 = seg4diff.encode_image(model, item.image).float()
+        z = seg4diff.add_noise(z0, seg4diff.noise(z0.shape[1:], [evaluate.image_seed(item.name, 0)]).to(z0.device), sigma)
+        names = [classes[k] for k in np.setdiff1d(np.unique(item.labels), [IGNORE])]
+        cond = model.text.encode([seg4diff.split_classes(model.text, names)[0]])
+
+        def velocity(blocks: Sequence[int]) -> Tensor:
+            mix = seg4diff.perturbed_blocks(blocks, [True], cond.ctx.shape[1], z.device)
+            return model.mmdit(z.to(model.dtype), torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled,
+                               mix=mix)[0].float()
+        plain = velocity([])
+        out.append([100 * ((velocity([i]) - plain).norm() / plain.norm()).item() for i in range(depth)])
+    return np.array(out)                                                     # (n, depth)
+
+
+def bootstrap(counts: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """mIoU of each block when the pictures are drawn again with replacement.
+
+    counts (n, blocks, K, K): confusion matrices of each picture. Returns (draws, blocks) mIoU and, for each block, the
+    share of draws in which it is the best, (blocks,).
+    """
+    rng, n = np.random.default_rng(seed), len(counts)
+    flat = counts.reshape(n, -1).astype(np.float64)
+    again = rng.multinomial(n, np.full(n, 1 / n), size=draws) @ flat         # (draws, blocks*K*K)
+    miou = np.array([[evaluate.scores(c)["mIoU"] for c in x] for x in again.reshape(draws, *counts.shape[1:])])
+    return miou, np.bincount(miou.argmax(1), minlength=counts.shape[1]) / draws
+
+
+def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "scenes-dev", root: Path = ROOT,
+           limit: int = 100) -> dict:
+    """mIoU, value norms and sensitivity to perturbation of every block, side by side; do they name the same block?"""
+    data, depth = DATASETS[data_name](root), model.mmdit.config.depth
+    names = evaluate.subset(data.names, limit)
+    variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
+    counts = [[c[v.name] for v in variants] for _, c in
+              tqdm(evaluate.tally(model, data, names, variants, evaluate.Protocol(), model.preset.batch), total=len(names),
+                   desc="mIoU of blocks", unit="image") if isinstance(c, dict) and c]
+    miou, best = bootstrap(np.array(counts))
+    low, high = np.percentile(miou, [2.5, 97.5], axis=0)
+    norms = values(model, prompts, out)["norms"]
+    ratio = np.array(norms["prompt"]) / np.array(norms["image"])
+    change = sensitivity(model, [data.read(name) for name in names[:32]], data.classes, model.preset.sigma).mean(0)
+    total = np.array([evaluate.scores(c)["mIoU"] for c in np.sum(counts, axis=0)])
+    rows = {"mIoU [%]": total, "value norm, prompt / image": ratio, "change by blurring I2T [%]": change}
+    agreement = {f"{a} ~ {b}": float(spearmanr(rows[a], rows[b]).statistic)
+                 for i, a in enumerate(rows) for b in list(rows)[i + 1:]}
+    with Figure(out / "expert.png", 1, 3, (4.2, 3.2), f"Which block is the expert? {model.name}, {data.name}") as axes:
+        for ax, (label, y) in zip(axes[0], rows.items()):
+            ax.bar(range(depth), y, color=["C1" if i == np.argmax(y) else "C0" for i in range(depth)],
+                   yerr=np.stack([total - low, high - total]).clip(0) if "mIoU" in label else None)
+            ax.set(xlabel="block", ylabel=label, xticks=range(0, depth, max(1, depth // 8)))
+    return {"n": len(counts), "rows": {k: list(map(float, v)) for k, v in rows.items()}, "best": {
+        k: int(np.argmax(v)) for k, v in rows.items()}, "95% of mIoU": [list(map(float, low)), list(map(float, high))],
+        "share of bootstrap draws in which a block has the best mIoU": best.tolist(), "rank correlation": agreement}
+
+
+FIGURES: dict[str, Callable] = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads,
+                                "pads": pads, "perturb": perturb, "guide": guide, "expert": expert}
+
+
+def main(args: argparse.Namespace) -> None:
+    for figure in args.figures:
+        if figure not in FIGURES:
+            raise ValueError(f"there is no figure {figure!r}; choose from {', '.join(FIGURES)}")
+    if args.limit < 1:
+        raise ValueError("--limit must be at least 1")
+    model = seg4diff.load(args.model, args.device)
+    toy = model.preset.size == scenes.SIDE               # nano and what is trained like it
+    if args.prompts is not None and not args.prompts.is_file():
+        raise ValueError(f"--prompts {args.prompts} is not a file; it should hold a prompt to a line")
+    if args.prompts is None and toy:
+        prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:args.limit]]
+    else:
+        lines = (args.prompts or Path(__file__).parent / "prompts.txt").read_text().splitlines()
+        prompts = [line for line in lines if line.strip()][:args.limit]
+    out = args.out or Path("out") / f"analysis-{model.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    for figure in args.figures or FIGURES:
+        options = {} if figure != "expert" else dict(
+            data_name=args.dataset or ("scenes-dev" if toy else "voc"), root=args.data_root, limit=2 * args.limit)
+        numbers = {"model": [model.name, model.fingerprint], "prompts": len(prompts)}
+        numbers |= FIGURES[figure](model, prompts, out, **options)
+        (out / f"{figure}.json").write_text(json.dumps(numbers, indent=1))
+        for key, value in numbers.items():
+            if key not in ("heads", "model"):
+                print(f"{figure}: {key}: {json.dumps(value)}")
+        print(f"wrote {out}/{figure}.json and {figure}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="*", help=f"{', '.join(FIGURES)} (default: all)")
+    parser.add_argument("--model", default="nano", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
+    parser.add_argument("--limit", type=int, default=50, help="how many prompts; expert takes twice as many pictures")
+    parser.add_argument("--dataset", help=f"of expert: {', '.join(DATASETS)} (default: scenes-dev for nano, else voc)")
+    parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/analysis-MODEL)")
+    try:
+        main(parser.parse_args())
+    except (ValueError, OSError) as error:              # bad input: one sentence, no traceback
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
