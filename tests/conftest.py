@@ -18,7 +18,7 @@ from vae import VAE                        # noqa: E402
 
 torch.set_num_threads(1)                   # for tensors this small; on a busy machine more threads wait for each other
 
-ARGS = Namespace(init=None, seed=0, text_widths=(64, 128), text_length=28, width=64, depth=3, head_dim=32)
+ARGS = Namespace(init=None, seed=0, text_widths=(64, 128), text_length=28, text_layers=2, width=64, depth=3, head_dim=32)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
 """nano's training from nothing, in seconds: it writes a model that loads, resumes where it stopped, goes on from a file."""
 import json
+from argparse import Namespace
+from functools import partial
 
 import torch
+from conftest import ARGS
 
 import seg4diff
 import weights
+from data import DATASETS, toy_scenes
+from nano import pretrain, scenes
 from nano.pretrain import Muon
 
 FAST = ["--scenes", 40, "--minutes-vae", 0.02, "--batch-vae", 2, "--width", 64, "--depth", 2, "--batch", 4]
@@ -14,28 +19,43 @@ def trained(path) -> dict:
     return json.loads(weights.header(weights.find(path))["trained"])
 
 
-def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path):
+def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "scenes-dev", partial(toy_scenes, name="scenes-dev", seeds=range(5000, 5004)))
+    monkeypatch.setattr(scenes, "VAL_SEEDS", range(2))      # fewer pictures to show
     run, more = tmp_path / "run", tmp_path / "more"
-    code, out, err = command("nano/pretrain.py", "--run", run, *FAST, "--minutes", 0.03)
+    code, out, err = command("nano/pretrain.py", "--run", run, *FAST, "--samples", 40)
     assert code == 0 and "the expert is block" in out, err
-    first, drawn = trained(run / "nano.safetensors"), (run / "images.npy").stat().st_mtime_ns
-    vae = (run / "vae_done.pt").stat().st_mtime_ns
-    assert first["samples"] > 0 and first["scenes"] == 40
+    first, spent = trained(run / "nano.safetensors"), torch.load(run / "mmdit.pt", weights_only=True)["spent"]
+    kept = [(run / f).stat().st_mtime_ns for f in ("images.npy", "vae_done.pt", "latents.npy")]
+    assert first["samples"] >= 40 and first["scenes"] == 40
 
-    code, _, err = command("nano/pretrain.py", "--run", run, *FAST, "--minutes", 0.06)
+    code, _, err = command("nano/pretrain.py", "--run", run, *FAST, "--samples", 80)
     second = trained(run / "nano.safetensors")
-    assert code == 0 and second["samples"] > first["samples"] and second["seconds"] > first["seconds"], err
-    assert ((run / "images.npy").stat().st_mtime_ns, (run / "vae_done.pt").stat().st_mtime_ns) == (drawn, vae)
+    assert code == 0 and second["samples"] >= 80 > first["samples"], err
+    assert torch.load(run / "mmdit.pt", weights_only=True)["spent"] > spent > 0
+    assert [(run / f).stat().st_mtime_ns for f in ("images.npy", "vae_done.pt", "latents.npy")] == kept
 
-    code, _, err = command("nano/pretrain.py", "--run", more, *FAST, "--minutes", 0, "--init", run / "nano.safetensors")
+    code, _, err = command("nano/pretrain.py", "--run", more, *FAST, "--samples", 0, "--init", run / "nano.safetensors")
     assert code == 0, err                                   # no step is made: the same model comes out
     old, new = (weights.read(weights.find(f / "nano.safetensors")) for f in (run, more))
     for part in old:
         assert all(torch.equal(old[part][k], new[part][k]) for k in old[part])
+    code, _, err = command("nano/pretrain.py", "--run", more, *FAST, "--samples", 8, "--pooled", 0,
+                           "--init", run / "nano.safetensors")
+    unused = "y_embedder.mlp.0.weight"                      # of a pooled vector that is always withheld: nothing is learnt
+    seen = weights.read(weights.find(more / "nano.safetensors"))["mmdit"]
+    assert code == 0 and torch.equal(seen[unused], old["mmdit"][unused]), err
+    assert not torch.equal(seen["y_embedder.mlp.2.bias"], old["mmdit"]["y_embedder.mlp.2.bias"])
     code, _, err = command("nano/pretrain.py", "--run", more, *FAST)         # that run did not begin from nothing
     assert code == 2 and "name another --run" in err
     image, = seg4diff.generate(seg4diff.load(more / "nano.safetensors"), "red car", steps=2)
     assert image.size == (128, 128)
+
+
+def test_layers_of_the_text_towers():
+    for layers in (1, 2):
+        _, text, _ = pretrain.build(Namespace(**vars(ARGS) | {"text_layers": layers}), 16)
+        assert [len(tower.text_model.encoder.layers) for tower in (text.clip_l, text.clip_g)] == [layers, layers]
 
 
 def test_muon_makes_updates_orthogonal():

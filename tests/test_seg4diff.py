@@ -1,4 +1,6 @@
 """Rectified flow, maps to masks, and pictures: by hand where a hand can do it, else one way against another."""
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -164,11 +166,30 @@ def test_split_classes(tiny):
     assert sum(prompts, []) == names
     sizes = [sum(map(tiny.text.n_tokens, p)) for p in prompts]
     assert max(sizes) <= 26
-    assert all(size + tiny.text.n_tokens(after[0]) > 26 for size, after in zip(sizes, prompts[1:]))
+    assert len(prompts) == -(-sum(sizes) // 26) and min(sizes) >= max(sizes) - 3           # as few as can be, equally full
     for b, spans in enumerate(tiny.text.encode(prompts).spans):              # none is cut, none is empty
         assert [s.stop - s.start for s in spans] == list(map(tiny.text.n_tokens, prompts[b]))
-    assert [len(p) for p in seg4diff.split_classes(tiny.text, ["car"] * 27)] == [26, 1]
-    assert [len(p) for p in seg4diff.split_classes(tiny.text, ["car"] * 25 + ["teddy bear"])] == [25, 1]
+    assert [len(p) for p in seg4diff.split_classes(tiny.text, ["car"] * 27)] == [14, 13]
+    assert [len(p) for p in seg4diff.split_classes(tiny.text, ["car"] * 26)] == [26]
+    assert [len(p) for p in seg4diff.split_classes(tiny.text, ["car"] * 25 + ["teddy bear"])] == [14, 12]
+
+
+def test_split_classes_against_all_ways(tiny):
+    """Of all cuts into as few prompts as fit, none has a fullest prompt that is less full."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        names = [" ".join(["car"] * n) for n in rng.integers(1, 13, 9)]
+        sizes = [tiny.text.n_tokens(name) for name in names]
+        prompts = seg4diff.split_classes(tiny.text, names)
+        assert sum(prompts, []) == names and all(prompts)
+
+        def fullest(cuts):
+            edges = [0, *cuts, len(names)]
+            return max(sum(sizes[a:b]) for a, b in zip(edges, edges[1:]))
+        ways = {k: [fullest(cuts) for cuts in combinations(range(1, len(names)), k)] for k in range(len(names))}
+        fewest = next(k for k, found in ways.items() if min(found) <= 26)
+        assert len(prompts) == fewest + 1
+        assert max(sum(map(tiny.text.n_tokens, p)) for p in prompts) == min(ways[fewest])
 
 
 @pytest.mark.parametrize("names, told", [([], "empty"), ([""], "no token"), (["car", "   "], "no token"),

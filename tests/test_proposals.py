@@ -1,0 +1,118 @@
+"""Proposals from <pad> tokens: the merging against explicit loops, and the whole way from a picture."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import seg4diff
+from nano import scenes
+from seg4diff import SCALINGS, merge_maps
+
+
+def merged(maps: np.ndarray, threshold: float, scaling: str) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Sec. 4.2 in loops, float64: maps (L, N) -> which maps each proposal gathers, and their means."""
+    x = maps.astype(float).copy()
+    L, N = x.shape
+    if scaling == "map":
+        for i in range(L):
+            x[i] = (maps[i] - maps[i].min()) / max(maps[i].max() - maps[i].min(), 1e-12)
+    if scaling == "token":
+        for n in range(N):
+            x[:, n] = (maps[:, n] - maps[:, n].min()) / max(maps[:, n].max() - maps[:, n].min(), 1e-12)
+    p = [np.exp(row) / sum(math.exp(v) for v in row) for row in x]
+    taken, members, means = set(), [], []
+    for i in range(L):
+        if i in taken:
+            continue
+        near = []
+        for j in range(L):
+            there = sum(a * math.log(a / b) for a, b in zip(p[i], p[j]))
+            back = sum(b * math.log(b / a) for a, b in zip(p[i], p[j]))
+            if i == j or (there + back) / 2 < threshold:
+                near.append(j)
+        taken |= set(near)
+        members.append(near)
+        means.append(np.mean([p[j] for j in near], axis=0))
+    return members, means
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_merging_against_loops(scaling):
+    seen = set()
+    for seed in range(4):
+        maps = np.random.default_rng(seed).normal(0, 1, (10, 4, 5)).astype(np.float32)
+        for threshold in (1e-9, 0.03, 0.06, 0.12, 0.4, 1.0, 100):
+            members, means = merged(maps.reshape(10, 20), threshold, scaling)
+            proposals, found = merge_maps(torch.from_numpy(maps), threshold, scaling)
+            assert found == members and proposals.shape == (len(members), 4, 5)
+            np.testing.assert_allclose(proposals.flatten(1).numpy(), means, rtol=1e-5)
+            torch.testing.assert_close(proposals.sum((1, 2)), torch.ones(len(members)))
+            seen.add(len(members))
+    assert {1, 10} < seen                                # from all maps in one to none merged, and cases between
+
+
+def test_a_map_that_is_taken_is_gathered_again():
+    """Three maps in a row, neighbours near: the first takes the second, and so does the third; in another order one
+    proposal takes all."""
+    line = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [1.0, 0, 0, 0]])[:, None]          # (3, 1, 4)
+    p = line.flatten(1).softmax(1).double()
+    near = 0.5 * ((p[0] - p[1]) * (p[0] / p[1]).log()).sum()
+    far = 0.5 * ((p[0] - p[2]) * (p[0] / p[2]).log()).sum()
+    threshold = float((near + far) / 2)
+    proposals, members = merge_maps(line, threshold, "none")
+    assert members == [[0, 1], [1, 2]]
+    torch.testing.assert_close(proposals.flatten(1).double(), torch.stack([p[:2].mean(0), p[1:].mean(0)]), rtol=1e-5, atol=0)
+    assert merge_maps(line[[1, 0, 2]], threshold, "none")[1] == [[0, 1, 2]]
+    assert merge_maps(line, float(near) * 0.99, "none")[1] == [[0], [1], [2]]
+
+
+def test_what_is_scaled():
+    """Twice the contrast is the same map once it is scaled over positions; a token that leads everywhere is not."""
+    x = torch.linspace(0, 1, 6).view(2, 3)
+    assert merge_maps(torch.stack([x, 9 * x + 3]), 1e-6, "map")[1] == [[0, 1]]
+    assert merge_maps(torch.stack([x, 9 * x + 3]), 1e-6, "none")[1] == [[0], [1]]
+    assert merge_maps(torch.stack([x, x + 1]), 1e-6, "none")[1] == [[0, 1]]                  # softmax sees no offset
+    three = torch.stack([x, x + 1, x.flip(1)])
+    assert merge_maps(three, 1e-6, "map")[1] == [[0, 1], [2]] and merge_maps(three, 1e-6, "token")[1] == [[0], [1], [2]]
+    constant = merge_maps(torch.ones(3, 2, 2), 0.1, "map")                   # no contrast, no division by zero
+    assert constant[1] == [[0, 1, 2]] and torch.equal(constant[0], torch.full((1, 2, 2), 0.25))
+
+
+def test_pad_maps_are_the_clip_columns_of_the_empty_prompt(tiny):
+    """28 columns, <start> and <end> and <pad>, of the 56 that the softmax goes over."""
+    z0 = seg4diff.noise((16, 8, 8), [50, 51])
+    maps = seg4diff.pad_maps(tiny, z0, block=1, sigma=0.4, seeds=[1, 2])
+    cond = tiny.text.encode([""])
+    assert cond.tokens[0] == ["<sos>", "<eos>"] + ["<pad>"] * 26 and maps.shape == (2, 28, 8, 8)
+    for b in range(2):
+        z = seg4diff.add_noise(z0[b:b + 1], seg4diff.noise((16, 8, 8), [1 + b]), 0.4)
+        _, taps = tiny.mmdit(z, torch.tensor([0.4]), cond.ctx, cond.pooled, capture={1}, stop_at=1)
+        own = seg4diff.i2t_attention(taps[1])[0].mean(0)                     # (N, M)
+        torch.testing.assert_close(maps[b].flatten(1), own[:, :28].mT, atol=1e-6, rtol=1e-4)
+        assert (maps[b].sum(0) < own.sum(1).view(8, 8)).all()
+
+
+def test_propose(tiny):
+    image = Image.fromarray(scenes.draw(0).image).resize((90, 61))
+    found = seg4diff.propose(tiny, image, threshold=1e-3, scaling="map")
+    assert found.labels.shape == (61, 90) and found.labels.max() < len(found.maps) == len(found.members) > 1
+    assert sorted(set(sum(found.members, []))) == list(range(28))
+    by_hand = seg4diff.pad_maps(tiny, seg4diff.encode_image(tiny, image), block=1, sigma=tiny.preset.sigma, seeds=[0])[0]
+    maps, members = merge_maps(by_hand, 1e-3, "map")
+    assert members == found.members and (seg4diff.label_map(maps, (61, 90)).numpy() == found.labels).all()
+    others = [seg4diff.propose(tiny, image, **{"threshold": 1e-3, "scaling": "map"} | o).maps for o in (
+        dict(block=2), dict(sigma=0.9), dict(seed=1), dict(scaling="none"), dict(threshold=1e-9))]
+    assert all(m.shape != found.maps.shape or not torch.equal(m, found.maps) for m in others)
+    usual = seg4diff.propose(tiny, image)                                    # the model's own, here SD3's
+    same = seg4diff.propose(tiny, image, threshold=0.1, scaling="token", block=1, sigma=tiny.preset.sigma, seed=0)
+    assert usual.members == same.members and torch.equal(usual.maps, same.maps)
+
+
+@pytest.mark.parametrize("options, told", [
+    (dict(threshold=0), "positive"), (dict(threshold=-1), "positive"), (dict(threshold=math.nan), "positive"),
+    (dict(scaling="pixel"), "map, token, none"), (dict(block=3), "blocks are 0 to 2"), (dict(sigma=1.5), "not 1.5")])
+def test_propose_errors(tiny, options, told):
+    with pytest.raises(ValueError, match=told):
+        seg4diff.propose(tiny, Image.new("RGB", (8, 8)), **options)
