@@ -38,14 +38,13 @@ class Ledger:
             for path in sorted(folder.glob(f"ledger-{self.hash}-*.jsonl")):
                 for line in path.read_bytes().split(b"\n")[:-1]:     # what follows the last line end is half a line
                     self.take(json.loads(line))
-            if not self.path.exists():
-                self.write({"protocol": protocol})
-            else:
-                whole = self.path.read_bytes()
-                if not whole.endswith(b"\n"):
-                    os.truncate(self.path, whole.rfind(b"\n") + 1)
-        except (OSError, json.JSONDecodeError) as e:
+            whole = self.path.read_bytes() if self.path.exists() else b""
+            if whole and not whole.endswith(b"\n"):
+                os.truncate(self.path, whole.rfind(b"\n") + 1)
+        except (OSError, ValueError, TypeError) as e:                # not JSON, not one of our lines
             raise ValueError(f"the ledger {self.path} cannot be used: {e}; name another folder with --out") from None
+        if b"\n" not in whole:
+            self.write({"protocol": protocol})
 
     def take(self, line: dict) -> None:
         if "counts" in line:
