@@ -164,7 +164,8 @@ def floor_row(v: Variant, variants: list[Variant]) -> str:
     return "floor" if v.threshold is None or len(variants) == 1 else f"{v.name} floor"
 
 
-TASKS = {"ovss": ovss, "unsup": unsup, "thresholds": thresholds, "layers": layers, "heads": heads, "timesteps": timesteps, "normalization": normalization}
+TASKS = {"ovss": ovss, "unsup": unsup, "thresholds": thresholds, "layers": layers, "heads": heads, "timesteps": timesteps,
+         "normalization": normalization}
 
 # ---------------------------------------------------------------------------- the evaluation
 
@@ -251,6 +252,17 @@ def tally(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Varia
             if len(batch) == batch_size:
                 yield from finish()
     yield from finish()
+
+
+def compare(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Variant], how: Protocol = Protocol()
+            ) -> dict[str, dict]:
+    """The table's rows for a few pictures, without a ledger: scores of each variant, of floor and ceiling."""
+    total: dict[str, np.ndarray] = {}
+    for name, counts in tally(model, data, names, variants, how, model.preset.batch):
+        if isinstance(counts, Exception):
+            raise ValueError(f"{name} cannot be read: {counts}")
+        total = {row: total.get(row, 0) + c for row, c in counts.items()} or total
+    return {row: scores(c) for row, c in total.items()}
 
 
 def examples(model: Seg4Diff, data: Dataset, names: list[str], variant: Variant, how: Protocol) -> Image.Image:
@@ -358,15 +370,15 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
 
 def run_folder(args: argparse.Namespace, model: Seg4Diff, classes: list[str], out: Path) -> None:
     """Label maps (palette PNGs, value k the k-th class) and overlays of all pictures of a folder; no truth, no scores."""
-    start, kinds = time.time(), Image.registered_extensions()
+    start, kinds, (rank, processes) = time.time(), Image.registered_extensions(), world()
     names = sorted(p.name for p in args.data_root.iterdir() if p.suffix.lower() in kinds)
     if not names or len({Path(n).stem for n in names}) < len(names):
         raise ValueError(f"{args.data_root} must hold pictures, no two of them with the same name before the dot; "
                          f"it holds {len(names)} pictures")
     for folder in ("labels", "overlays"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    broken = {}
-    for name in tqdm(subset(names, args.limit), desc="segmenting", unit="image"):
+    broken, names = {}, subset(names, args.limit)[rank::processes]
+    for name in tqdm(names, desc="segmenting", unit="image", disable=rank > 0):
         try:
             image = seg4diff.open_image(args.data_root / name)
         except ValueError as e:
@@ -378,8 +390,8 @@ def run_folder(args: argparse.Namespace, model: Seg4Diff, classes: list[str], ou
         picture.putpalette(palette(len(classes)).ravel().tolist())
         picture.save(out / "labels" / f"{stem}.png")
         panels(image, labels, classes).save(out / "overlays" / f"{stem}.png")
-    if len(broken) == len(subset(names, args.limit)):
-        raise ValueError(f"none of the {len(broken)} pictures of {args.data_root} can be read; the first: {broken[names[0]]}")
+    if names and len(broken) == len(names):
+        raise ValueError(f"none of the {len(names)} pictures of {args.data_root} can be read; the first: {broken[names[0]]}")
     if broken:
         print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: {'; '.join(broken.values())}")
     print(f"{time.time() - start:.0f} s; wrote {out}/labels and {out}/overlays")
@@ -409,6 +421,9 @@ def check(args: argparse.Namespace) -> None:
         if args.task != "ovss" or not args.data_root.is_dir():
             raise ValueError(f"--dataset folder segments the pictures of --data-root, which must be a folder, not "
                              f"{args.data_root}, and knows --task ovss only")
+        if (args.prompt, args.resize, args.draws, args.batch_size) != ("present", "squash", 1, None):
+            raise ValueError("--dataset folder looks for all --classes in whole pictures, one at a time: "
+                             "--prompt, --resize, --draws and --batch-size do not go with it")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -427,7 +442,8 @@ def main(args: argparse.Namespace) -> None:
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "auto" and torch.cuda.is_available() and world()[1] > 1 \
         else args.device                                                     # torchrun: a GPU for each process
-    model = seg4diff.load(name, device, segment_only=args.task not in ("layers", "heads"))
+    model = seg4diff.load(name, device, segment_only=args.task not in ("layers", "heads"),
+                          lora=args.lora)
     if model.name in ("floor", "ceiling"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
 
@@ -452,8 +468,9 @@ if __name__ == "__main__":
     parser.add_argument("--classes", help="for --dataset folder: names, separated by commas")
     parser.add_argument("--model", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder (default: nano for "
                         "scenes, sd3 for real pictures)")
+    parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     parser.add_argument("--limit", type=int, help="only so many pictures, always the same ones")
-    parser.add_argument("--prompt", default="present", help="present (the picture's classes, as the paper), all (of the set)")
+    parser.add_argument("--prompt", default="present", help="present (the picture's classes, as the paper) or all")
     parser.add_argument("--resize", default="squash", help="squash (as the released code), crop (as the paper says)")
     parser.add_argument("--draws", type=int, default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--threshold", type=float, help="unsup: symmetric KL below which maps merge (default: the model's)")

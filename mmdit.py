@@ -13,16 +13,23 @@ Alphabet, used in the whole project:
     vel = eps - z0                sigma in [0, 1]: 0 clean, 1 noise (the time embedding gets 1000 * sigma)
 Joint order is Eq. 3's: image tokens first, then text.  Blocks count from 0; SD3's expert block is 9.
 """
+import json
 import math
+import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from weights import assign, count, shape
+from weights import assign, count, read_lora, shape
 
 # ---------------------------------------------------------------------------- joint attention, Eq. 3 to 6
 
@@ -92,12 +99,19 @@ def t2i_attention(qkv: JointQKV) -> Tensor:
 Edit = Callable[[Tensor, JointQKV], Tensor]       # (probs (B, H, N+M, N+M), qkv) -> probs of the same shape
 
 
-def joint_attention(qkv: JointQKV, edit: Edit | None = None) -> Tensor:
+def joint_attention(qkv: JointQKV, edit: Edit | None = None, mix: Tensor | None = None) -> Tensor:
     """Eq. 5, 6 up to the output projection: (B, N+M, D), heads side by side.
 
     `edit` None takes PyTorch's fused attention; otherwise the softmax is formed, edited and applied.
+    `mix` (B, M, M): image queries see the text values mix @ V_T. As (A mix) V_T = A (mix V_T), this is the I2T
+    attention multiplied by mix from the right, without forming it; text queries see the values as they are.
     """
-    if edit is None:
+    if mix is not None:
+        N, v = qkv.n_img, qkv.v
+        seen = torch.cat([v[:, :, :N], mix[:, None].to(v.dtype) @ v[:, :, N:]], dim=2)       # (B, H, N+M, d)
+        out = torch.cat([F.scaled_dot_product_attention(q, qkv.k, x) for q, x in
+                         ((qkv.q[:, :, :N], seen), (qkv.q[:, :, N:], v))], dim=2)            # (B, H, N+M, d)
+    elif edit is None:
         out = F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v)            # (B, H, N+M, d)
     else:
         out = edit(joint_probs(qkv), qkv).to(qkv.v.dtype) @ qkv.v            # Eq. 5, (B, H, N+M, d)
@@ -257,6 +271,24 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(cfg, dual=dual)
         self.context_block = StreamBlock(cfg, pre_only=last)                 # the last block's text goes nowhere
 
+    def qkv(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int]
+            ) -> tuple[JointQKV, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x (B, N, D), text (B, M, D), conditioning c (B, D) -> both streams' q, k, v joined, and their modulations."""
+        (q_i, k_i, v_i), mod_i = self.x_block.pre_attention(x, c)                    # (B, H, N, d) each
+        (q_t, k_t, v_t), mod_t = self.context_block.pre_attention(text, c)           # (B, H, M, d) each
+        return JointQKV(torch.cat([q_i, q_t], 2), torch.cat([k_i, k_t], 2), torch.cat([v_i, v_t], 2),
+                        x.shape[1], grid), mod_i, mod_t                      # Eq. 3
+
+    def forward(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int], edit: Edit | None = None,
+                mix: Tensor | None = None) -> tuple[Tensor, Tensor, JointQKV]:
+        """One block of both streams: x (B, N, D), text (B, M, D) after it, and the q, k, v of its attention."""
+        qkv, mod_i, mod_t = self.qkv(x, text, c, grid)
+        out, N = joint_attention(qkv, edit, mix), x.shape[1]                 # Eq. 4, 5: (B, N+M, D)
+        x = self.x_block.post_attention(x, out[:, :N], mod_i)                # Eq. 6: (B, N, D)
+        if self.context_block.mlp is not None:
+            text = self.context_block.post_attention(text, out[:, N:], mod_t)                # (B, M, D)
+        return x, text, qkv
+
 
 class FinalLayer(nn.Module):
     def __init__(self, cfg: MMDiTConfig):
@@ -273,6 +305,7 @@ class MMDiT(nn.Module):
     def __init__(self, cfg: MMDiTConfig):
         super().__init__()
         self.config = cfg
+        self.checkpointing = False      # True: activations of a block are computed again in the backward pass
         self.register_buffer("pos_embed", torch.zeros(1, cfg.pos_grid ** 2, cfg.width))
         self.x_embedder = PatchEmbed(cfg.channels, cfg.width, cfg.patch)
         self.t_embedder, self.y_embedder = Embedder(cfg.time_dim, cfg.width), Embedder(cfg.pooled_dim, cfg.width)
@@ -302,19 +335,22 @@ class MMDiT(nn.Module):
 
     def forward(self, z: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, *, capture: Collection[int] = (),
                 stop_at: int | None = None, edit: Mapping[int, Edit] | None = None,
-                ) -> tuple[Tensor | None, dict[int, JointQKV]]:
+                mix: Mapping[int, Tensor] | None = None) -> tuple[Tensor | None, dict[int, JointQKV]]:
         """Predicted velocity eps - z0 (Eq. 2), and the joint q, k, v of the blocks in `capture` (Sec. 3.2).
 
         z (B, C, h*p, w*p) noisy latent with patches of p x p, sigma (B,) in [0, 1], ctx (B, M, ctx_dim),
         pooled (B, pooled_dim).
         With `stop_at` the run ends as soon as that block's q, k, v exist, and the velocity is None.
-        `edit` {block: function of (probs, qkv)} replaces the softmax of chosen blocks (Sec. 3.3).
+        `edit` {block: function of (probs, qkv)} replaces the softmax of chosen blocks (Sec. 3.3), `mix` {block:
+        (B, M, M)} the text values that image queries see there (joint_attention).
         Returns vel of z's shape and {block: JointQKV}.  ValueError: sides or blocks that do not fit.
         """
-        cfg, p, edit = self.config, self.config.patch, edit or {}
-        for i in {*capture, *edit, *(() if stop_at is None else (stop_at,))}:
+        cfg, p, edit, mix = self.config, self.config.patch, edit or {}, mix or {}
+        for i in {*capture, *edit, *mix, *(() if stop_at is None else (stop_at,))}:
             if not 0 <= i < cfg.depth:
                 raise ValueError(f"there is no block {i}: this model's blocks are 0 to {cfg.depth - 1}")
+        if edit.keys() & mix.keys():
+            raise ValueError(f"blocks {sorted(edit.keys() & mix.keys())} are in both edit and mix; choose one for each")
         if stop_at is None and not cfg.whole:
             raise ValueError(f"of this model only blocks 0 to {cfg.depth - 1} are loaded: it can segment, not generate")
         if z.shape[-2] % p or z.shape[-1] % p:
@@ -325,17 +361,158 @@ class MMDiT(nn.Module):
         c = self.t_embedder(sinusoids(1000 * sigma, cfg.time_dim)) + self.y_embedder(pooled)     # (B, D)
         taps = {}
         for i, block in enumerate(self.joint_blocks):
-            (q_i, k_i, v_i), mod_i = block.x_block.pre_attention(x, c)              # (B, H, N, d) each
-            (q_t, k_t, v_t), mod_t = block.context_block.pre_attention(text, c)     # (B, H, M, d) each
-            qkv = JointQKV(torch.cat([q_i, q_t], 2), torch.cat([k_i, k_t], 2), torch.cat([v_i, v_t], 2),
-                           h * w, (h, w))                                    # Eq. 3
+            if i == stop_at:
+                return None, taps | ({i: block.qkv(x, text, c, (h, w))[0]} if i in capture else {})
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+            x, text, qkv = run(x, text, c, (h, w), edit.get(i), mix.get(i))
             if i in capture:
                 taps[i] = qkv
-            if i == stop_at:
-                return None, taps
-            out = joint_attention(qkv, edit.get(i))                          # Eq. 4, 5: (B, N+M, D)
-            x = block.x_block.post_attention(x, out[:, :h * w], mod_i)                # Eq. 6: (B, N, D)
-            if block.context_block.mlp is not None:
-                text = block.context_block.post_attention(text, out[:, h * w:], mod_t)                    # (B, M, D)
         y = self.final_layer(x, c).unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                # (B, h, w, p, p, C)
         return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), taps                     # (B, C, h*p, w*p)
+
+
+# ---------------------------------------------------------------------------- LoRA, Sec. 3.5
+
+# The layers of a block under the names that LoRA files give them (diffusers'): stream, our linear layer, and which of
+# its row groups, as q, k and v are one matrix here. MAGNET adapts the image stream; the text stream is only read.
+LORA_LAYERS = {"attn.to_q": ("x_block", "qkv", 0), "attn.to_k": ("x_block", "qkv", 1), "attn.to_v": ("x_block", "qkv", 2),
+               "attn.to_out.0": ("x_block", "proj", 0), "attn.add_q_proj": ("context_block", "qkv", 0),
+               "attn.add_k_proj": ("context_block", "qkv", 1), "attn.add_v_proj": ("context_block", "qkv", 2),
+               "attn.to_add_out": ("context_block", "proj", 0)}
+IMAGE_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+LORA_KEY = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+
+class LowRank(nn.Module):
+    """scale * B A x, with scale = alpha / rank; zero until B is trained.  A Gaussian of std 1/rank (released code)."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, generator: torch.Generator | None,
+                 device: torch.device):
+        super().__init__()
+        self.A = nn.Parameter((torch.randn(rank, d_in, generator=generator) / rank).to(device))   # (r, d_in) fp32
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device))       # (d_out, r)
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))         # (..., d_out)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer whose rows are cut in groups (q, k, v), each with a low-rank update of its own."""
+
+    def __init__(self, base: nn.Linear, groups: int, rank: int, alpha: float, generator: torch.Generator | None):
+        super().__init__()
+        d_out, d_in = base.weight.shape
+        self.base = base.requires_grad_(False)
+        self.groups = nn.ModuleList(
+            LowRank(d_in, d_out // groups, rank, alpha, generator, base.weight.device) for _ in range(groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + torch.cat([group(x) for group in self.groups], dim=-1)              # (..., d_out)
+
+
+def lora_group(model: MMDiT, block: int, layer: str, rank: int, alpha: float, generator: torch.Generator | None) -> LowRank:
+    """The low-rank pair of a layer of LORA_LAYERS, put in place, as a no-op, if it is not yet there."""
+    stream, name, group = LORA_LAYERS[layer]
+    attn = getattr(model.joint_blocks[block], stream).attn
+    if not isinstance(getattr(attn, name), LoRALinear):
+        setattr(attn, name, LoRALinear(getattr(attn, name), 3 if name == "qkv" else 1, rank, alpha, generator))
+    return getattr(attn, name).groups[group]
+
+
+def add_lora(model: MMDiT, rank: int = 16, alpha: float = 16, generator: torch.Generator | None = None
+             ) -> list[nn.Parameter]:
+    """Freeze the model and put a LoRA on q, k, v and output projection of every block's image stream.
+
+    An exact no-op until trained.  Returns the parameters to train, fp32 whatever the model's dtype.
+    ValueError: a rank below 1, a model that has a LoRA.
+    """
+    if rank < 1 or any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError(f"a LoRA needs a rank of at least 1, not {rank}, and a model without one; merge_lora first")
+    model.requires_grad_(False)
+    groups = [lora_group(model, i, layer, rank, alpha, generator)
+              for i in range(model.config.depth) for layer in IMAGE_LAYERS]
+    return [p for group in groups for p in group.parameters()]
+
+
+def merge_lora(model: MMDiT) -> MMDiT:
+    """W + scale * B A into the weights, row group by row group, and the plain layers back in place."""
+    for attn in (getattr(block, stream).attn for block in model.joint_blocks for stream in ("x_block", "context_block")):
+        for name in ("qkv", "proj"):
+            if isinstance(layer := getattr(attn, name), LoRALinear):
+                with torch.no_grad():
+                    update = torch.cat([g.scale * g.B @ g.A for g in layer.groups])               # (d_out, d_in)
+                    layer.base.weight.copy_(layer.base.weight.float() + update)
+                setattr(attn, name, layer.base)
+    return model
+
+
+def base_samples(model: MMDiT) -> list[list[float]]:
+    """Eight weights of each block, by which a LoRA knows its base in whatever file and dtype it comes."""
+    layers = [block.x_block.attn.qkv for block in model.joint_blocks]
+    flat = [(x.base if isinstance(x, LoRALinear) else x).weight.flatten() for x in layers]        # depth x (3*D*D,)
+    return [w[::len(w) // 8][:8].float().tolist() for w in flat]
+
+
+def save_lora(model: MMDiT, path: str | Path) -> None:
+    """The LoRA alone, under diffusers' key names, with rank, alpha and what its base was; never half written."""
+    sd, scales = {}, {}
+    for i, block in enumerate(model.joint_blocks):
+        for layer, (stream, name, group) in LORA_LAYERS.items():
+            if isinstance(module := getattr(getattr(block, stream).attn, name), LoRALinear):
+                key, pair = f"transformer_blocks.{i}.{layer}", module.groups[group]
+                scales[key] = pair.B.shape[1], pair.scale * pair.B.shape[1]                       # rank, alpha
+                for x in "AB":
+                    sd[f"transformer.{key}.lora_{x}.weight"] = getattr(pair, x).detach().cpu().contiguous()
+    if not sd:
+        raise ValueError("this model has no LoRA that could be saved; add_lora first")
+    rank, alpha = next(iter(scales.values()))
+    adapter = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({k.split(".", 2)[2] for k in scales}),
+               "rank_pattern": {k: r for k, (r, _) in scales.items() if r != rank},
+               "alpha_pattern": {k: a for k, (_, a) in scales.items() if a != alpha}}
+    base = {"width": model.config.width, "depth": model.config.depth, "samples": base_samples(model)}
+    tmp = Path(path).with_suffix(".tmp")
+    save_file(sd, tmp, {"format": "pt", "base": json.dumps(base), "lora_adapter_metadata":
+                        json.dumps({f"transformer.{k}": v for k, v in adapter.items()})})
+    os.replace(tmp, path)
+
+
+def load_lora(model: MMDiT, path: str | Path) -> None:
+    """Put a LoRA file's layers into the model: ours, diffusers' (peft) .safetensors, or the authors' .pth.
+
+    scale is alpha / rank with the file's alpha, 1 without one.  Pairs of blocks that a model read for segmentation
+    lacks are left out.
+    ValueError: another base, misshapen pairs, layers that are not adapted here, nothing that fits.
+    """
+    sd, meta = read_lora(path)
+    cfg, base = model.config, json.loads(meta.get("base", "null"))
+    adapter = {k.removeprefix("transformer."): v for k, v in json.loads(meta.get("lora_adapter_metadata", "{}")).items()}
+    pairs: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key in (k for k in sd if "lora" in k):
+        m = LORA_KEY.fullmatch(key)
+        if m is None or m[2] not in LORA_LAYERS:
+            raise ValueError(f"{path} adapts a layer that is not adapted here: {key}; known are {', '.join(LORA_LAYERS)} of "
+                             "transformer_blocks, in diffusers' (peft) naming")
+        pairs.setdefault((int(m[1]), m[2]), {})[m[3]] = sd[key].float()
+    fits = {(i, layer): pair for (i, layer), pair in pairs.items() if i < cfg.depth}
+    if not fits or (cfg.whole and len(fits) < len(pairs)):
+        raise ValueError(f"{path} adapts blocks {sorted({i for i, _ in pairs})}; this model has blocks 0 to {cfg.depth - 1}")
+    if base is not None and not (base["width"] == cfg.width and len(base["samples"]) >= cfg.depth and all(
+            math.isclose(a, b, rel_tol=0.02, abs_tol=1e-5)                   # bf16 keeps 8 bits
+            for ours, theirs in zip(base_samples(model), base["samples"]) for a, b in zip(ours, theirs))):
+        raise ValueError(f"{path} belongs to another model (width {base['width']}, {base['depth']} blocks); load it with "
+                         "the one it was trained on")
+    for (i, layer), pair in fits.items():
+        stream, name, _ = LORA_LAYERS[layer]
+        linear = getattr(getattr(model.joint_blocks[i], stream).attn, name)
+        shapes = {x: tuple(v.shape) for x, v in pair.items()}
+        if linear is None or shapes != {"A": (rank := len(pair.get("A", ())), cfg.width), "B": (cfg.width, rank)}:
+            wanted = "has no such layer" if linear is None else f"takes A (rank, {cfg.width}) and B ({cfg.width}, rank)"
+            raise ValueError(f"{path} does not fit: {layer} of block {i} has shapes {shapes}, and this model {wanted}")
+    for (i, layer), pair in fits.items():
+        rank, key = len(pair["A"]), f"transformer_blocks.{i}.{layer}"
+        group = lora_group(model, i, layer, 1, 1, torch.Generator())
+        alpha = next((a for pattern, a in adapter.get("alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?({pattern})", key)), adapter.get("lora_alpha", rank))
+        group.scale = alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+        group.A, group.B = (nn.Parameter(pair[x].to(group.A.device)) for x in "AB")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import weights
 from data import IGNORE
-from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, t2i_attention
+from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, load_lora, merge_lora, t2i_attention
 from pictures import check_out, panels, sheet
 from text import CLIPText, TextCond, TextEncoders, clip_tokenizer
 from vae import VAE
@@ -81,11 +81,12 @@ class Seg4Diff:
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
-         segment_only: bool = False) -> Seg4Diff:
+         segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
     device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA, fp32 on the CPU.  With segment_only, blocks
-    after the expert are left on the disk; such a model segments, and cannot generate.
+    after the expert are left on the disk; such a model segments, and cannot generate.  lora: a file of
+    train_magnet.py's or another LoRA of SD3 (mmdit.load_lora), merged into the weights.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
     """
     if device == "auto":
@@ -118,9 +119,13 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
                                 ("pixels beyond whole patches", preset.size % (vae.factor * mmdit.config.patch), 0)):
         if found != wanted:
             raise ValueError(f"the parts of {name_or_path} do not fit each other: {found} {what}, not {wanted}")
-    path = Path(name_or_path)
-    return Seg4Diff(mmdit, vae, text, preset, path.stem if path.suffix == ".safetensors" else path.name,
-                    weights.fingerprint(files))
+    path, fingerprint = Path(name_or_path), weights.fingerprint(files)
+    name = path.stem if path.suffix == ".safetensors" else path.name
+    if lora is not None:
+        load_lora(mmdit, lora)
+        merge_lora(mmdit)
+        name, fingerprint = f"{name}+{Path(lora).stem}", weights.add_to_fingerprint(fingerprint, lora)
+    return Seg4Diff(mmdit, vae, text, preset, name, fingerprint)
 
 
 # ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
@@ -162,37 +167,92 @@ def sample(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, schedule: Te
     return z
 
 
-def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: float
-                    ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Classifier-free guidance: uncond + cfg (cond - uncond), both branches in one batch; cfg 1 runs cond alone."""
+# ---------------------------------------------------------------------------- perturbation and guidance, Sec. 3.3, Eq. 7
+
+
+def blur_matrix(M: int, kernel: int = 5, sigma: float = 9.0) -> Tensor:
+    """(M, M): A_I2T @ blur_matrix blurs along the text tokens with a Gaussian (A.3); rows and columns sum to 1.
+
+    NOTE(paper): it pads by reflection "to preserve the total attention mass". Mass is preserved if the edge itself
+    is repeated (b a | a b c), as here; without, the much attended <start> token would lose two fifths of its mass.
+    """
+    reach = kernel // 2
+    offsets = torch.arange(-reach, reach + 1)
+    weight = torch.exp(-offsets.square() / (2 * sigma ** 2))
+    to = torch.arange(M)[:, None] + offsets                                  # (M, kernel), beyond the ends too
+    period = to % (2 * M)                                                    # reflected again where M < reach
+    to = torch.where(period < M, period, 2 * M - 1 - period)
+    return torch.zeros(M, M).scatter_add_(1, to, (weight / weight.sum()).expand(M, kernel))   # (M, M)
+
+
+def blur_i2t(probs: Tensor, qkv: JointQKV) -> Tensor:
+    """Eq. 4's matrix (B, H, N+M, N+M) with its I2T part blurred along the text tokens: the perturbation, to read.
+
+    An `edit` for joint_attention; sampling uses the same thing as a `mix` of values (perturbed_blocks).
+    """
+    N, M = qkv.n_img, probs.shape[-1] - qkv.n_img
+    out = probs.clone()
+    out[:, :, :N, N:] = probs[:, :, :N, N:] @ blur_matrix(M).to(probs.device)
+    return out
+
+
+def perturbed_blocks(blocks: Sequence[int], rows: Sequence[bool], M: int, device: torch.device) -> dict[int, Tensor]:
+    """A `mix` for MMDiT.forward: the blur in these blocks, for the batch rows where `rows` is true."""
+    mix = torch.stack([blur_matrix(M) if row else torch.eye(M) for row in rows]).to(device)                # (B, M, M)
+    return {i: mix for i in blocks}
+
+
+def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: float, pag: float = 0.0,
+                    blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> Callable[[Tensor, Tensor], Tensor]:
+    """uncond + cfg (cond - uncond) + pag (cond - perturbed): classifier-free guidance, and on top of it Eq. 7.
+
+    All branches go through the model in one batch; cfg 1 and pag 0 leave their branch out. The branch "perturbed"
+    has I2T blurred in `blocks`; `perturb` blurs it in all branches (Fig. 5).
+    """
+    branches = [(uncond, False)] * (cfg != 1) + [(cond, False)] + [(cond, True)] * (pag != 0)
+    ctx, pooled = (torch.cat([getattr(c, x) for c, _ in branches]) for x in ("ctx", "pooled"))
+    B, M = cond.ctx.shape[:2]
+    mix = perturbed_blocks(blocks, [worse for _, worse in branches for _ in range(B)], M, ctx.device) if pag else {}
+    mix |= perturbed_blocks(perturb, [True] * len(ctx), M, ctx.device)
+
     def velocity(z: Tensor, sigma: Tensor) -> Tensor:
         z, sigma = z.to(model.dtype), sigma.to(z.device)
-        if cfg == 1:
-            return model.mmdit(z, sigma, cond.ctx, cond.pooled)[0].float()
-        both, _ = model.mmdit(torch.cat([z, z]), torch.cat([sigma, sigma]), torch.cat([uncond.ctx, cond.ctx]),
-                              torch.cat([uncond.pooled, cond.pooled]))       # (2B, C, ., .)
-        v_uncond, v_cond = both.float().chunk(2)
-        return v_uncond + cfg * (v_cond - v_uncond)
+        n = len(branches)
+        vel, _ = model.mmdit(z.repeat(n, 1, 1, 1), sigma.repeat(n), ctx, pooled, mix=mix)    # (n*B, C, ., .)
+        v = list(vel.float().chunk(n))
+        out = v_cond = v[int(cfg != 1)]
+        if cfg != 1:
+            out = v[0] + cfg * (v_cond - v[0])
+        return out + pag * (v_cond - v[-1]) if pag else out                  # Eq. 7
     return velocity
 
 
 @torch.inference_mode()
 def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None = None, cfg: float | None = None,
-             seed: int = 0, callback: Callable[[int, Tensor], None] | None = None) -> list[Image.Image]:
+             pag: float = 0.0, blocks: Sequence[int] | None = None, perturb: Sequence[int] = (), seed: int = 0,
+             callback: Callable[[int, Tensor], None] | None = None) -> list[Image.Image]:
     """One picture for each prompt, side model.preset.size; picture i starts from the noise of seed + i.
 
-    steps and cfg default to the model's preset.  ValueError: steps < 1, no prompt.
+    steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
+    `blocks` (default: the expert block).  perturb: blocks blurred throughout, as in Fig. 5.
+    ValueError: steps < 1, no prompt, a scale that is not finite, a block that does not exist.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     steps, cfg = (model.preset.steps if steps is None else steps), (model.preset.cfg if cfg is None else cfg)
-    if steps < 1 or not prompts or not math.isfinite(cfg):
-        raise ValueError(f"generation takes at least one step, one prompt and a finite guidance scale, not {steps} steps, "
-                         f"{len(prompts)} prompts, scale {cfg}")
+    if steps < 1 or not prompts or not math.isfinite(cfg) or not math.isfinite(pag):
+        raise ValueError(f"generation takes at least one step, one prompt and finite guidance scales, not {steps} steps, "
+                         f"{len(prompts)} prompts, scales {cfg} and {pag}")
     side = model.preset.size // model.vae.factor
     z = noise((model.mmdit.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
-    velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg)
+    velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg, pag,
+                               [model.preset.block] if blocks is None else blocks, perturb)
     z = sample(velocity, z, sigmas(steps, model.preset.shift).to(model.device), callback)
-    x = [model.vae.decode(one.to(model.dtype))[0] for one in z.split(1)]     # B x (3, px, px), one at a time for memory
+    return decode(model, z)
+
+
+def decode(model: Seg4Diff, z: Tensor) -> list[Image.Image]:
+    """Clean latents (B, C, ., .) -> pictures, decoded one at a time to save memory."""
+    x = [model.vae.decode(one.to(model.dtype))[0] for one in z.split(1)]     # B x (3, px, px)
     return [Image.fromarray((127.5 * (y.float() + 1)).clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy())
             for y in x]
 
@@ -413,7 +473,8 @@ def propose(model: Seg4Diff, image: Image.Image, *, block: int | None = None, si
     p = model.preset
     threshold, scaling = p.threshold if threshold is None else threshold, scaling or p.scaling
     if scaling not in SCALINGS or not threshold > 0:
-        raise ValueError(f"the threshold must be positive, and scaling one of {', '.join(SCALINGS)}, not {threshold}, {scaling!r}")
+        raise ValueError(f"the threshold must be positive, and scaling one of {', '.join(SCALINGS)}, "
+                         f"not {threshold}, {scaling!r}")
     z0 = encode_image(model, image)                                          # (1, C, ., .)
     maps = pad_maps(model, z0, block=p.block if block is None else block, sigma=p.sigma if sigma is None else sigma,
                     seeds=[seed])[0]                                         # (L, h, w)
@@ -427,7 +488,7 @@ def propose(model: Seg4Diff, image: Image.Image, *, block: int | None = None, si
 def run_segment(args: argparse.Namespace) -> None:
     check_out(args.out)
     image = open_image(args.image)
-    model = load(args.model, args.device, segment_only=args.block is None)
+    model = load(args.model, args.device, segment_only=args.block is None, lora=args.lora)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
     panels(image, seg.labels, seg.classes).save(args.out)
     for k, name in enumerate(seg.classes):
@@ -437,10 +498,11 @@ def run_segment(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     check_out(args.out)
-    model = load(args.model, args.device)
+    model = load(args.model, args.device, lora=args.lora)
     steps = model.preset.steps if args.steps is None else args.steps
     with tqdm(total=max(steps, 0), desc="sampling", unit="step") as bar:
-        images = generate(model, args.prompts, steps=steps, cfg=args.cfg, seed=args.seed, callback=lambda i, z: bar.update())
+        images = generate(model, args.prompts, steps=steps, cfg=args.cfg, pag=args.pag, blocks=args.blocks,
+                          perturb=args.perturb, seed=args.seed, callback=lambda i, z: bar.update())
     picture = images[0] if len(images) == 1 else sheet(images, args.prompts)
     picture.save(args.out)
     print(f"wrote {args.out} ({picture.width} x {picture.height})")
@@ -459,10 +521,14 @@ def main() -> None:
     gen.add_argument("prompts", nargs="+", metavar="PROMPT")
     gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
+    gen.add_argument("--pag", type=float, default=0.0, help="scale s of the perturbed guidance (Eq. 7); 0: none")
+    gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag; the expert block if not given")
+    gen.add_argument("--perturb", type=int, nargs="+", default=(), help="blocks whose I2T attention is blurred (Fig. 5)")
     gen.set_defaults(run=run_generate)
     for p, out in ((seg, "overlay.png"), (gen, "image.png")):
         p.add_argument("--out", type=Path, default=Path(out))
         p.add_argument("--model", default="nano", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
+        p.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ lazily, casts each tensor while it is read and returns one state dict per part i
 import hashlib
 import json
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,14 +200,17 @@ def find(name_or_path: str | Path) -> Files:
 
 
 def fingerprint(files: Files) -> str:
-    """12 hex digits of the model's files: their sizes and 16 samples of 64 KB each, read in no time."""
+    """12 hex digits of the model's files: their sizes and 1024 samples of 64 KB, which is all of a file up to 64 MB.
+
+    So many, because a model with MAGNET merged into it differs in its attention weights alone.
+    """
     h = hashlib.sha256()
     for path in sorted({p for paths, _ in files.parts.values() for p in paths}):
         size = path.stat().st_size
         h.update(str(size).encode())
         with open(path, "rb") as f:
-            for i in range(16):
-                f.seek(i * size // 16)
+            for at in range(0, size, max(65536, size // 1024)):
+                f.seek(at)
                 h.update(f.read(65536))
     return h.hexdigest()[:12]
 
@@ -266,3 +270,35 @@ def merges(files: Files) -> list[str]:
     if files.merges is None:
         return json.loads(header(files)["merges"])
     return files.merges.read_text(encoding="utf-8").strip().split("\n")[1:]
+
+
+# ---------------------------------------------------------------------------- LoRA files
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a LoRA file: .safetensors, or a PyTorch .pth, read without running what is pickled in it.
+
+    ValueError: no such file, broken, no LoRA in it.
+    """
+    path, meta = Path(path), {}
+    if not path.is_file():
+        raise ValueError(f"there is no LoRA file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as f:
+                sd, meta = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+        else:
+            sd = torch.load(path, map_location="cpu", weights_only=True)
+            sd = sd.get("model", sd)                                         # the authors' .pth keeps more beside it
+            sd = {key: v for key, v in sd.items() if isinstance(v, Tensor)}
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} cannot be read as a LoRA (.safetensors, or a .pth of tensors alone): "
+                         f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+    if not any("lora" in key for key in sd):
+        raise ValueError(f"{path} is no LoRA: of its {len(sd)} tensors none has 'lora' in its name")
+    return sd, meta
+
+
+def add_to_fingerprint(fingerprint: str, path: str | Path) -> str:
+    """12 hex digits of a model together with a LoRA file."""
+    return hashlib.sha256(fingerprint.encode() + Path(path).read_bytes()).hexdigest()[:12]

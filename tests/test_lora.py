@@ -1,0 +1,245 @@
+"""LoRA: nothing before it is trained, W + BA on the right rows after, and files of three kinds read or refused."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import mmdit
+import seg4diff
+from nano import scenes
+
+WIDTH, DEPTH, RANK = 64, 3, 4
+ROWS = {"to_q": slice(0, WIDTH), "to_k": slice(WIDTH, 2 * WIDTH), "to_v": slice(2 * WIDTH, 3 * WIDTH)}
+
+
+def fresh(tiny_file, **options) -> seg4diff.Seg4Diff:
+    return seg4diff.load(tiny_file, device="cpu", dtype="float32", **options)
+
+
+def run(model: seg4diff.Seg4Diff) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    z, sigma = torch.randn(2, 16, 16, 16, generator=g), torch.tensor([0.2, 0.7])
+    cond = model.text.encode(["red car sky", "a boat"])
+    return model.mmdit(z, sigma, cond.ctx, cond.pooled)[0]
+
+
+def trained(tiny_file, rank=RANK, alpha=8.0) -> seg4diff.Seg4Diff:
+    """A model with a LoRA whose B is no longer zero."""
+    model = fresh(tiny_file)
+    g = torch.Generator().manual_seed(1)
+    for p in mmdit.add_lora(model.mmdit, rank, alpha, g):
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=g))
+    return model
+
+
+def peft_pairs(names=("to_q", "to_k", "to_v", "to_out.0"), rank=RANK, depth=DEPTH, width=WIDTH) -> dict[str, torch.Tensor]:
+    """Random pairs under diffusers' names, without prefix."""
+    g, sd = torch.Generator().manual_seed(2), {}
+    for i in range(depth):
+        for name in names:
+            sd[f"transformer_blocks.{i}.attn.{name}.lora_A.weight"] = 0.3 * torch.randn(rank, width, generator=g)
+            sd[f"transformer_blocks.{i}.attn.{name}.lora_B.weight"] = 0.3 * torch.randn(width, rank, generator=g)
+    return sd
+
+
+def merged_by_hand(base: dict, pairs: dict, scale: float) -> dict[str, torch.Tensor]:
+    """W + scale B A, written out for each kind of layer."""
+    want = {k: v.clone() for k, v in base.items()}
+    for key in (k for k in pairs if ".lora_A." in k):
+        block, layer = int(key.split(".")[1]), key.split(".attn.")[1].split(".lora_A")[0]
+        update = scale * pairs[key.replace("lora_A", "lora_B")] @ pairs[key]
+        stem = f"joint_blocks.{block}."
+        if layer in ROWS:
+            want[stem + "x_block.attn.qkv.weight"][ROWS[layer]] += update
+        elif layer == "to_out.0":
+            want[stem + "x_block.attn.proj.weight"] += update
+        elif layer == "to_add_out":
+            want[stem + "context_block.attn.proj.weight"] += update
+        else:                                                # add_q_proj -> to_q
+            want[stem + "context_block.attn.qkv.weight"][ROWS["to_" + layer[4]]] += update
+    return want
+
+
+def assert_same(model: seg4diff.Seg4Diff, want: dict) -> None:
+    got = model.mmdit.state_dict()
+    assert got.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=1e-5)
+
+
+def test_no_op_at_the_start_and_only_lora_learns(tiny, tiny_file):
+    model = fresh(tiny_file)
+    params = mmdit.add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(model), run(tiny))
+    assert len(params) == DEPTH * 4 * 2 and sum(p.numel() for p in params) == DEPTH * 4 * 2 * 16 * WIDTH
+    a = torch.cat([p.flatten() for p in params[::2]])
+    assert abs(a.std() - 1 / 16) < 1e-3 and all((p == 0).all() for p in params[1::2])
+    run(model).square().mean().backward()
+    with_grad = {name for name, p in model.mmdit.named_parameters() if p.grad is not None}
+    assert len(with_grad) == len(params) and all(".groups." in name for name in with_grad)
+    assert {name for name, p in model.mmdit.named_parameters() if p.requires_grad} == with_grad
+    assert all(p.grad.abs().max() > 0 for p in params[1::2])                 # every B can learn
+    with pytest.raises(ValueError, match="merge_lora"):
+        mmdit.add_lora(model.mmdit)
+    with pytest.raises(ValueError, match="at least 1"):
+        mmdit.add_lora(fresh(tiny_file).mmdit, rank=0)
+    again = mmdit.add_lora(fresh(tiny_file).mmdit, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(p, q) for p, q in zip(params, again))             # the generator alone decides
+
+
+def test_merged_is_the_adapter(tiny, tiny_file):
+    model = trained(tiny_file)
+    adapted = run(model)
+    assert (adapted - run(tiny)).abs().max() > 0.01
+    mmdit.merge_lora(model.mmdit)
+    torch.testing.assert_close(run(model), adapted, rtol=1e-4, atol=1e-5)
+    assert model.mmdit.state_dict().keys() == tiny.mmdit.state_dict().keys()
+
+
+def test_round_trip(tiny_file, tmp_path):
+    model = trained(tiny_file)
+    mmdit.save_lora(model.mmdit, tmp_path / "lora.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {"lora.safetensors"}      # no half written file beside it
+    sd = load_file(tmp_path / "lora.safetensors")
+    assert len(sd) == DEPTH * 4 * 2 and sd["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"].shape == (RANK, WIDTH)
+    with safe_open(tmp_path / "lora.safetensors", framework="pt") as f:
+        meta = f.metadata()
+    adapter, base = json.loads(meta["lora_adapter_metadata"]), json.loads(meta["base"])
+    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"], base["width"], base["depth"]) == (4, 8.0, 64, 3)
+    other = fresh(tiny_file)
+    mmdit.load_lora(other.mmdit, tmp_path / "lora.safetensors")
+    assert torch.equal(run(other), run(model))
+    mmdit.save_lora(other.mmdit, tmp_path / "again.safetensors")             # ours -> ours
+    with safe_open(tmp_path / "again.safetensors", framework="pt") as f:
+        assert f.metadata() == meta and all(torch.equal(f.get_tensor(k), v) for k, v in sd.items())
+    whole = fresh(tiny_file, lora=tmp_path / "lora.safetensors")
+    torch.testing.assert_close(run(whole), run(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="add_lora first"):
+        mmdit.save_lora(whole.mmdit, tmp_path / "none.safetensors")
+
+
+def test_another_base_is_refused(tiny_file, tmp_path):
+    model = trained(tiny_file)
+    mmdit.save_lora(model.mmdit, tmp_path / "lora.safetensors")
+    half = seg4diff.load(tiny_file, device="cpu", dtype="bfloat16")          # the same base, rounded
+    mmdit.load_lora(half.mmdit, tmp_path / "lora.safetensors")
+    other = fresh(tiny_file)
+    other.mmdit.joint_blocks[2].x_block.attn.qkv.weight.mul_(1.05)
+    before = run(other)
+    with pytest.raises(ValueError, match="another model"):
+        mmdit.load_lora(other.mmdit, tmp_path / "lora.safetensors")
+    assert torch.equal(run(other), before)
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_diffusers_layout(tiny, tiny_file, tmp_path, alpha):
+    """All eight layers of an SD3 LoRA, q, k and v on their rows; no alpha means scale 1."""
+    pairs = peft_pairs(("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"))
+    pairs |= peft_pairs(("to_add_out",), depth=DEPTH - 1)                    # the last block's text has no projection
+    meta = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": alpha})} if alpha else None
+    save_file({f"transformer.{k}": v for k, v in pairs.items()}, tmp_path / "l.safetensors", meta)
+    assert_same(fresh(tiny_file, lora=tmp_path / "l.safetensors"),
+                merged_by_hand(tiny.mmdit.state_dict(), pairs, 1.0 if alpha is None else alpha / RANK))
+
+
+def test_patterns_and_ranks_of_single_layers(tiny, tiny_file, tmp_path):
+    q, v = peft_pairs(("to_q",), rank=2), peft_pairs(("to_v",), rank=6)
+    meta = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"attn.to_v": 3}, "rank_pattern": {"attn.to_v": 6}}
+    save_file(q | v, tmp_path / "l.safetensors", {"lora_adapter_metadata": json.dumps(meta)})
+    half_way = merged_by_hand(tiny.mmdit.state_dict(), q, 2.0)
+    model = fresh(tiny_file)
+    mmdit.load_lora(model.mmdit, tmp_path / "l.safetensors")
+    mmdit.save_lora(model.mmdit, tmp_path / "ours.safetensors")              # which then has to say all that itself
+    for name in ("l", "ours"):
+        assert_same(fresh(tiny_file, lora=tmp_path / f"{name}.safetensors"), merged_by_hand(half_way, v, 0.5))
+    save_file(q, tmp_path / "rs.safetensors", {"lora_adapter_metadata": json.dumps(meta | {"use_rslora": True})})
+    assert_same(fresh(tiny_file, lora=tmp_path / "rs.safetensors"),
+                merged_by_hand(tiny.mmdit.state_dict(), q, 4 / 2 ** 0.5))
+
+
+def test_the_authors_pth(tiny, tiny_file, tmp_path):
+    pairs = peft_pairs()
+    stored = {f"backbone.transformer.{k.replace('.weight', '.default.weight')}": v for k, v in pairs.items()}
+    stored["attn_mlp.attn_score_layer.0.weight"] = torch.zeros(64, 1, 3, 3)  # of training; not needed
+    stored["backbone.transformer.transformer_blocks.0.attn.to_q.base_layer.weight"] = torch.zeros(WIDTH, WIDTH)
+    torch.save({"model": stored, "iteration": 2999}, tmp_path / "lora_weights.pth")
+    assert_same(fresh(tiny_file, lora=tmp_path / "lora_weights.pth"), merged_by_hand(tiny.mmdit.state_dict(), pairs, 1.0))
+
+
+def test_model_read_for_segmentation(tiny_file, tmp_path):
+    """Pairs of blocks that were left on the disk are skipped, unless nothing is left; maps are the whole model's."""
+    model = trained(tiny_file)
+    mmdit.save_lora(model.mmdit, tmp_path / "lora.safetensors")
+    image = Image.fromarray(scenes.draw(0).image)
+    maps = [seg4diff.segment(fresh(tiny_file, lora=tmp_path / "lora.safetensors", segment_only=only), image,
+                             ["car", "sky"]).maps for only in (False, True)]
+    assert torch.equal(*maps)
+    last = {k: v for k, v in peft_pairs().items() if "blocks.2." in k}
+    save_file(last, tmp_path / "last.safetensors")
+    fresh(tiny_file, lora=tmp_path / "last.safetensors")
+    with pytest.raises(ValueError, match="blocks 0 to 1"):
+        fresh(tiny_file, lora=tmp_path / "last.safetensors", segment_only=True)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """File -> what the sentence must say."""
+    good = peft_pairs()
+    key = "transformer_blocks.0.attn.to_q.lora_B.weight"
+    cases = {"none": ({"x.weight": torch.zeros(2)}, "no LoRA"), "kohya": ({"lora_unet_x.lora_down.weight": torch.zeros(2)}, "lora_unet_x"),
+             "mlp": (good | {"transformer_blocks.0.ff.net.2.lora_A.weight": torch.zeros(4, 64)}, "ff.net.2"),
+             "text": (good | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 64)}, "text_encoder"),
+             "tall": (good | {key: torch.zeros(65, 4)}, r"\(65, 4\)"), "half": ({k: v for k, v in good.items() if k != key}, "to_q"),
+             "ranks": (good | {key: torch.zeros(64, 5)}, r"\(64, 5\)"), "deep": (peft_pairs(depth=5), "blocks 0 to 2"),
+             "wide": (peft_pairs(width=128), "128"), "out": (peft_pairs(("to_add_out",)), "no such layer")}
+    for name, (sd, _) in cases.items():
+        save_file({k: v.contiguous() for k, v in sd.items()}, folder / f"{name}.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "deep.safetensors").read_bytes()[:-100])
+    (folder / "words.pth").write_text("not a LoRA")
+    torch.save({"model": {"lora": Bomb()}}, folder / "bomb.pth")
+    says = {f"{name}.safetensors": text for name, (_, text) in cases.items()}
+    return says | {"cut.safetensors": "cannot be read", "words.pth": "cannot be read", "bomb.pth": "cannot be read",
+                   "missing.safetensors": "no LoRA file"}
+
+
+def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = fresh(tiny_file)
+    before = run(model)
+    for file, says in bad_files(tmp_path).items():
+        with pytest.raises(ValueError, match=says) as error:
+            mmdit.load_lora(model.mmdit, tmp_path / file)
+        assert file in str(error.value) and "\n" not in str(error.value), file
+    assert torch.equal(run(model), before) and not Path("exploded").exists()
+
+
+def test_command_lines(command, tiny_file, tmp_path):
+    mmdit.save_lora(trained(tiny_file).mmdit, tmp_path / "sharp.safetensors")
+    results = []
+    for lora in ((), ("--lora", "sharp.safetensors")):
+        code, out, err = command("evaluate.py", "--limit", 2, "--model", tiny_file, "--device", "cpu", "--out", "same", *lora)
+        assert code == 0, err
+        results.append(json.loads((tmp_path / "same/results.json").read_text()))
+    names = [r["protocol"]["model"][:2] for r in results]
+    assert [n for n, _ in names] == ["tiny", "tiny+sharp"] and names[0][1] != names[1][1]
+    assert results[0]["hash"] != results[1]["hash"]                          # no count of one run is taken for the other
+    assert results[0]["rows"]["tiny"] != results[1]["rows"]["tiny+sharp"]
+    Image.fromarray(scenes.draw(0).image).save(tmp_path / "photo.png")
+    for words in (("segment", "photo.png", "car", "sky"), ("generate", "red car", "--steps", 2)):
+        pictures = []
+        for lora in ((), ("--lora", "sharp.safetensors")):
+            code, _, err = command("seg4diff.py", *words, "--model", tiny_file, "--device", "cpu", "--out", "o.png", *lora)
+            assert code == 0, err
+            pictures.append(np.asarray(Image.open("o.png")))
+        assert (pictures[0] != pictures[1]).any()
+    code, _, err = command("seg4diff.py", "generate", "a car", "--model", tiny_file, "--lora", "photo.png")
+    assert code == 2 and err.startswith("error: ") and "photo.png" in err and err.count("\n") == 1
