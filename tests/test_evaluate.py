@@ -223,7 +223,8 @@ def test_a_class_that_always_competes_is_never_scored(tiny):
     (got,) = evaluate.predict(tiny, [item], always, ovss, Protocol())
     seg = seg4diff.segment(tiny, item.image, [data.classes[k] for k in present], seed=image_seed(item.name, 0))
     assert (got["tiny"] == present[seg.labels]).mean() > 0.999
-    ((_, with_it),), ((_, without),) = (list(evaluate.tally(tiny, d, [item.name], ovss, Protocol(), 1)) for d in (always, data))
+    (_, with_it), = evaluate.tally(tiny, always, [item.name], ovss, Protocol(), 1)
+    (_, without), = evaluate.tally(tiny, data, [item.name], ovss, Protocol(), 1)
     assert with_it["floor"][:, 7].sum() > 0 == without["floor"][:, 7].sum() and not with_it["floor"][7].any()
     s, plain = scores(with_it["floor"]), scores(without["floor"])
     assert s["IoU"][7] is None and s["mIoU"] < plain["mIoU"]

@@ -126,7 +126,8 @@ def refuse_with(error):
 
 
 @pytest.mark.parametrize("error, told", [
-    (GatedRepoError.__new__(GatedRepoError), ["licence", "huggingface.co/stabilityai/stable-diffusion-3-medium", "hf auth login"]),
+    (GatedRepoError.__new__(GatedRepoError),
+     ["licence", "huggingface.co/stabilityai/stable-diffusion-3-medium", "hf auth login"]),
     (LocalEntryNotFoundError("no network"), ["not in the cache", "huggingface.co/stabilityai/stable-diffusion-3-medium"]),
     (ConnectionError("no route"), ["not in the cache", "--model"])])
 def test_what_the_hub_refuses(monkeypatch, error, told):
@@ -154,6 +155,24 @@ def test_names_of_the_hub(monkeypatch, split):
         weights.find(name)
         assert asked == [(repo, file), (repo, "towers/clip_l.safetensors"), (repo, "towers/clip_g.safetensors"),
                          weights.TOKENIZER]
+
+
+def test_fingerprint(tiny_file, tiny, tmp_path):
+    """Another for any changed byte of a file up to 64 MB, of a larger one for every stretch of changes; not for a name."""
+    def fingerprint(data: bytes) -> str:
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(data)
+        return weights.fingerprint(weights.Files({"mmdit": ([path], ""), "vae": ([path], "")}, None))
+    data = tiny_file.read_bytes()
+    usual = fingerprint(data)
+    assert usual == tiny.fingerprint and len(usual) == 12
+    for at in (0, 70_000, len(data) // 2, len(data) - 1):
+        assert fingerprint(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]) != usual
+    assert fingerprint(data + b"x") != usual
+    large = bytearray(100 << 20)
+    zeros = fingerprint(large)
+    large[60_000_000:60_200_000] = bytes([1]) * 200_000
+    assert fingerprint(large) != zeros
 
 
 # ---------------------------------------------------------------------------- no more than needed
