@@ -8,6 +8,7 @@ reading.  classes.json holds the class lists, in each benchmark's order, and the
 """
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -224,3 +225,106 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "coco-object-bg": partial(coco, name="coco-object-bg"),
     "stuff27": partial(coco, name="stuff27"), "ade20k": ade20k, "cityscapes": cityscapes,
 }
+
+
+# ---------------------------------------------------------------------------- pictures with masks to train on, Sec. 4.1
+
+
+class Pair(NamedTuple):
+    image: Image.Image                  # RGB
+    masks: np.ndarray                   # (K, height, width) bool, K may be 0
+    names: list[str]                    # of the masks; empty where nobody named them
+    caption: str
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    name: str
+    names: list[str]                    # one for each picture, in a fixed order
+    read: Callable[[str], Pair]         # OSError, ValueError: a broken picture or mask file
+    named: bool                         # whether the masks have names
+
+
+def class_masks(labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """A label map (height, width) -> one mask for each class in it, (K, height, width) in class order, and their names."""
+    ids = np.setdiff1d(labels, [IGNORE])                                     # (K,)
+    return labels == ids[:, None, None], [classes[i] for i in ids]
+
+
+def captions_of(path: Path | None) -> dict[str, str]:
+    """A JSON file {image id: caption}, as the released code has for CogVLM's -> the first two sentences of each; or
+    COCO's own captions_*.json -> the first caption of each picture.  Keys are numbers as text; no path: nothing."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if "annotations" in found:
+            return {str(a["image_id"]): a["caption"].strip() for a in reversed(found["annotations"])}
+        return {number(k): " ".join(re.split(r"(?<=[.!?])\s+", v.strip())[:2]) for k, v in found.items()}
+    except (OSError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} cannot be read as captions, a JSON object {{image id: caption}}: {e}") from None
+
+
+def number(stem: str) -> str:
+    """"000000000009", "sa_9" and "9" are the same picture: "9"."""
+    digits = stem.removeprefix("sa_").removesuffix(".jpg")
+    return str(int(digits)) if digits.isdecimal() else digits
+
+
+def scenes_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
+    """Scenes of the toy world that nano was not trained on (its first seeds are nano's own), one mask a class."""
+    if captions is not None:
+        raise ValueError("the scenes caption themselves; --captions is for coco and sa1b")
+
+    def read(seed: str) -> Pair:
+        scene = scenes.draw(int(seed))
+        return Pair(Image.fromarray(scene.image), *class_masks(scene.labels, scenes.CLASSES),
+                    scenes.caption(scene, np.random.default_rng(int(seed))))
+    return TrainingSet("scenes", [str(s) for s in scenes.TRAIN_SEEDS[100_000:200_000]], read, True)
+
+
+def coco_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
+    """COCO train2017 with COCO-Stuff's label maps: one mask for each of 171 classes.
+
+    Captions from the file given, else from COCO's own, else the names of the classes.
+    """
+    base = root / "coco"
+    images, labels, own = base / "train2017", base / "stuffthingmaps/train2017", base / "annotations/captions_train2017.json"
+    need("coco", root, "  coco/train2017/*.jpg\n  coco/stuffthingmaps/train2017/*.png\n"
+         "  coco/annotations/captions_train2017.json (or --captions FILE; else class names)", [images, labels])
+    facts = FACTS["coco-stuff171"]
+    told = captions_of(captions or (own if own.exists() else None))
+    pairs = paired("coco", facts["classes"], lookup(facts["source_ids"]),
+                   {p.stem: (images / f"{p.stem}.jpg", p) for p in labels.glob("*.png")})
+
+    def read(stem: str) -> Pair:
+        item = pairs.read(stem)
+        masks, names = class_masks(item.labels, facts["classes"])
+        return Pair(item.image, masks, names, told.get(number(stem), " ".join(names)))
+    return TrainingSet("coco", pairs.names, read, True)
+
+
+def sa1b_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
+    """SA-1B: sa_*.jpg with a sa_*.json of run-length masks beside each, in any folders below sa1b/.
+
+    The 32 largest masks of more than 0.5 % of the picture (released code). They have no names, and a picture without
+    a caption in the file given has the empty one.
+    """
+    base, told = root / "sa1b", captions_of(captions)
+    need("sa1b", root, "  sa1b/sa_*.jpg (or sa1b/FOLDER/sa_*.jpg)\n  sa1b/sa_*.json beside them", [base])
+    images = {p.stem: p for p in sorted(base.rglob("sa_*.jpg")) if p.with_suffix(".json").exists()}
+    if not images:
+        raise ValueError(f"data set 'sa1b' was not found: {base} holds no sa_*.jpg with its sa_*.json beside it")
+
+    def read(stem: str) -> Pair:
+        image, found = Image.open(images[stem]), json.loads(images[stem].with_suffix(".json").read_text())
+        area = {i: int(rle.area(a["segmentation"])) for i, a in enumerate(found["annotations"])}
+        large = sorted((i for i in area if area[i] > 0.005 * image.width * image.height), key=lambda i: -area[i])[:32]
+        masks = [rle.decode(found["annotations"][i]["segmentation"]).astype(bool) for i in large]
+        stacked = np.stack(masks) if masks else np.zeros((0, image.height, image.width), bool)   # (K, height, width)
+        return Pair(image.convert("RGB"), stacked, [], told.get(number(stem), ""))
+    return TrainingSet("sa1b", list(images), read, False)
+
+
+TRAINING_SETS: dict[str, Callable[[Path, Path | None], TrainingSet]] = {
+    "scenes": scenes_pairs, "coco": coco_pairs, "sa1b": sa1b_pairs}

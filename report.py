@@ -28,9 +28,9 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
     elif task == "thresholds":
         for scaling in SCALINGS:
             own = [v for v in variants if v.scaling == scaling]
-            line, = ax.semilogx([v.threshold for v in own], [rows[v.name]["mIoU"] for v in own], "o-", label=f"scaled over: {scaling}")
-            ax.semilogx([v.threshold for v in own], [rows[f"{v.name} floor"]["mIoU"] for v in own], ":",
-                        color=line.get_color())
+            x, y = [v.threshold for v in own], [rows[v.name]["mIoU"] for v in own]
+            line, = ax.semilogx(x, y, "o-", label=f"scaled over: {scaling}")
+            ax.semilogx(x, [rows[f"{v.name} floor"]["mIoU"] for v in own], ":", color=line.get_color())
         ax.set(xlabel="threshold on the symmetric KL", ylabel="mIoU [%]", ylim=(0, 100),
                title="Proposals of <pad> tokens; dotted: as many random ones")
         ax.axhline(rows["ceiling"]["mIoU"], color="black", ls="-.", lw=1, label="ceiling")
@@ -100,3 +100,21 @@ def paper_table(task: str, name: str, found: dict[str, dict[str, dict]]) -> str:
     lines += [f"{row:{width}s}" + "".join(f"{'-' if x is None else f'{x:.1f}':>{cell}s}" for x in values)
               for row, values in rows.items()]
     return "\n".join(lines)
+
+
+def plot_losses(log: list[dict], path: Path) -> None:
+    """train_magnet.py's log: each loss against the step, and what was measured on the validation pictures."""
+    steps, checks = [x for x in log if "flow" in x], [x for x in log if "val" in x]
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for ax, keys in zip(axes, (["flow"], ["focal", "dice"])):
+        for key in keys:
+            ax.plot([x["step"] for x in steps], [x[key] for x in steps], lw=0.8, label=key)
+        ax.set(xlabel="step", title="flow matching, Eq. 2" if keys == ["flow"] else "mask losses, Eq. 12")
+        ax.legend()
+    for key in ("mIoU", "unsup mIoU"):
+        seen = [x for x in checks if key in x["val"]]
+        axes[2].plot([x["step"] for x in seen], [x["val"][key] for x in seen], "o-", label=key)
+    axes[2].set(xlabel="step", ylabel="%", title="validation")
+    axes[2].legend()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)

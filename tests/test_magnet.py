@@ -1,0 +1,465 @@
+"""MAGNET: losses against loops, matching against all permutations, what each option changes, kills and processes."""
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from safetensors.torch import load_file
+
+import evaluate
+import mmdit
+import seg4diff
+import train_magnet as magnet
+from data import DATASETS, FACTS, TRAINING_SETS, Pair
+from nano import scenes
+
+HOW = magnet.How(block=1, candidates="tokens", by_name=False, normalise="minmax", sigma="logit-normal", mask_weight=1.0)
+
+
+def loop_losses(p, m):
+    """One candidate, one mask, patch by patch."""
+    focal = dice_top = dice_low = 0.0
+    for x, y in zip(p.tolist(), m.tolist()):
+        x = min(max(x, 1e-4), 1 - 1e-4)
+        right = x if y else 1 - x
+        focal -= (0.25 if y else 0.75) * (1 - right) ** 2 * math.log(right) / len(p)
+    for x, y in zip(p.tolist(), m.tolist()):
+        dice_top, dice_low = dice_top + 2 * x * y, dice_low + x + y
+    return focal, 1 - (dice_top + 1) / (dice_low + 1)
+
+
+def random_pairs(C=6, K=3, N=20):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(C, N, generator=g), (torch.rand(K, N, generator=g) < 0.3).float()
+
+
+# ---------------------------------------------------------------------------- losses and matching
+
+
+def test_pair_losses_are_the_loop():
+    p, m = random_pairs()
+    p[0, :3] = torch.tensor([0.0, 1.0, 0.5])                                 # ends of the range stay finite
+    focal, dice = magnet.pair_losses(p, m)
+    for c, k in itertools.product(range(len(p)), range(len(m))):
+        assert (focal[c, k].item(), dice[c, k].item()) == pytest.approx(loop_losses(p[c], m[k]), rel=1e-4)
+    perfect = magnet.pair_losses(m, m)
+    assert all(x.diagonal().max() < 1e-6 for x in perfect)
+
+
+@pytest.mark.parametrize("C, K", [(6, 3), (3, 5), (4, 4)])                   # fewer candidates than masks, too
+def test_matching_is_the_best_of_all(C, K):
+    p, m = random_pairs(C, K)
+    focal, dice = magnet.pair_losses(p, m)
+    cost = (0.1 * focal + 0.2 * dice).numpy()
+    rows, columns = magnet.match(p, m)
+    n = min(C, K)
+    assert len(set(rows)) == len(set(columns)) == len(rows) == n             # one to one
+    best = min(sum(cost[r, c] for r, c in zip(rs, cs)) for rs in itertools.permutations(range(C), n)
+               for cs in itertools.combinations(range(K), n))
+    assert cost[rows, columns].sum() == pytest.approx(best)
+    f, d = magnet.mask_losses(p, m, hungarian=True)
+    assert (f.item(), d.item()) == pytest.approx((focal[rows, columns].mean().item(), dice[rows, columns].mean().item()))
+    if C >= K:                                                               # by name: the i-th with the i-th
+        f, d = magnet.mask_losses(p[:K], m, hungarian=False)
+        assert f.item() == pytest.approx(np.mean([loop_losses(p[k], m[k])[0] for k in range(K)]), rel=1e-4)
+        assert d.item() == pytest.approx(np.mean([loop_losses(p[k], m[k])[1] for k in range(K)]), rel=1e-4)
+
+
+def test_normalisations():
+    x = torch.tensor([[1.0, 3.0, 2.0], [0.1, 0.1, 0.1]])
+    assert torch.equal(magnet.minmax(x), torch.tensor([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(magnet.zscore(x), torch.sigmoid(torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])))
+    for f in magnet.NORMALISATIONS.values():                                 # each map on its own
+        torch.testing.assert_close(f(x[:1] * 5 + 2), f(x)[:1])
+    small = (torch.arange(100) < 5).float()[None]                            # what the docstring says of both
+    assert magnet.minmax(0.02 * small).equal(small) and magnet.zscore(small)[0, -1] > 0.4
+
+
+def test_noise_levels():
+    def draws(kind, shift):
+        return torch.cat([magnet.draw_sigma(kind, shift, torch.Generator().manual_seed(i)) for i in range(3000)])
+
+    flat, peaked, shifted = draws("uniform", 3.0), draws("logit-normal", 1.0), draws("logit-normal", 3.0)
+    assert abs(flat.mean() - 0.5) < 0.02 and abs(flat.std() - 12 ** -0.5) < 0.01
+    logit = torch.logit(peaked)
+    assert abs(logit.mean()) < 0.03 and abs(logit.std() - 0.5) < 0.02
+    torch.testing.assert_close(shifted, 3 * peaked / (1 + 2 * peaked))
+    assert 0 <= flat.min() and shifted.max() < 1
+
+
+def test_rate():
+    got = [magnet.rate(i, 110, 10) for i in range(110)]
+    assert got[0] == 0.1 and got[9] == 1 == got[10] and got[60] == pytest.approx(0.5) and 0 < got[-1] < 0.001
+    assert got[:10] == sorted(got[:10]) and got[10:] == sorted(got[10:], reverse=True)
+    assert magnet.rate(0, 5, 0) == 1
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+def pair_of(seed: int) -> Pair:
+    return TRAINING_SETS["scenes"](None, None).read(str(seed))
+
+
+@pytest.fixture
+def learner(tiny_file):
+    """A model with a LoRA that does something already, its parameters, three pictures and their seeds."""
+    model = seg4diff.load(tiny_file, device="cpu", dtype="float32")
+    params = mmdit.add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(1)
+    for p in params[1::2]:
+        p.data.copy_(0.05 * torch.randn(p.shape, generator=g))
+    batch = [magnet.features(model, pair_of(1_100_000 + i), by_name=False) for i in range(3)]
+    return model, params, batch, [10, 11, 12]
+
+
+def test_masks_on_the_grid(tiny):
+    masks = np.zeros((3, 32, 64), bool)
+    masks[0, :, :32], masks[1, 0, 0], masks[2, :16, :33] = True, True, True  # half, nearly nothing, a quarter
+    grid = magnet.patch_masks(masks, (4, 4)).view(3, 4, 4)
+    assert grid[0].tolist() == [[True, True, False, False]] * 4 and not grid[1].any() and grid[2].sum() == 4
+    image, caption = Image.fromarray(scenes.draw(0).image), "red car"
+    f = magnet.features(tiny, Pair(image, masks, ["a", "b", "c"], caption), by_name=False)
+    assert f.masks.shape == (2, 256) and f.masks.sum(1).tolist() == [128, 64]                # largest first, none empty
+    cond = tiny.text.encode([caption])
+    assert torch.equal(f.ctx, cond.ctx[0]) and torch.equal(f.pooled, cond.pooled[0]) and f.spans == []
+    torch.testing.assert_close(f.z0, seg4diff.encode_image(tiny, image)[0])
+    assert magnet.features(tiny, Pair(image, masks[:0], [], ""), by_name=False).masks.shape == (0, 256)
+    many = np.repeat(masks[:1], 40, 0)
+    assert len(magnet.features(tiny, Pair(image, many, [], ""), by_name=False).masks) == 32
+    f = magnet.features(tiny, Pair(image, masks, ["sky", "car", "teddy bear"], caption), by_name=True)
+    assert f.spans == [slice(1, 2), slice(2, 4)] and torch.equal(f.ctx, tiny.text.encode([["sky", "teddy bear"]]).ctx[0])
+    crowded = magnet.features(tiny, Pair(image, many, ["teddy bear"] * 40, caption), by_name=True)
+    assert len(crowded.spans) == len(crowded.masks) == (tiny.text.length - 2) // 2           # no name is cut
+
+
+@pytest.mark.parametrize("change", [{}, {"candidates": "heads"}, {"by_name": True}, {"normalise": "zscore"},
+                                    {"block": 2}, {"mask_weight": 0.0}])
+def test_losses_of_a_batch_are_those_of_its_pictures(learner, change):
+    """Written out: noise, one forward pass a picture, its I2T maps, its masks."""
+    model, _, batch, seeds = learner
+    how = HOW._replace(**change)
+    if how.by_name:
+        batch = [magnet.features(model, pair_of(1_100_000 + i), by_name=True) for i in range(3)]
+    got, want = magnet.batch_losses(model, batch, seeds, how), []
+    for f, seed in zip(batch, seeds):
+        g = torch.Generator().manual_seed(seed)
+        s = torch.sigmoid(0.5 * torch.randn(1, generator=g))
+        s = 3 * s / (1 + 2 * s)
+        eps = torch.randn(f.z0.shape, generator=g)
+        vel, taps = model.mmdit(((1 - s) * f.z0 + s * eps)[None], s, f.ctx[None], f.pooled[None], capture={how.block})
+        attn = mmdit.joint_probs(taps[how.block])[0, :, :256, 256:256 + model.text.length]   # (H, N, L)
+        if how.by_name:
+            maps = torch.stack([attn[:, :, span].mean((0, 2)) for span in f.spans])
+        elif how.candidates == "heads":
+            maps = torch.stack([attn[h, :, i] for h in range(attn.shape[0]) for i in range(attn.shape[2])])
+        else:
+            maps = torch.stack([attn[:, :, i].mean(0) for i in range(attn.shape[2])])
+        pair = magnet.mask_losses(magnet.NORMALISATIONS[how.normalise](maps), f.masks.float(), not how.by_name)
+        want.append([(vel[0] - (eps - f.z0)).square().mean().item(), *(x.item() for x in pair)])
+    flow, focal, dice = np.mean(want, axis=0)
+    assert got["flow"].item() == pytest.approx(flow, rel=1e-4)
+    assert (got["focal"].item(), got["dice"].item()) == pytest.approx((focal, dice), rel=1e-3)
+    assert got["loss"].item() == pytest.approx(flow + how.mask_weight * (0.1 * focal + 0.2 * dice), rel=1e-4)
+
+
+def grads(params) -> torch.Tensor:
+    out = torch.cat([p.grad.flatten() for p in params])
+    for p in params:
+        p.grad = None
+    return out
+
+
+def test_gradient_reaches_the_taps_and_only_lora(learner):
+    model, params, batch, seeds = learner
+    (0.2 * magnet.batch_losses(model, batch, seeds, HOW)["dice"]).backward()
+    blocks = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters())
+              for block in model.mmdit.joint_blocks]
+    assert blocks == [True, True, False]                                     # block 1 is read; block 2 comes after it
+    tap = model.mmdit.joint_blocks[1].x_block.attn.qkv.groups                # of block 1: q and k, not v
+    assert [g.B.grad.abs().max() > 0 for g in tap] == [True, True, False]
+    for p in params:
+        p.grad = None
+    magnet.gradient(model, params, [(batch, seeds)], HOW)
+    assert all(p.grad.abs().max() > 0 for p in params)
+    assert all(p.grad is None for p in model.mmdit.parameters() if not p.requires_grad)
+
+
+def test_mask_loss_falls_when_only_it_is_followed(learner):
+    model, params, batch, seeds = learner
+    opt, seen = torch.optim.AdamW(params, 3e-3), []
+    for _ in range(15):
+        opt.zero_grad()
+        losses = magnet.batch_losses(model, batch, seeds, HOW)
+        (0.1 * losses["focal"] + 0.2 * losses["dice"]).backward()
+        opt.step()
+        seen.append(losses["dice"].item())
+    assert seen[-1] < seen[0] - 0.05
+
+
+def test_accumulation_and_checkpointing_change_no_gradient(learner):
+    model, params, batch, seeds = learner
+    one = magnet.gradient(model, params, [(batch, seeds)], HOW)
+    want = grads(params)
+    three = magnet.gradient(model, params, [([f], [s]) for f, s in zip(batch, seeds)], HOW)
+    torch.testing.assert_close(grads(params), want, rtol=1e-3, atol=1e-6)
+    assert three == pytest.approx(one, rel=1e-4)
+    kept = {False: 0, True: 0}
+    for model.mmdit.checkpointing in (False, True):
+        def pack(x):
+            kept[model.mmdit.checkpointing] += x.numel()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = magnet.batch_losses(model, batch, seeds, HOW)["loss"]
+        loss.backward()
+        torch.testing.assert_close(grads(params), want, rtol=1e-4, atol=1e-7)
+    assert kept[True] < kept[False] / 3                                      # and it does keep less in memory
+
+
+def test_pictures_are_kept_while_there_is_room(tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(magnet, "features", lambda *a: made.append(1) or magnet.Features(*[torch.zeros(10)] * 4, []))
+    data = TRAINING_SETS["scenes"](None, None)
+    for room, times in ((1e9, 2), (1, 3), (0, 4)):                           # bytes: for both, for the first, for none
+        made.clear()
+        assert len(list(magnet.featured(tiny, data, [data.names[i] for i in (0, 1, 0, 1)], False, room))) == 4
+        assert len(made) == times
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def put(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path)
+
+
+def test_scenes_are_fresh():
+    data = TRAINING_SETS["scenes"](None, None)
+    assert len(data.names) == 100_000 and data.named
+    assert {int(n) for n in data.names} <= set(scenes.TRAIN_SEEDS[100_000:]) and not {*data.names} & {*DATASETS["scenes"]().names}
+    scene, pair = scenes.draw(int(data.names[5])), data.read(data.names[5])
+    assert np.array_equal(pair.masks.sum(0), np.ones((128, 128))) and len(pair.names) == len(pair.masks)
+    for mask, name in zip(pair.masks, pair.names):
+        assert np.array_equal(mask, scene.labels == scenes.CLASSES.index(name))
+    assert pair.caption == data.read(data.names[5]).caption and scene.things[0].name in pair.caption
+
+
+def test_coco(tmp_path):
+    put(tmp_path / "coco/train2017/000000000009.jpg", np.full((2, 3, 3), 90))
+    put(tmp_path / "coco/train2017/000000000025.jpg", np.full((2, 3), 90))   # COCO has grey pictures
+    for n in ("09", "25"):
+        put(tmp_path / f"coco/stuffthingmaps/train2017/0000000000{n}.png", [[0, 0, 89], [123, 181, 255]])
+
+    def read(captions=None):
+        data = TRAINING_SETS["coco"](tmp_path, captions)
+        assert data.names == ["000000000009", "000000000025"] and data.named
+        return [data.read(n) for n in data.names]
+
+    a, b = read()
+    assert a.names == ["person", "toothbrush", "grass", "wood"] and a.image.mode == b.image.mode == "RGB"
+    assert a.masks.astype(int).tolist() == [[[1, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]], [[0, 0, 0], [1, 0, 0]],
+                                            [[0, 0, 0], [0, 1, 0]]]
+    assert a.caption == "person toothbrush grass wood"
+    (tmp_path / "coco/annotations").mkdir()
+    (tmp_path / "coco/annotations/captions_train2017.json").write_text(json.dumps(
+        {"images": [], "annotations": [{"image_id": 9, "caption": "First. "}, {"image_id": 9, "caption": "Second."}]}))
+    assert [x.caption for x in read()] == ["First.", "person toothbrush grass wood"]
+    (tmp_path / "own.json").write_text(json.dumps({"9": "One here. Two! Three?", "000000000025": "A dog"}))
+    assert [x.caption for x in read(tmp_path / "own.json")] == ["One here. Two!", "A dog"]
+    assert len(FACTS["coco-stuff171"]["classes"]) == len(set(FACTS["coco-stuff171"]["classes"])) == 171
+    (tmp_path / "own.json").write_text("[1]")
+    with pytest.raises(ValueError, match="own.json"):
+        read(tmp_path / "own.json")
+
+
+def test_sa1b(tmp_path):
+    folder = tmp_path / "sa1b/sa_000000"
+    put(folder / "sa_7.jpg", np.full((20, 30, 3), 90))
+    put(folder / "sa_8.jpg", np.full((20, 30, 3), 90))                       # without masks: not a picture of the set
+    masks = np.zeros((40, 20, 30), np.uint8)
+    masks[0, 0, :3], masks[1, 0, :4], masks[2, :10] = 1, 1, 1                # 0.5 %: out; a little more: in; half
+    for i in range(3, 40):
+        masks[i, :i] = 1
+    annotations = []
+    for m in masks:
+        code = rle.encode(np.asfortranarray(m))
+        annotations.append({"segmentation": {"size": code["size"], "counts": code["counts"].decode()}})
+    (folder / "sa_7.json").write_text(json.dumps({"image": {}, "annotations": annotations[:3]}))
+    (tmp_path / "c.json").write_text(json.dumps({"sa_7": "A grey wall."}))
+    data = TRAINING_SETS["sa1b"](tmp_path, None)
+    pair = data.read("sa_7")
+    assert data.names == ["sa_7"] and not data.named and pair.names == [] and pair.caption == ""
+    assert pair.masks.dtype == bool and np.array_equal(pair.masks, masks[[2, 1]] > 0)        # largest first
+    assert TRAINING_SETS["sa1b"](tmp_path, tmp_path / "c.json").read("sa_7").caption == "A grey wall."
+    (folder / "sa_7.json").write_text(json.dumps({"image": {}, "annotations": annotations}))
+    assert len(data.read("sa_7").masks) == 32
+    (folder / "sa_7.json").write_text(json.dumps({"image": {}, "annotations": []}))
+    assert data.read("sa_7").masks.shape == (0, 20, 30)
+
+
+@pytest.mark.parametrize("name", ["coco", "sa1b"])
+def test_wrong_tree_says_what_was_expected(tmp_path, name):
+    with pytest.raises(ValueError, match="\\*.jpg"):
+        TRAINING_SETS[name](tmp_path, None)
+    (tmp_path / "sa1b").mkdir()
+    if name == "sa1b":
+        with pytest.raises(ValueError, match="holds no"):
+            TRAINING_SETS[name](tmp_path, None)
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+FAST = ("--device", "cpu", "--batch", 2, "--accumulate", 2, "--warmup", 2, "--lr", 1e-3, "--val", "none", "--limit", 5)
+
+
+@pytest.fixture
+def train(command, tiny_file):
+    return lambda *args: command("train_magnet.py", "--model", tiny_file, *FAST, *args)
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_weights(command, train, tiny_file, tmp_path, monkeypatch):
+    code, out, err = command("train_magnet.py", "--model", tiny_file, *FAST[:-4], "--limit", 5, "--steps", 4, "--val", "scenes-dev",
+                             "--val-limit", 3, "--val-every", 2)
+    whole = tmp_path / "out/magnet-scenes-tiny-0"
+    assert code == 0 and {p.name for p in whole.iterdir()} == {"lora.safetensors", "log.json", "loss.png", "state.pt"}, err
+    log = json.loads((whole / "log.json").read_text())
+    assert [x["step"] for x in log if "val" in x] == [0, 2, 4] and [x["step"] for x in log if "flow" in x] == [1, 2, 3, 4]
+    assert {"lr", "flow", "focal", "dice", "loss", "norm"} < log[1].keys() and "mIoU" in out
+    before = seg4diff.load(tiny_file, "cpu")
+    data = DATASETS["scenes-dev"]()
+    assert log[0]["val"] == pytest.approx(magnet.measure(before, data, evaluate.subset(data.names, 3), 0))
+    after = seg4diff.load(tiny_file, "cpu", lora=whole / "lora.safetensors")
+    assert log[-1]["val"]["flow loss"] == pytest.approx(magnet.flow_loss(after, data, evaluate.subset(data.names, 3), 0), rel=1e-4)
+    assert log[-1]["val"]["flow loss"] != log[0]["val"]["flow loss"]
+
+    steps = iter(range(3))
+    step = torch.optim.AdamW.step
+
+    def dies(self, *args):
+        if next(steps) == 2:                                                 # in the third step; the second was saved
+            raise KeyboardInterrupt
+        return step(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train("--steps", 4, "--save-every", 2, "--out", "cut")
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
+    code, _, err = train("--steps", 4, "--save-every", 2, "--out", "cut")
+    assert code == 0, err
+    one, other = (load_file(f / "lora.safetensors") for f in (whole, tmp_path / "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert [x for x in log if "flow" in x] == json.loads((tmp_path / "cut/log.json").read_text())
+
+    code, _, err = train("--steps", 4, "--out", "cut", "--lr", 1e-4)         # another run is not gone on with
+    assert code == 2 and "lr 0.001 instead of 0.0001" in err and err.count("\n") == 1
+    code, out, err = command("train_magnet.py", "--model", tiny_file, "--device", "cpu", "--val-limit", 3, "--measure",
+                             whole / "lora.safetensors", "cut/lora.safetensors")
+    assert code == 0 and "3 pictures" in out and "nan" not in out, err
+    rows = [[float(x) for x in line.split()[:3]] for line in out.splitlines()[1:4]]
+    assert rows[0] == pytest.approx(list(log[0]["val"].values()), abs=1e-3)
+    assert rows[1] == rows[2] == pytest.approx(list(log[-1]["val"].values()), abs=0.5)
+
+
+def test_every_option_is_felt(train, tmp_path):
+    """One step at a time: the LoRA that comes out is not that of the defaults."""
+    def lora(*args):
+        code, _, err = train("--steps", 1, "--out", "_".join(map(str, ("run", *args))), *args)
+        assert code == 0, err
+        return load_file(tmp_path / "_".join(map(str, ("run", *args))) / "lora.safetensors")
+
+    usual = lora()
+    for change in (("--match", "tokens"), ("--candidates", "heads"), ("--normalise", "zscore"), ("--sigma", "uniform"),
+                   ("--mask-weight", 0), ("--seed", 1), ("--lr", 2e-3), ("--warmup", 0), ("--batch", 1), ("--limit", 3),
+                   ("--accumulate", 1)):
+        assert any(not torch.equal(x, usual[k]) for k, x in lora(*change).items()), change
+    assert next(iter(lora("--rank", 3).values())).shape[0] in (3, 64)
+    for same in (("--cache", 0), ("--save-every", 3), ("--device", "auto")):
+        assert all(torch.equal(x, usual[k]) for k, x in lora(*same).items()), same
+    for k, x in lora("--checkpointing").items():
+        torch.testing.assert_close(x, usual[k], rtol=1e-3, atol=1e-4)
+
+
+def test_coco_and_sa1b_run(train, tmp_path):
+    rng = np.random.default_rng(0)
+    put(tmp_path / "d/coco/train2017/1.jpg", rng.integers(0, 255, (40, 60, 3)))
+    put(tmp_path / "d/coco/stuffthingmaps/train2017/1.png", np.repeat([[0, 2, 123]], 40, 0).repeat(20, 1))
+    put(tmp_path / "d/sa1b/sa_1.jpg", rng.integers(0, 255, (40, 60, 3)))
+    code = rle.encode(np.asfortranarray(np.eye(40, 60, dtype=np.uint8).repeat(1, 1) | (np.arange(60) < 20)))
+    (tmp_path / "d/sa1b/sa_1.json").write_text(json.dumps(
+        {"annotations": [{"segmentation": {"size": code["size"], "counts": code["counts"].decode()}}]}))
+    for name, options in (("coco", ("--match", "tokens")), ("coco", ()), ("sa1b", ())):
+        code, _, err = train("--dataset", name, "--data-root", "d", "--steps", 1, "--out", f"{name}{len(options)}", *options)
+        assert code == 0, err
+    (tmp_path / "d/sa1b/sa_1.jpg").write_text("broken")
+    code, _, err = train("--dataset", "sa1b", "--data-root", "d", "--steps", 1, "--out", "broken")
+    assert code == 2 and "picture sa_1 of sa1b cannot be read" in err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(train, tmp_path, monkeypatch):
+    code, _, err = train("--steps", 3, "--save-every", 1, "--lr", 1e30)
+    assert code == 2 and "not finite" in err.splitlines()[-1] and "smaller --lr" in err
+    good = load_file(tmp_path / "out/magnet-scenes-tiny-0/lora.safetensors")
+    assert torch.load(tmp_path / "out/magnet-scenes-tiny-0/state.pt", weights_only=True)["step"] >= 1
+    assert all(x.isfinite().all() for x in good.values())
+
+
+BAD = {("--dataset", "voc"): "scenes, coco, sa1b", ("--match", "best"): "hungarian", ("--candidates", "x"): "heads",
+       ("--normalise", "x"): "minmax", ("--sigma", "x"): "uniform", ("--val", "x"): "ade20k", ("--steps", 0): "--steps",
+       ("--lr", 0): "--lr", ("--lr", "nan"): "--lr", ("--batch", 0): "--batch", ("--rank", 0): "--rank", ("--seed", -1): "--seed",
+       ("--mask-weight", -1): "--mask-weight", ("--mask-weight", "nan"): "--mask-weight", ("--limit", 0): "--limit",
+       ("--match", "tokens", "--candidates", "heads"): "tokens", ("--match", "tokens", "--dataset", "sa1b"): "tokens",
+       ("--dataset", "coco", "--data-root", "nowhere"): "stuffthingmaps", ("--captions", "c.json"): "captions",
+       ("--model", "nowhere"): "nowhere", ("--device", "tpu"): "tpu", ("--measure", "nowhere.safetensors"): "nowhere",
+       ("--measure", "l.safetensors", "--val", "none"): "--val", ("--match", "tokens", "--captions", "c.json"): "--captions"}
+
+
+def test_bad_input_is_answered_in_a_sentence(train, tmp_path):
+    for args, says in BAD.items():
+        val = () if "--val" in args else ("--val", "scenes-dev")
+        code, _, err = train("--steps", 1, *val, *args)
+        assert code == 2 and err.startswith("error: ") and says in err, (args, err)
+        assert err.count("\n") == 1 or "Found in" in err, (args, err)        # only a tree takes more than a line
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def share(rank: int, port: int, args, out) -> None:
+    """One of two processes of torchrun."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    magnet.main(args)
+
+
+def test_two_processes_are_one_with_twice_the_batch(train, tiny_file, tmp_path, monkeypatch):
+    code, _, err = train("--steps", 2, "--batch", 4, "--accumulate", 1, "--out", "one")
+    assert code == 0, err
+    args = {"dataset": "scenes", "data_root": None, "captions": None, "model": str(tiny_file), "match": "hungarian", "limit": 5,
+            "candidates": None, "normalise": "minmax", "sigma": "logit-normal", "mask_weight": 1.0, "rank": 16, "steps": 2,
+            "warmup": 2, "lr": 1e-3, "batch": 2, "accumulate": 1, "checkpointing": False, "cache": 8, "val": "none",
+            "val_limit": 1, "val_every": 9, "save_every": 1, "measure": None, "seed": 0, "device": "cpu", "out": tmp_path / "two"}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    both = [multiprocessing.get_context("fork").Process(target=share, args=(r, port, magnet.argparse.Namespace(**args), None))
+            for r in (0, 1)]
+    for p in both:
+        p.start()
+    for p in both:
+        p.join(60)
+    assert [p.exitcode for p in both] == [0, 0]
+    one, two = (torch.load(tmp_path / f / "state.pt", weights_only=True) for f in ("one", "two"))
+    assert one["run"] == two["run"]                                          # so that one may go on with the other's state
+    for i, s in one["opt"]["state"].items():                                 # Adam's means are the gradients, added up
+        scale = s["exp_avg"].abs().max()
+        assert (s["exp_avg"] - two["opt"]["state"][i]["exp_avg"]).abs().max() < 1e-3 * scale
+    for a, b in zip(one["log"], two["log"]):
+        assert a == pytest.approx(b, rel=1e-3)
