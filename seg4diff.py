@@ -116,6 +116,8 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
                                 ("channels in the MM-DiT's latent", mmdit.config.channels, vae.channels),
                                 ("columns of pooled text", pooled, mmdit.config.pooled_dim),
                                 ("text columns that do not fit the context", max(0, ctx - mmdit.config.ctx_dim), 0),
+                                ("patches of a side beyond the model's positions",
+                                 max(0, preset.size // vae.factor // mmdit.config.patch - mmdit.config.pos_grid), 0),
                                 ("pixels beyond whole patches", preset.size % (vae.factor * mmdit.config.patch), 0)):
         if found != wanted:
             raise ValueError(f"the parts of {name_or_path} do not fit each other: {found} {what}, not {wanted}")

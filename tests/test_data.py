@@ -1,12 +1,14 @@
-"""Every data set in a miniature tree of its downloaded layout, label maps checked against hand-made ones."""
+"""Every data set in a miniature tree of its downloaded layout against hand-made label maps; how they are read."""
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from data import DATASETS, FACTS, IGNORE
+from data import DATASETS, FACTS, IGNORE, Item, centre_crop, read_ahead, subset
 
 
 def put(path, array, palette=False):
@@ -73,6 +75,9 @@ def test_coco(tmp_path, folder):
     assert labels == [[0, 11, 79], [IGNORE, IGNORE, IGNORE]] and classes[11] == "stop sign"
     labels, classes = labels_of("coco-object81", tmp_path)
     assert labels == [[1, 12, 80], [0, 0, IGNORE]] and classes[80] == "toothbrush"
+    labels, classes = labels_of("coco-object-bg", tmp_path)
+    assert labels == [[1, 12, 80], [IGNORE, IGNORE, IGNORE]] and classes[0] == "background" and len(classes) == 81
+    assert DATASETS["coco-object-bg"](tmp_path).always == (0,) and DATASETS["coco-object81"](tmp_path).always == ()
     labels, classes = labels_of("stuff27", tmp_path)
     coarse = FACTS["stuff27"]["coarse_of_fine"]
     assert labels == [[coarse[0], coarse[12], coarse[89]], [coarse[91], coarse[181], IGNORE]]
@@ -110,3 +115,77 @@ def test_label_map_of_another_size_is_refused(tmp_path):
     data = DATASETS["ade20k"](tmp_path)
     with pytest.raises(ValueError, match="x.png"):
         data.read("x")
+
+
+# ---------------------------------------------------------------------------- which are read, and when
+
+
+def test_subset_is_fixed_and_nested():
+    names = [f"{i:03d}" for i in range(100)]
+    chosen = {n: subset(names, n) for n in (1, 10, 50, 100, 1000, None)}
+    assert chosen[None] == chosen[100] == chosen[1000] == names
+    assert [len(chosen[n]) for n in (1, 10, 50)] == [1, 10, 50]
+    for few, many in ((1, 10), (10, 50), (50, 100)):
+        assert set(chosen[few]) < set(chosen[many])
+    assert all(x == sorted(x) == subset(names, n) for n, x in chosen.items())
+    assert chosen[10] != names[:10] and chosen[10][0] < "050" < chosen[10][-1]           # from all over the list
+    assert subset(names, 5) == ["005", "020", "036", "082", "093"]                       # in every version
+
+
+@pytest.mark.parametrize("h, w, rows, columns", [(4, 9, (0, 4), (2, 6)), (9, 4, (2, 6), (0, 4)), (5, 5, (0, 5), (0, 5)),
+                                                 (1, 8, (0, 1), (3, 4))])
+def test_centre_crop_by_hand(h, w, rows, columns):
+    labels = np.arange(h * w, dtype=np.uint8).reshape(h, w)
+    item = centre_crop(Item(Image.fromarray(np.stack([labels] * 3, -1)), labels, "x"))
+    want = labels[slice(*rows), slice(*columns)]
+    assert (item.labels == want).all() and (np.asarray(item.image)[..., 0] == want).all() and item.name == "x"
+
+
+def test_read_ahead_keeps_the_order():
+    """However long each takes; what cannot be read comes in its place, as its exception."""
+    def read(name):
+        time.sleep(0.01 * (int(name) % 3))
+        if int(name) % 4 == 3:
+            raise (OSError if int(name) % 8 == 3 else ValueError)(f"broken {name}")
+        return f"item {name}"
+    names = [str(i) for i in range(20)]
+    for ahead in (1, 3, 50):
+        got = list(read_ahead(read, names, ahead))
+        assert [name for name, _ in got] == names
+        for i, (name, item) in enumerate(got):
+            assert item == f"item {name}" if i % 4 != 3 else str(item) == f"broken {name}"
+            assert i % 4 != 3 or type(item) is (OSError if i % 8 == 3 else ValueError)
+    assert list(read_ahead(read, [], 3)) == []
+
+
+def test_read_ahead_lets_mistakes_of_the_program_through():
+    def read(name):
+        raise KeyError(name)
+    with pytest.raises(KeyError):
+        list(read_ahead(read, ["a"]))
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_read_ahead_reads_no_more_than_it_may(ahead):
+    """Pictures are large: no more wait than `ahead`, however slow the computing is."""
+    started = []
+    for i, _ in enumerate(read_ahead(started.append, range(20), ahead)):
+        time.sleep(0.005)
+        assert len(started) <= i + 1 + ahead
+    assert sorted(started) == list(range(20))
+
+
+def test_read_ahead_overlaps_with_computing():
+    """While the first picture is being computed, the next is read: each waits for the other, neither alone can go on."""
+    computing, second_read = threading.Event(), threading.Event()
+
+    def read(name):
+        if name == "second":
+            assert computing.wait(10)
+            second_read.set()
+        return name
+    items = read_ahead(read, ["first", "second"], ahead=2)
+    assert next(items) == ("first", "first")
+    computing.set()
+    assert second_read.wait(10)
+    assert next(items) == ("second", "second")

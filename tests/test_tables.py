@@ -155,7 +155,8 @@ def test_folder_of_broken_pictures(command, tiny_file, tmp_path, limit):
     ([], ["--classes", ""], "list of classes is empty"), ([], ["--classes", " , "], "list of classes is empty"),
     ([], [], "--classes cat,dog,... go together"), (["one.jpg"], ["--classes", "car"], "no two of them with the same name"),
     ([], ["--classes", "car," + "x" * 99], "room for 26"), ([], ["--classes", "car", "--task", "unsup"], "--task ovss only"),
-    ([], ["--classes", "car", "--draws", "2"], "do not go with it"), ([], ["--classes", "car", "--resize", "crop"], "--resize"),
+    ([], ["--classes", "car", "--draws", "2"], "do not go with it"),
+    ([], ["--classes", "car", "--resize", "crop"], "--resize"),
     ([], ["--classes", "car", "--out", "pictures/notes.txt"], "notes.txt")])
 def test_folder_errors(command, tiny_file, folder, extra, options, told):
     for name in extra:

@@ -1,0 +1,63 @@
+"""bench.py: what it prints can be read back, its clock and its memory count are right, bad input is one sentence."""
+import os
+import re
+import time
+
+import pytest
+import torch
+
+import bench
+
+
+def test_bench(command, tiny_file):
+    code, out, err = command("bench.py", "--model", tiny_file, "--repeats", 3, "--batch-size", 4, "--device", "cpu")
+    assert code == 0, err
+    head, weights, *rows = out.splitlines()
+    part, whole = map(float, re.findall(r"[\d.]+", weights)[:2])
+    assert whole > 1 and 0.55 < part / whole < 0.75             # two blocks of three; the last has no text MLP
+    assert all(word in head for word in ("tiny, 3 blocks, expert 1", "4 x 128 pixels", "cpu, float32", "medians of 3"))
+    pattern = r"(MM-DiT|attention maps) +(.+?) +([\d.]+) (ms|x) +(n/a|(-?[\d.]+) (?:MB|x))"
+    rows = [re.fullmatch(pattern, row) for row in rows]
+    assert all(rows) and [row[2] for row in rows] == ["up to block 1", "all 3 blocks", "ratio", "i2t_attention",
+                                                      "i2t(joint_probs)", "ratio"]
+    for first, second, ratio in (rows[:3], rows[3:]):
+        assert float(ratio[3]) == pytest.approx(float(first[3]) / float(second[3]), rel=0.2, abs=0.02)
+    assert float(rows[2][3]) < 1                                # a run that stops early is shorter
+
+
+def test_the_clock_and_the_memory():
+    def hold():
+        x = torch.ones(32 << 20)                                # 128 MB
+        time.sleep(0.05)
+        return x.sum().item()
+    cpu = torch.device("cpu")
+    assert 0.05 <= bench.seconds(hold, cpu) < 2 and bench.seconds(lambda: None, cpu) < 0.05
+    if os.access(bench.CLEAR, os.W_OK):
+        assert 120 < bench.megabytes(hold, cpu) < 160
+        assert bench.megabytes(lambda: None, cpu) < 20          # the peak before does not stay
+
+
+def test_no_memory_count(monkeypatch, tmp_path, capsys):
+    """Where the system does not tell, n/a is printed, and the times all the same."""
+    monkeypatch.setattr(bench, "CLEAR", tmp_path / "none")
+    bench.compare("t", {"one": lambda: time.sleep(0.01), "two": lambda: time.sleep(0.02)}, 1, torch.device("cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(line.endswith("n/a") for line in lines) and 0.3 < float(lines[2].split()[2]) < 0.8
+
+
+def test_ways_take_turns_and_medians_are_compared(monkeypatch, capsys):
+    calls, times = [], iter([1, 4, 2, 100, 3, 6])
+    monkeypatch.setattr(bench, "seconds", lambda way, device: (way(), next(times))[1])
+    monkeypatch.setattr(bench, "megabytes", lambda way, device: 10 if way() == "a" else 40)
+    bench.compare("t", {"one": lambda: calls.append("a") or "a", "two": lambda: calls.append("b")}, 3, torch.device("cpu"))
+    assert calls == ["a", "b"] * 5
+    assert [line.split()[-4:] for line in capsys.readouterr().out.splitlines()] == [
+        ["2000.0", "ms", "10.0", "MB"], ["6000.0", "ms", "40.0", "MB"], ["0.33", "x", "0.25", "x"]]
+
+
+@pytest.mark.parametrize("options, told", [(["--repeats", 0], "at least 1"), (["--batch-size", -1], "at least 1"),
+                                           (["--model", "none"], "known names are nano"),
+                                           (["--device", "tpu"], "cpu or cuda")])
+def test_bad_input(command, options, told):
+    code, out, err = command("bench.py", *options)
+    assert (code, out) == (2, "") and err.startswith("error: ") and told in err and err.count("\n") == 1
