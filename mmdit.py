@@ -16,7 +16,6 @@ Joint order is Eq. 3's: image tokens first, then text.  Blocks count from 0; SD3
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -380,7 +379,6 @@ LORA_LAYERS = {"attn.to_q": ("x_block", "qkv", 0), "attn.to_k": ("x_block", "qkv
                "attn.add_k_proj": ("context_block", "qkv", 1), "attn.add_v_proj": ("context_block", "qkv", 2),
                "attn.to_add_out": ("context_block", "proj", 0)}
 IMAGE_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-LORA_KEY = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 class LowRank(nn.Module):
@@ -480,20 +478,12 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
 def load_lora(model: MMDiT, path: str | Path) -> None:
     """Put a LoRA file's layers into the model: ours, diffusers' (peft) .safetensors, or the authors' .pth.
 
-    scale is alpha / rank with the file's alpha, 1 without one.  Pairs of blocks that a model read for segmentation
-    lacks are left out.
+    Pairs of blocks that a model read for segmentation lacks are left out.
     ValueError: another base, misshapen pairs, layers that are not adapted here, nothing that fits.
     """
-    sd, meta = read_lora(path)
-    cfg, base = model.config, json.loads(meta.get("base", "null"))
-    adapter = {k.removeprefix("transformer."): v for k, v in json.loads(meta.get("lora_adapter_metadata", "{}")).items()}
-    pairs: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key in (k for k in sd if "lora" in k):
-        m = LORA_KEY.fullmatch(key)
-        if m is None or m[2] not in LORA_LAYERS:
-            raise ValueError(f"{path} adapts a layer that is not adapted here: {key}; known are {', '.join(LORA_LAYERS)} of "
-                             "transformer_blocks, in diffusers' (peft) naming")
-        pairs.setdefault((int(m[1]), m[2]), {})[m[3]] = sd[key].float()
+    (pairs, base), cfg = read_lora(path), model.config
+    if other := sorted({layer for _, layer in pairs} - LORA_LAYERS.keys()):
+        raise ValueError(f"{path} adapts {other[0]}, which is not adapted here; known are {', '.join(LORA_LAYERS)}")
     fits = {(i, layer): pair for (i, layer), pair in pairs.items() if i < cfg.depth}
     if not fits or (cfg.whole and len(fits) < len(pairs)):
         raise ValueError(f"{path} adapts blocks {sorted({i for i, _ in pairs})}; this model has blocks 0 to {cfg.depth - 1}")
@@ -502,17 +492,13 @@ def load_lora(model: MMDiT, path: str | Path) -> None:
             for ours, theirs in zip(base_samples(model), base["samples"]) for a, b in zip(ours, theirs))):
         raise ValueError(f"{path} belongs to another model (width {base['width']}, {base['depth']} blocks); load it with "
                          "the one it was trained on")
-    for (i, layer), pair in fits.items():
+    for (i, layer), (A, B, _) in fits.items():
         stream, name, _ = LORA_LAYERS[layer]
-        linear = getattr(getattr(model.joint_blocks[i], stream).attn, name)
-        shapes = {x: tuple(v.shape) for x, v in pair.items()}
-        if linear is None or shapes != {"A": (rank := len(pair.get("A", ())), cfg.width), "B": (cfg.width, rank)}:
-            wanted = "has no such layer" if linear is None else f"takes A (rank, {cfg.width}) and B ({cfg.width}, rank)"
-            raise ValueError(f"{path} does not fit: {layer} of block {i} has shapes {shapes}, and this model {wanted}")
-    for (i, layer), pair in fits.items():
-        rank, key = len(pair["A"]), f"transformer_blocks.{i}.{layer}"
+        exists = getattr(getattr(model.joint_blocks[i], stream).attn, name) is not None
+        if not exists or A.shape != (len(A), cfg.width) or B.shape != (cfg.width, len(A)):
+            wanted = f"takes A (rank, {cfg.width}) and B ({cfg.width}, rank)" if exists else "has no such layer"
+            raise ValueError(f"{path} does not fit: {layer} of block {i} has A {tuple(A.shape)} and B {tuple(B.shape)}, and "
+                             f"this model {wanted}")
+    for (i, layer), (A, B, scale) in fits.items():
         group = lora_group(model, i, layer, 1, 1, torch.Generator())
-        alpha = next((a for pattern, a in adapter.get("alpha_pattern", {}).items()
-                      if re.fullmatch(rf"(.*\.)?({pattern})", key)), adapter.get("lora_alpha", rank))
-        group.scale = alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
-        group.A, group.B = (nn.Parameter(pair[x].to(group.A.device)) for x in "AB")
+        group.A, group.B, group.scale = nn.Parameter(A.to(group.A.device)), nn.Parameter(B.to(group.A.device)), scale

@@ -10,7 +10,9 @@ ends with the same weights.  Where the paper is silent, this is what is done:
 
 * "Normalised" maps (Eq. 12): each is scaled from its least to its largest value, which makes it a probability at
   every patch. Under this scaling every mask can be matched with no loss; a map brought to zero mean and unit variance
-  before a sigmoid ("zscore") cannot get below 0.4 outside a small mask.
+  before a sigmoid ("zscore") cannot get below 0.4 outside a small mask. NOTE(official): the released code sends scores
+  before the softmax through a small network that is trained along and then thrown away; here the maps that
+  segmentation reads are the ones that are trained.
 * Candidates are the maps of all CLIP columns, <start>, <end> and <pad> too, as the proposals of Sec. 4.2 are; T5's
   empty rows are none. Matched is by the loss that is then minimised, with its own weights.
 * A mask is a patch's if it covers half of it; masks that cover half of no patch are left out. Losses are means over
@@ -320,7 +322,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
             for p, saved in zip(params, state["lora"]):
                 p.copy_(saved)
 
-    def check(step: int) -> None:
+    def validate(step: int) -> None:
         if val is not None and rank == 0:
             log.append({"step": step, "val": measure(model, val, subset(val.names, args.val_limit), args.seed)})
 
@@ -340,7 +342,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
     stream = featured(model, data, [names[order[g]] for g in mine], how.by_name, args.cache * 1e9)
     seeds = iter([evaluate.image_seed(str(g), args.seed) for g in mine])
     if not log:
-        check(0)
+        validate(0)
     with tqdm(total=args.steps, initial=done, desc="MAGNET", unit="step", disable=rank > 0) as bar:
         for step in range(done, args.steps):
             opt.param_groups[0]["lr"] = args.lr * rate(step, args.steps, args.warmup)
@@ -358,7 +360,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
             bar.update()
             bar.set_postfix({k: f"{losses[k]:.4f}" for k in ("flow", "focal", "dice")})
             if (step + 1) % args.val_every == 0 or step + 1 == args.steps:
-                check(step + 1)
+                validate(step + 1)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 keep(step + 1)
     if rank == 0:

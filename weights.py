@@ -275,10 +275,19 @@ def merges(files: Files) -> list[str]:
 # ---------------------------------------------------------------------------- LoRA files
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a LoRA file: .safetensors, or a PyTorch .pth, read without running what is pickled in it.
+LORA_KEY = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
-    ValueError: no such file, broken, no LoRA in it.
+
+class LoRAFile(NamedTuple):
+    pairs: dict[tuple[int, str], tuple[Tensor, Tensor, float]]   # (block, diffusers' name of a layer): A, B, scale; fp32
+    base: dict | None                       # what mmdit.save_lora noted of the model it was trained on
+
+
+def read_lora(path: str | Path) -> LoRAFile:
+    """A LoRA in diffusers' (peft) naming: .safetensors, or a PyTorch .pth (the authors'), whose pickle cannot run code.
+
+    The scale of a pair is alpha / rank with the file's alpha, 1 without one.
+    ValueError: no such file, broken, no LoRA in it, half a pair, another naming.
     """
     path, meta = Path(path), {}
     if not path.is_file():
@@ -290,13 +299,27 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             sd = torch.load(path, map_location="cpu", weights_only=True)
             sd = sd.get("model", sd)                                         # the authors' .pth keeps more beside it
-            sd = {key: v for key, v in sd.items() if isinstance(v, Tensor)}
-    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
+        adapter = {k.removeprefix("transformer."): v for k, v in json.loads(meta.get("lora_adapter_metadata", "{}")).items()}
+        base = json.loads(meta.get("base", "null"))
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, ValueError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} cannot be read as a LoRA (.safetensors, or a .pth of tensors alone): "
                          f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-    if not any("lora" in key for key in sd):
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key in (k for k in sd if "lora" in k):
+        if (m := LORA_KEY.fullmatch(key)) is None:
+            raise ValueError(f"{path} holds {key!r}, which is not diffusers' (peft) naming of a layer of SD3's transformer")
+        found.setdefault((int(m[1]), m[2]), {})[m[3]] = sd[key].float()
+    if not found:
         raise ValueError(f"{path} is no LoRA: of its {len(sd)} tensors none has 'lora' in its name")
-    return sd, meta
+    pairs = {}
+    for (i, layer), pair in found.items():
+        if len(pair) < 2:
+            raise ValueError(f"{path} is incomplete: {layer} of block {i} has lora_{next(iter(pair))} alone")
+        rank, key = len(pair["A"]), f"transformer_blocks.{i}.{layer}"
+        alpha = next((a for pattern, a in adapter.get("alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?({pattern})", key)), adapter.get("lora_alpha", rank))
+        pairs[i, layer] = pair["A"], pair["B"], alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+    return LoRAFile(pairs, base)
 
 
 def add_to_fingerprint(fingerprint: str, path: str | Path) -> str:

@@ -195,10 +195,12 @@ def bad_files(folder: Path) -> dict[str, str]:
     """File -> what the sentence must say."""
     good = peft_pairs()
     key = "transformer_blocks.0.attn.to_q.lora_B.weight"
-    cases = {"none": ({"x.weight": torch.zeros(2)}, "no LoRA"), "kohya": ({"lora_unet_x.lora_down.weight": torch.zeros(2)}, "lora_unet_x"),
-             "mlp": (good | {"transformer_blocks.0.ff.net.2.lora_A.weight": torch.zeros(4, 64)}, "ff.net.2"),
+    cases = {"none": ({"x.weight": torch.zeros(2)}, "no LoRA"), 
+             "kohya": ({"lora_unet_x.lora_down.weight": torch.zeros(2)}, "lora_unet_x"),
+             "mlp": (good | {f"transformer_blocks.0.ff.net.2.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}, "ff.net.2"),
              "text": (good | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 64)}, "text_encoder"),
-             "tall": (good | {key: torch.zeros(65, 4)}, r"\(65, 4\)"), "half": ({k: v for k, v in good.items() if k != key}, "to_q"),
+             "tall": (good | {key: torch.zeros(65, 4)}, r"\(65, 4\)"),
+             "half": ({k: v for k, v in good.items() if k != key}, "to_q"),
              "ranks": (good | {key: torch.zeros(64, 5)}, r"\(64, 5\)"), "deep": (peft_pairs(depth=5), "blocks 0 to 2"),
              "wide": (peft_pairs(width=128), "128"), "out": (peft_pairs(("to_add_out",)), "no such layer")}
     for name, (sd, _) in cases.items():
@@ -224,9 +226,9 @@ def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
 
 def test_command_lines(command, tiny_file, tmp_path):
     mmdit.save_lora(trained(tiny_file).mmdit, tmp_path / "sharp.safetensors")
-    results = []
+    results, fixed = [], ("--limit", 2, "--model", tiny_file, "--device", "cpu", "--out", "same")
     for lora in ((), ("--lora", "sharp.safetensors")):
-        code, out, err = command("evaluate.py", "--limit", 2, "--model", tiny_file, "--device", "cpu", "--out", "same", *lora)
+        code, out, err = command("evaluate.py", *fixed, *lora)
         assert code == 0, err
         results.append(json.loads((tmp_path / "same/results.json").read_text()))
     names = [r["protocol"]["model"][:2] for r in results]

@@ -1,4 +1,5 @@
 """MAGNET: losses against loops, matching against all permutations, what each option changes, kills and processes."""
+import argparse
 import itertools
 import json
 import math
@@ -244,7 +245,8 @@ def put(path, array):
 def test_scenes_are_fresh():
     data = TRAINING_SETS["scenes"](None, None)
     assert len(data.names) == 100_000 and data.named
-    assert {int(n) for n in data.names} <= set(scenes.TRAIN_SEEDS[100_000:]) and not {*data.names} & {*DATASETS["scenes"]().names}
+    assert {int(n) for n in data.names} <= set(scenes.TRAIN_SEEDS[100_000:])
+    assert not {*data.names} & {*DATASETS["scenes"]().names, *DATASETS["scenes-dev"]().names}
     scene, pair = scenes.draw(int(data.names[5])), data.read(data.names[5])
     assert np.array_equal(pair.masks.sum(0), np.ones((128, 128))) and len(pair.names) == len(pair.masks)
     for mask, name in zip(pair.masks, pair.names):
@@ -327,18 +329,18 @@ def train(command, tiny_file):
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(command, train, tiny_file, tmp_path, monkeypatch):
-    code, out, err = command("train_magnet.py", "--model", tiny_file, *FAST[:-4], "--limit", 5, "--steps", 4, "--val", "scenes-dev",
-                             "--val-limit", 3, "--val-every", 2)
+    code, out, err = command("train_magnet.py", "--model", tiny_file, *FAST[:-4], "--limit", 5, "--steps", 4,
+                             "--val", "scenes-dev", "--val-limit", 3, "--val-every", 2)
     whole = tmp_path / "out/magnet-scenes-tiny-0"
     assert code == 0 and {p.name for p in whole.iterdir()} == {"lora.safetensors", "log.json", "loss.png", "state.pt"}, err
     log = json.loads((whole / "log.json").read_text())
     assert [x["step"] for x in log if "val" in x] == [0, 2, 4] and [x["step"] for x in log if "flow" in x] == [1, 2, 3, 4]
     assert {"lr", "flow", "focal", "dice", "loss", "norm"} < log[1].keys() and "mIoU" in out
-    before = seg4diff.load(tiny_file, "cpu")
     data = DATASETS["scenes-dev"]()
-    assert log[0]["val"] == pytest.approx(magnet.measure(before, data, evaluate.subset(data.names, 3), 0))
+    before, shown = seg4diff.load(tiny_file, "cpu"), evaluate.subset(data.names, 3)
+    assert log[0]["val"] == pytest.approx(magnet.measure(before, data, shown, 0))
     after = seg4diff.load(tiny_file, "cpu", lora=whole / "lora.safetensors")
-    assert log[-1]["val"]["flow loss"] == pytest.approx(magnet.flow_loss(after, data, evaluate.subset(data.names, 3), 0), rel=1e-4)
+    assert log[-1]["val"]["flow loss"] == pytest.approx(magnet.flow_loss(after, data, shown, 0), rel=1e-4)
     assert log[-1]["val"]["flow loss"] != log[0]["val"]["flow loss"]
 
     steps = iter(range(3))
@@ -414,7 +416,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(train, tmp_pa
 
 BAD = {("--dataset", "voc"): "scenes, coco, sa1b", ("--match", "best"): "hungarian", ("--candidates", "x"): "heads",
        ("--normalise", "x"): "minmax", ("--sigma", "x"): "uniform", ("--val", "x"): "ade20k", ("--steps", 0): "--steps",
-       ("--lr", 0): "--lr", ("--lr", "nan"): "--lr", ("--batch", 0): "--batch", ("--rank", 0): "--rank", ("--seed", -1): "--seed",
+       ("--lr", 0): "--lr", ("--lr", "nan"): "--lr", ("--batch", 0): "--batch", ("--rank", 0): "--rank",
+       ("--seed", -1): "--seed", ("--val-limit", 0): "--val-limit",
        ("--mask-weight", -1): "--mask-weight", ("--mask-weight", "nan"): "--mask-weight", ("--limit", 0): "--limit",
        ("--match", "tokens", "--candidates", "heads"): "tokens", ("--match", "tokens", "--dataset", "sa1b"): "tokens",
        ("--dataset", "coco", "--data-root", "nowhere"): "stuffthingmaps", ("--captions", "c.json"): "captions",
@@ -431,26 +434,25 @@ def test_bad_input_is_answered_in_a_sentence(train, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def share(rank: int, port: int, args, out) -> None:
+def share(rank: int, port: int, options: dict) -> None:
     """One of two processes of torchrun."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    magnet.main(args)
+    magnet.main(argparse.Namespace(**options))
 
 
 def test_two_processes_are_one_with_twice_the_batch(train, tiny_file, tmp_path, monkeypatch):
     code, _, err = train("--steps", 2, "--batch", 4, "--accumulate", 1, "--out", "one")
     assert code == 0, err
-    args = {"dataset": "scenes", "data_root": None, "captions": None, "model": str(tiny_file), "match": "hungarian", "limit": 5,
-            "candidates": None, "normalise": "minmax", "sigma": "logit-normal", "mask_weight": 1.0, "rank": 16, "steps": 2,
-            "warmup": 2, "lr": 1e-3, "batch": 2, "accumulate": 1, "checkpointing": False, "cache": 8, "val": "none",
-            "val_limit": 1, "val_every": 9, "save_every": 1, "measure": None, "seed": 0, "device": "cpu", "out": tmp_path / "two"}
+    options = dict(dataset="scenes", data_root=None, captions=None, model=str(tiny_file), match="hungarian", limit=5,
+                   candidates=None, normalise="minmax", sigma="logit-normal", mask_weight=1.0, rank=16, steps=2, warmup=2,
+                   lr=1e-3, batch=2, accumulate=1, checkpointing=False, cache=8, val="none", val_limit=1, val_every=9,
+                   save_every=1, measure=None, seed=0, device="cpu", out=tmp_path / "two")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    both = [multiprocessing.get_context("fork").Process(target=share, args=(r, port, magnet.argparse.Namespace(**args), None))
-            for r in (0, 1)]
+    both = [multiprocessing.get_context("fork").Process(target=share, args=(r, port, options)) for r in (0, 1)]
     for p in both:
         p.start()
     for p in both:
@@ -463,3 +465,22 @@ def test_two_processes_are_one_with_twice_the_batch(train, tiny_file, tmp_path, 
         assert (s["exp_avg"] - two["opt"]["state"][i]["exp_avg"]).abs().max() < 1e-3 * scale
     for a, b in zip(one["log"], two["log"]):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_base_in_bf16(learner, tiny_file):
+    """What a GPU holds: a rounded base, LoRA and losses in fp32; the gradient points where the exact one does."""
+    model, params, batch, seeds = learner
+    want = magnet.gradient(model, params, [(batch, seeds)], HOW)
+    exact, half = grads(params), seg4diff.load(tiny_file, device="cpu", dtype="bfloat16")
+    own = mmdit.add_lora(half.mmdit, generator=torch.Generator().manual_seed(0))
+    for p, q in zip(own, params):
+        assert p.dtype == torch.float32
+        p.data.copy_(q)
+    batch = [f._replace(ctx=f.ctx.bfloat16(), pooled=f.pooled.bfloat16()) for f in batch]
+    assert magnet.gradient(half, own, [(batch, seeds)], HOW) == pytest.approx(want, rel=0.05)
+    assert torch.cosine_similarity(grads(own), exact, dim=0) > 0.9
+    with torch.autocast("cpu", torch.bfloat16):
+        z = torch.stack([f.z0 for f in batch]).bfloat16()
+        vel, _ = half.mmdit(z, torch.full((3,), 0.5), *(torch.stack(x) for x in list(zip(*batch))[1:3]))
+    vel.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in own)
