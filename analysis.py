@@ -173,7 +173,7 @@ class Figure:
 
 
 def panel(ax, picture: np.ndarray | Image.Image, title: str = "", **options) -> None:
-    ax.imshow(picture, **options)
+    ax.imshow(np.asarray(picture), **options)
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=[])
 

@@ -343,10 +343,8 @@ def block_scores(path: Path, limit: int | None = None) -> tuple[list[float], flo
     """mIoU of every block of a model file on scenes-dev (Fig. 8), and the floor's."""
     model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
     variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
-    total = {row: 0 for row in (*(v.name for v in variants), "floor")}
-    for _, counts in evaluate.tally(model, data, data.names[:limit], variants, evaluate.Protocol(), 10):
-        total = {row: total[row] + counts[row] for row in total}
-    return [evaluate.scores(total[v.name])["mIoU"] for v in variants], evaluate.scores(total["floor"])["mIoU"]
+    rows = evaluate.compare(model, data, data.names[:limit], variants)
+    return [rows[v.name]["mIoU"] for v in variants], rows["floor"]["mIoU"]
 
 
 def choose_block(path: Path) -> None:
