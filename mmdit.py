@@ -396,12 +396,12 @@ class LowRank(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer whose rows are cut in groups (q, k, v), each with a low-rank update of its own."""
+    """A linear layer whose rows are cut in groups (q, k, v), each with a low-rank update of its own."""
 
     def __init__(self, base: nn.Linear, groups: int, rank: int, alpha: float, generator: torch.Generator | None):
         super().__init__()
         d_out, d_in = base.weight.shape
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.groups = nn.ModuleList(
             LowRank(d_in, d_out // groups, rank, alpha, generator, base.weight.device) for _ in range(groups))
 

@@ -74,6 +74,7 @@ def assert_same(model: seg4diff.Seg4Diff, want: dict) -> None:
 
 def test_no_op_at_the_start_and_only_lora_learns(tiny, tiny_file):
     model = fresh(tiny_file)
+    model.mmdit.requires_grad_(True)
     params = mmdit.add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(model), run(tiny))
     assert len(params) == DEPTH * 4 * 2 and sum(p.numel() for p in params) == DEPTH * 4 * 2 * 16 * WIDTH

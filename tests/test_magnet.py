@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import evaluate
@@ -360,6 +361,14 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(command, train, tin
     one, other = (load_file(f / "lora.safetensors") for f in (whole, tmp_path / "cut"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert [x for x in log if "flow" in x] == json.loads((tmp_path / "cut/log.json").read_text())
+
+    with safe_open(whole / "lora.safetensors", framework="pt") as f:
+        assert json.loads(f.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 16
+    train("--steps", 1, "--out", "first")
+    opt, norm = (torch.load(tmp_path / "first/state.pt", weights_only=True)[k] for k in ("opt", "log"))
+    mean = torch.cat([s["exp_avg"].flatten() for s in opt["state"].values()])                # a tenth of the gradient
+    assert opt["param_groups"][0]["weight_decay"] == 1e-4 and opt["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert norm[0]["norm"] > 0.01 and mean.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
     code, _, err = train("--steps", 4, "--out", "cut", "--lr", 1e-4)         # another run is not gone on with
     assert code == 2 and "lr 0.001 instead of 0.0001" in err and err.count("\n") == 1
