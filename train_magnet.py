@@ -15,8 +15,9 @@ ends with the same weights.  Where the paper is silent, this is what is done:
   segmentation reads are the ones that are trained.
 * Candidates are the maps of all CLIP columns, <start>, <end> and <pad> too, as the proposals of Sec. 4.2 are; T5's
   empty rows are none. Matched is by the loss that is then minimised, with its own weights.
-* A mask is a patch's if it covers half of it; masks that cover half of no patch are left out. Losses are means over
-  a picture's masks, then over pictures, so that a crowded picture counts as much as one with a single mask.
+* A mask holds a patch if it covers half of it; masks that hold no patch are left out. Losses are means over patches,
+  a picture's masks and pictures, so that a crowded picture counts as much as one with a single mask.
+* Both losses see the same noisy latent, whatever its noise level; the LoRA is not dropped out.
 """
 import argparse
 import json
