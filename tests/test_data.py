@@ -189,3 +189,14 @@ def test_read_ahead_overlaps_with_computing():
     computing.set()
     assert second_read.wait(10)
     assert next(items) == ("second", "second")
+
+
+def test_stuff27_names_are_those_of_their_members():
+    """Each coarse class of stuff gathers fine classes that bear its name."""
+    fine = dict(zip(FACTS["coco-stuff171"]["source_ids"], FACTS["coco-stuff171"]["classes"]))
+    names, coarse = FACTS["stuff27"]["classes"], FACTS["stuff27"]["coarse_of_fine"]
+    members = {name: {fine[i] for i, c in enumerate(coarse) if i in fine and c == k} for k, name in enumerate(names)}
+    for word in "ceiling floor food furniture wall window building ground plant sky solid water".split():
+        assert any(word in m for m in members[f"{word} stuff"]), word
+    assert "paper" in members["rawmaterial stuff"] and "curtain" in members["textile stuff"]
+    assert "fence" in members["structural stuff"] and "person" in members["person things"]
