@@ -2,7 +2,7 @@
 
     python nano/pretrain.py --samples 150000              # on CPU; again after a kill: goes on where it stopped
     python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/run/more     # trains nano on
-    python nano/pretrain.py --device cuda --samples 2000000 --batch 256 --width 256 --depth 8 --scenes 100000 --run nano/run/gpu
+    python nano/pretrain.py --device cuda --samples 2000000 --batch 256 --width 256 --depth 8 --run nano/run/gpu
 
 Five stages; the first three are skipped when their result lies in --run: draw the scenes, train the VAE, encode
 all scenes once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss

@@ -214,7 +214,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     else:
         words = " and ".join(noun(things[i]) for i in rng.permutation(len(things)))
     above = [name for name in scene.stuff if name in SKIES]
-    return f"{words} with {' and '.join(x for x in scene.stuff if x not in SKIES)}{f' under the {above[0]}' if above else ''}"
+    below = " and ".join(name for name in scene.stuff if name not in SKIES)
+    return f"{words} with {below}{f' under the {above[0]}' if above else ''}"
 
 
 def words() -> list[str]:

@@ -29,7 +29,8 @@ def test_shares_by_loops():
             assert got["I2T"][b, h].item() == pytest.approx(sum(rows) / N, abs=1e-5)
             rows = [sum(A[b, h, i, j].item() for j in range(N)) for i in range(N, N + M)]
             assert got["T2I"][b, h].item() == pytest.approx(sum(rows) / M, abs=1e-5)
-    assert torch.allclose(got["I2I"] + got["I2T"], torch.ones(2, 3)) and torch.allclose(got["T2I"] + got["T2T"], torch.ones(2, 3))
+    for one, other in (("I2I", "I2T"), ("T2I", "T2T")):
+        assert torch.allclose(got[one] + got[other], torch.ones(2, 3))
     assert analysis.uniform_share(qkv) == pytest.approx(12 / 18)
     flat = analysis.attention_shares(qkv._replace(q=torch.zeros_like(qkv.q)))                # uniform attention
     assert torch.allclose(flat["I2T"], torch.full((2, 3), 6 / 18))
@@ -162,8 +163,9 @@ def test_prompts_of_ones_own(command, tiny_file, tmp_path):
         "pads.json", "pads.png", "tokens.json", "tokens.png"]
 
 
-@pytest.mark.parametrize("args, told", [(["shades"], "no figure 'shades'"), (["--limit", "0"], "at least 1"),
-                                        (["pads", "--prompts", "none.txt"], "not a file"), (["--model", "none"], "no model")])
+@pytest.mark.parametrize("args, told", [
+    (["shades"], "no figure 'shades'"), (["--limit", "0"], "at least 1"), (["--model", "none"], "no model"),
+    (["pads", "--prompts", "none.txt"], "not a file")])
 def test_bad_input(command, tiny_file, tmp_path, args, told):
     model = [] if "--model" in args else ["--model", tiny_file]
     code, _, err = command("analysis.py", *args, *model)

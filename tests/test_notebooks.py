@@ -33,6 +33,5 @@ def test_as_committed(path):
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
     outputs = [o for c in code for o in c["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
-    source = "".join("".join(c["source"]) for c in book["cells"])
-    assert "/work/" not in path.read_text() and "class " not in "".join(line for line in source.splitlines() if "def " in line)
+    assert not [line for c in code for line in c["source"] if line.startswith("class ")]     # they call the library
     assert sum("image/jpeg" in o.get("data", {}) for o in outputs) >= 4
