@@ -282,10 +282,9 @@ def test_all_broken_is_an_error(run, voc, tmp_path):
 # ---------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("task", ["ovss", "unsup"])
-def test_two_processes_count_as_one(run, tiny_file, tmp_path, task):
+def test_two_processes_count_as_one(run, tiny_file, tmp_path):
     """As torchrun starts them; each does half, rank 0 alone reports."""
-    options = ["--task", task, "--limit", "5", "--batch-size", "1", "--model", str(tiny_file), "--device", "cpu"]
+    options = ["--limit", "5", "--batch-size", "1", "--model", str(tiny_file), "--device", "cpu"]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -293,7 +292,7 @@ def test_two_processes_count_as_one(run, tiny_file, tmp_path, task):
     two = [subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *options, "--out", str(tmp_path / "two")],
                             env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE) for r in range(2)]
-    one = run("one", "--task", task, "--limit", 5)[3]
+    one = run("one", "--limit", 5)[3]
     told = [p.communicate(timeout=100) for p in two]
     assert [p.returncode for p in two] == [0, 0], told
     result = json.loads((tmp_path / "two/results.json").read_text())
@@ -305,5 +304,5 @@ def test_two_processes_count_as_one(run, tiny_file, tmp_path, task):
         assert [line["name"] for line in own] == names[rank::2]
     assert result["caption"] in told[0][0] and told[1][0] == ""
 
-    three = run("two", "--task", task, "--limit", 6)[3]         # and a single process goes on from there
+    three = run("two", "--limit", 6)[3]         # and a single process goes on from there
     assert three["n"] == 6 and len(list((tmp_path / "two").glob("*.jsonl"))) == 2

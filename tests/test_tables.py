@@ -142,6 +142,17 @@ def test_folder(command, tiny_file, tiny, tmp_path, folder):
     assert {p.name for p in (tmp_path / "o/labels").iterdir()} == {"one.png", "two.png"}
 
 
+def test_processes_share_a_folder(command, tiny_file, tmp_path, folder, monkeypatch):
+    """Each of two does every second picture; one with nothing to do is content."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, done in (("0", ["one"]), ("1", ["one", "two"])):
+        monkeypatch.setenv("RANK", rank)
+        assert segment(command, tiny_file, folder, "--classes", "car,sky")[0] == 0
+        assert sorted(p.stem for p in (tmp_path / "out/ovss-folder-tiny/labels").iterdir()) == done
+    assert segment(command, tiny_file, folder, "--classes", "car,sky", "--limit", 1, "--out", tmp_path / "o")[0] == 0
+    assert not list((tmp_path / "o/labels").iterdir())
+
+
 @pytest.mark.parametrize("limit", [None, 1])
 def test_folder_of_broken_pictures(command, tiny_file, tmp_path, limit):
     for i in range(3):

@@ -83,12 +83,13 @@ def test_diffusers_folder(split, tiny, tmp_path_factory):
         sd = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         sd = sd or load_file(split / weights.ENCODERS[part])
         keys, half = sorted(sd), len(sd) // 2                   # two shards, and a half-precision twin to be passed over
-        save_file({k: sd[k] for k in keys[:half]}, folder / name / "model-00001-of-00002.safetensors", {"presets": "{}"})
+        save_file({k: sd[k] for k in keys[:half]}, folder / name / "model-00001-of-00002.safetensors",
+                  {"presets": '{"size": 128}'})
         save_file({k: sd[k] for k in keys[half:]}, folder / name / "model-00002-of-00002.safetensors")
         save_file({k: 0 * sd[k] for k in keys}, folder / name / "model.fp16.safetensors")
     (split / "tokenizer").rename(folder / "tokenizer")
     model = seg4diff.load(folder, "cpu")
-    assert torch.equal(model.mmdit.pos_embed, tiny.mmdit.pos_embed) and model.preset == seg4diff.Preset()
+    assert torch.equal(model.mmdit.pos_embed, tiny.mmdit.pos_embed) and model.preset == seg4diff.Preset(size=128)
     for f in (folder / "vae").iterdir():
         f.unlink()
     with pytest.raises(ValueError, match="vae/ holds no"):
