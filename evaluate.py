@@ -72,6 +72,8 @@ def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.nda
     np.add.at(overlap, (rows, columns), 1)
     counts[ids, 2] = overlap.sum(1)
     for i, j in zip(*linear_sum_assignment(overlap, maximize=True)):
+        if overlap[i, j] == 0:                           # no match: which of such pairs is chosen means nothing
+            continue
         counts[ids[i]] = overlap[i, j], overlap[:, j].sum() - overlap[i, j], overlap[i].sum() - overlap[i, j]
         named[pred == regions[j]] = ids[i]
     return counts, named
@@ -314,7 +316,8 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     floors = list(dict.fromkeys(floor_row(v, variants) for v in variants))
     here = Path(__file__).parent                         # what a changed program had counted does not count
     code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), here / "nano/scenes.py"))
-    protocol = {"task": args.task, "dataset": data.name, "classes": data.classes, "always": data.always,
+    root = None if data.name.startswith("scenes") else str(args.data_root.resolve())
+    protocol = {"task": args.task, "dataset": data.name, "root": root, "classes": data.classes, "always": data.always,
                 "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "variants": variants,
                 "how": how._asdict(), "code": zlib.crc32(code.encode())}
     book = Ledger(out, protocol, rank)
