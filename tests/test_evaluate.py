@@ -86,6 +86,13 @@ def test_scores_of_matches_by_hand():
         scores(np.zeros((4, 3), int))
 
 
+def test_a_pair_without_a_common_pixel_is_no_match():
+    """Class 1 is left the region that lies in class 0 alone: no match, so no false positive either."""
+    truth, pred = np.array([[0, 0, 0, 0, 1]], np.uint8), np.array([[7, 7, 7, 9, 7]])
+    counts, named = evaluate.match_proposals(truth, pred, 2)
+    assert counts.tolist() == [[3, 1, 1], [0, 0, 1]] and named.tolist() == [[0, 0, 0, 255, 0]]
+
+
 # ---------------------------------------------------------------------------- floor and ceiling
 
 

@@ -116,10 +116,3 @@ def test_propose(tiny):
 def test_propose_errors(tiny, options, told):
     with pytest.raises(ValueError, match=told):
         seg4diff.propose(tiny, Image.new("RGB", (8, 8)), **options)
-
-
-def test_a_pair_without_a_common_pixel_is_no_match():
-    """Class 1 is left the region that lies in class 0 alone: no match, so no false positive either."""
-    truth, pred = np.array([[0, 0, 0, 0, 1]], np.uint8), np.array([[7, 7, 7, 9, 7]])
-    counts, named = evaluate.match_proposals(truth, pred, 2)
-    assert counts.tolist() == [[3, 1, 1], [0, 0, 1]] and named.tolist() == [[0, 0, 0, 255, 0]]
