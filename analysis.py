@@ -6,8 +6,8 @@
     python analysis.py perturb guide                     # Fig. 5, 18, 31; Fig. 6, 32
     python analysis.py expert                            # which block is the semantic grounding expert?
 
-Pictures are generated from prompts, and attention is read at two steps of the sampler, as in the paper: at t = 28 (noise)
-and t = 8 of 28.  Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (prompts.txt).
+Pictures are generated from prompts, and attention is read on the way, at t = 8 of 28 steps left (shares: at t = 28,
+noise, too).  Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (prompts.txt).
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -28,14 +28,12 @@ import evaluate
 import seg4diff
 import weights
 from data import DATASETS, IGNORE, ROOT
+from ledger import write_json
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from nano import scenes
 from pictures import sheet
 from seg4diff import Seg4Diff
 from text import TextCond
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt                          # noqa: E402
 
 # ---------------------------------------------------------------------------- functions of q, k, v
 
@@ -123,31 +121,40 @@ def words_of(cond: TextCond, b: int) -> list[int]:
 
 
 JUDGE_SIGMA, JUDGE_DRAWS = 0.8, 4       # where text matters; noise draws, the same for all captions of a picture
+CHOICES = 8                             # captions to choose from: a picture's own and the next ones in the list
 
 
 @torch.inference_mode()
-def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
-    """Flow-matching loss (Eq. 2) of every picture under every caption, (n, C): how well the caption explains it.
+def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+    """Flow-matching loss (Eq. 2) of picture i under each of captions[i], (n, C): how well the caption explains it.
 
     The judge of perturbed pictures: the model as it is, not perturbed. It knows what it was trained on and nothing
-    else, so it is first validated on true pairs and swapped captions (judge_accuracy).
+    else, so it is validated on true pairs and swapped captions. Its noise is never the noise that `generate` began
+    from, which a picture would be recognised by.
     """
-    cond, out = model.text.encode(list(captions)), []
-    for i, image in enumerate(images):
-        z0, total = seg4diff.encode_image(model, image).float(), 0.0
+    out = []
+    for i, (image, own) in enumerate(zip(images, captions)):
+        z0, cond, total = seg4diff.encode_image(model, image).float(), model.text.encode(list(own)), 0.0
         for k in range(JUDGE_DRAWS):
-            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * k + i]).to(z0.device)
-            z = seg4diff.add_noise(z0, eps, JUDGE_SIGMA).to(model.dtype).expand(len(captions), -1, -1, -1)
-            sigma = torch.full((len(captions),), JUDGE_SIGMA, device=z.device)
-            vel, _ = model.mmdit(z, sigma, cond.ctx, cond.pooled)
-            total = total + (vel.float() - (eps - z0)).square().mean((1, 2, 3))
+            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)
+            z, vel = seg4diff.add_noise(z0, eps, JUDGE_SIGMA).to(model.dtype), []
+            for ctx, pooled in zip(cond.ctx.split(model.preset.batch), cond.pooled.split(model.preset.batch)):
+                sigma = torch.full((len(ctx),), JUDGE_SIGMA, device=z.device)
+                vel.append(model.mmdit(z.expand(len(ctx), -1, -1, -1), sigma, ctx, pooled)[0].float())
+            total = total + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))           # (C,)
         out.append((total / JUDGE_DRAWS).cpu().numpy())
     return np.stack(out)                                                     # (n, C)
 
 
+def choices(captions: Sequence[str]) -> list[list[str]]:
+    """For each picture its own caption first, then those of the next pictures, CHOICES in all (or as many as there are)."""
+    n = len(captions)
+    return [[captions[(i + j) % n] for j in range(min(CHOICES, n))] for i in range(n)]
+
+
 def judge_accuracy(losses: np.ndarray) -> float:
-    """Share of pictures, in percent, that their own caption (the diagonal) explains best of all captions."""
-    return 100 * float((losses.argmin(1) == np.arange(len(losses))).mean())
+    """Share of pictures, in percent, that their own caption (the first column) explains best of all."""
+    return 100 * float((losses.argmin(1) == 0).mean())
 
 
 # ---------------------------------------------------------------------------- figures
@@ -173,12 +180,14 @@ class Figure:
 
 
 def panel(ax, picture: np.ndarray | Image.Image, title: str = "", **options) -> None:
+    """A picture or a map without ticks."""
     ax.imshow(np.asarray(picture), **options)
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=[])
 
 
 def batches(model: Seg4Diff, prompts: Sequence[str], desc: str):
+    """(index of the first, prompts) of one batch after the other, under a progress bar."""
     size = model.preset.batch
     for i in tqdm(range(0, len(prompts), size), desc=desc, unit="batch"):
         yield i, prompts[i:i + size]
@@ -309,8 +318,8 @@ def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path
     for way, options in tqdm(ways.items(), desc=name, unit="way"):
         images = [im for i in range(0, len(prompts), model.preset.batch) for im in
                   seg4diff.generate(model, prompts[i:i + model.preset.batch], seed=i, **options)]
-        losses = caption_losses(model, images, prompts + [""])               # (n, n+1)
-        own, empty = np.diag(losses), losses[:, -1]
+        losses = caption_losses(model, images, [[*own, ""] for own in choices(prompts)])     # (n, CHOICES+1)
+        own, empty = losses[:, 0], losses[:, -1]
         gain = 100 * (empty - own) / empty
         rows[way] = {"accuracy": judge_accuracy(losses[:, :-1]), "gain": float(gain.mean()),
                      "error": float(gain.std() / len(gain) ** 0.5)}
@@ -318,7 +327,7 @@ def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path
     pictures = [images[k] for k in range(len(shown[0])) for images in shown]
     captions = [way if k == 0 else "" for k in range(len(shown[0])) for way in ways]
     captions[::len(ways)] = [f"{next(iter(ways)) if k == 0 else ''} · {prompts[k]}" for k in range(len(shown[0]))]
-    sheet(pictures, captions, columns=len(ways)).save(out / f"{name}_pictures.png")
+    sheet(pictures, captions, columns=len(ways), side=192).save(out / f"{name}_pictures.png")
     with Figure(out / f"{name}.png", 1, 2, (5, 3.4), title) as axes:
         for ax, key, label in ((axes[0, 0], "accuracy", "own caption explains best [%]"),
                                (axes[0, 1], "gain", "loss saved by the caption [%]")):
@@ -326,26 +335,26 @@ def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path
                    yerr=[r["error"] for r in rows.values()] if key == "gain" else None)
             ax.set(ylabel=label, xticks=range(len(rows)))
             ax.set_xticklabels(rows, rotation=45, ha="right")
-        axes[0, 0].axhline(100 / len(prompts), color="black", ls=":", label="chance")
+        axes[0, 0].axhline(100 / min(CHOICES, len(prompts)), color="black", ls=":", label="chance")
         axes[0, 0].legend()
-    return {"n": len(prompts), "judge": f"flow loss at sigma {JUDGE_SIGMA}, {JUDGE_DRAWS} draws", "rows": rows}
+    return {"n": len(prompts), "judge": f"flow loss at sigma {JUDGE_SIGMA}, {JUDGE_DRAWS} draws, "
+            f"{min(CHOICES, len(prompts))} captions", "rows": rows}
 
 
 def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
-    """Fig. 5, 18, 31: I2T blurred in one block after the other, same seeds, without guidance by the empty prompt.
+    """Fig. 5, 18, 31: I2T blurred in one block after the other, in all branches of the guidance; same seeds.
 
-    The judge is validated first, on real pairs for nano (scenes with their captions), else on the unperturbed pictures.
+    For nano the judge is validated beside it, on drawn scenes with their own and with each other's captions.
     """
     ways = {"none": {}} | {f"block {i}": {"perturb": [i]} for i in range(model.mmdit.config.depth)}
     ways["all"] = {"perturb": range(model.mmdit.config.depth)}
     found = judged(model, prompts, ways, out, "perturb", f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
-    drawn = {scenes.caption(s, np.random.default_rng(i)): Image.fromarray(s.image) for i, s in
-             ((i, scenes.draw(i)) for i in scenes.VAL_SEEDS[200:200 + len(prompts)])}
-    if len(prompts) > 1 and model.preset.size == scenes.SIDE:
-        losses = caption_losses(model, list(drawn.values()), list(drawn))
-        swapped = np.take_along_axis(losses, (np.arange(len(losses))[:, None] + 1) % len(losses), 1)[:, 0]
-        found["validation"] = {"pairs": len(losses), "own caption best of all [%]": judge_accuracy(losses),
-                               "own better than swapped [%]": 100 * float((np.diag(losses) < swapped).mean())}
+    if toy(model):
+        drawn = [scenes.draw(s) for s in scenes.VAL_SEEDS[200:200 + max(CHOICES, len(prompts))]]
+        told = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(drawn)]
+        losses = caption_losses(model, [Image.fromarray(s.image) for s in drawn], choices(told))
+        found["validation"] = {"pairs": len(losses), "captions": CHOICES, "own caption best [%]": judge_accuracy(losses),
+                               "own better than the next [%]": 100 * float((losses[:, 0] < losses[:, 1]).mean())}
     return found
 
 
@@ -363,10 +372,11 @@ def guide(model: Seg4Diff, prompts: list[str], out: Path, scale: float = 1.0) ->
 def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: float) -> np.ndarray:
     """How much the velocity changes, relative to its size, when I2T is blurred in one block: (n, depth), in percent.
 
-    Pictures with the prompt of their classes, at one noise level; cheap, and the same for any model.
+    Pictures (those with a label) under the prompt of their classes, the first if there are several, at one noise
+    level; cheap, and the same for any model.
     """
     depth, out = model.mmdit.config.depth, []
-    for item in tqdm(items, desc="sensitivity", unit="image"):
+    for item in tqdm([item for item in items if (item.labels != IGNORE).any()], desc="sensitivity", unit="image"):
         z0 = seg4diff.encode_image(model, item.image).float()
         z = seg4diff.add_noise(z0, seg4diff.noise(z0.shape[1:], [evaluate.image_seed(item.name, 0)]).to(z0.device), sigma)
         names = [classes[k] for k in np.setdiff1d(np.unique(item.labels), [IGNORE])]
@@ -422,6 +432,11 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "sce
         "share of bootstrap draws in which a block has the best mIoU": best.tolist(), "rank correlation": agreement}
 
 
+def toy(model: Seg4Diff) -> bool:
+    """Whether a model makes pictures of the toy world's size: nano, or one that was trained like it."""
+    return model.preset.size == scenes.SIDE
+
+
 FIGURES: dict[str, Callable] = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads,
                                 "pads": pads, "perturb": perturb, "guide": guide, "expert": expert}
 
@@ -432,23 +447,26 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"there is no figure {figure!r}; choose from {', '.join(FIGURES)}")
     if args.limit < 1:
         raise ValueError("--limit must be at least 1")
+    if args.dataset is not None and args.dataset not in DATASETS:
+        raise ValueError(f"there is no data set {args.dataset!r}; choose one of {', '.join(DATASETS)}")
     model = seg4diff.load(args.model, args.device)
-    toy = model.preset.size == scenes.SIDE               # nano and what is trained like it
     if args.prompts is not None and not args.prompts.is_file():
         raise ValueError(f"--prompts {args.prompts} is not a file; it should hold a prompt to a line")
-    if args.prompts is None and toy:
+    if args.prompts is None and toy(model):
         prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:args.limit]]
     else:
         lines = (args.prompts or Path(__file__).parent / "prompts.txt").read_text().splitlines()
         prompts = [line for line in lines if line.strip()][:args.limit]
+        if not prompts:
+            raise ValueError(f"{args.prompts} holds no prompt")
     out = args.out or Path("out") / f"analysis-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
     for figure in args.figures or FIGURES:
         options = {} if figure != "expert" else dict(
-            data_name=args.dataset or ("scenes-dev" if toy else "voc"), root=args.data_root, limit=2 * args.limit)
+            data_name=args.dataset or ("scenes-dev" if toy(model) else "voc"), root=args.data_root, limit=2 * args.limit)
         numbers = {"model": [model.name, model.fingerprint], "prompts": len(prompts)}
         numbers |= FIGURES[figure](model, prompts, out, **options)
-        (out / f"{figure}.json").write_text(json.dumps(numbers, indent=1))
+        write_json(out / f"{figure}.json", numbers)
         for key, value in numbers.items():
             if key not in ("heads", "model"):
                 print(f"{figure}: {key}: {json.dumps(value)}")

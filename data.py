@@ -28,6 +28,10 @@ ROOT = Path(os.environ.get("SEG4DIFF_DATA", "data"))
 FACTS = json.loads((Path(__file__).parent / "classes.json").read_text())
 
 
+# What a broken picture, label map or mask file raises; SyntaxError is PIL's, of PNGs.
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
 class Item(NamedTuple):
     image: Image.Image                  # RGB
     labels: np.ndarray                  # (height, width) uint8: index into the data set's classes, or IGNORE
@@ -40,6 +44,7 @@ class Dataset:
     classes: list[str]
     names: list[str]                    # one for each picture, in a fixed order
     read: Callable[[str], Item]         # OSError, ValueError: a broken picture or label map
+    source: str = ""                    # where its label maps are
     always: tuple[int, ...] = ()        # classes that stand in every prompt though they are never true
 
 
@@ -66,7 +71,7 @@ def read_ahead(read: Callable[[str], Item], names: Sequence[str], ahead: int = 8
     def attempt(name: str) -> Item | Exception:
         try:
             return read(name)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:        # SyntaxError: PIL, broken PNGs
+        except BROKEN as e:
             return e
 
     with ThreadPoolExecutor(min(4, ahead)) as pool:
@@ -105,6 +110,8 @@ def paired(name: str, classes: list[str], table: np.ndarray, pairs: dict[str, tu
     def read(key: str) -> Item:
         image_path, label_path = pairs[key]
         image, label = Image.open(image_path), Image.open(label_path)
+        if label.mode not in ("P", "L", "I", "I;16"):
+            raise ValueError(f"{label_path} holds colours (mode {label.mode}), not the numbers of classes")
         labels = table[np.asarray(label)]                                    # (height, width)
         if labels.shape != (image.height, image.width):
             raise ValueError(f"{label_path} is {label.width} x {label.height}, its picture {image.width} x {image.height}")
@@ -112,7 +119,7 @@ def paired(name: str, classes: list[str], table: np.ndarray, pairs: dict[str, tu
 
     if not pairs:
         raise ValueError(f"data set {name!r} has its folders, but no picture with a label map in them")
-    return Dataset(name, classes, sorted(pairs), read)
+    return Dataset(name, classes, sorted(pairs), read, str(next(iter(pairs.values()))[1].resolve().parent))
 
 
 # ---------------------------------------------------------------------------- the data sets
@@ -160,7 +167,8 @@ def context(root: Path = ROOT, background: bool = False) -> Dataset:
             ids[rle.decode(anno["segmentation"]).astype(bool)] = anno["category_id"]
         return Item(Image.open(base / "JPEGImages" / file_name).convert("RGB"), table[ids], file_name)
 
-    return Dataset(name, ["background"] * background + facts["classes"], sorted(by_file), read)
+    return Dataset(name, ["background"] * background + facts["classes"], sorted(by_file), read,
+                   str(base.resolve() / "trainval_merged.json"))
 
 
 def coco(root: Path = ROOT, name: str = "coco-object") -> Dataset:
@@ -242,7 +250,6 @@ class TrainingSet:
     name: str
     names: list[str]                    # one for each picture, in a fixed order
     read: Callable[[str], Pair]         # OSError, ValueError: a broken picture or mask file
-    named: bool                         # whether the masks have names
 
 
 def class_masks(labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -280,7 +287,7 @@ def scenes_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet
         scene = scenes.draw(int(seed))
         return Pair(Image.fromarray(scene.image), *class_masks(scene.labels, scenes.CLASSES),
                     scenes.caption(scene, np.random.default_rng(int(seed))))
-    return TrainingSet("scenes", [str(s) for s in scenes.TRAIN_SEEDS[100_000:200_000]], read, True)
+    return TrainingSet("scenes", [str(s) for s in scenes.TRAIN_SEEDS[100_000:200_000]], read)
 
 
 def coco_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
@@ -301,7 +308,7 @@ def coco_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
         item = pairs.read(stem)
         masks, names = class_masks(item.labels, facts["classes"])
         return Pair(item.image, masks, names, told.get(number(stem), " ".join(names)))
-    return TrainingSet("coco", pairs.names, read, True)
+    return TrainingSet("coco", pairs.names, read)
 
 
 def sa1b_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
@@ -318,12 +325,14 @@ def sa1b_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
 
     def read(stem: str) -> Pair:
         image, found = Image.open(images[stem]), json.loads(images[stem].with_suffix(".json").read_text())
+        if not isinstance(found, dict) or not all("segmentation" in a for a in found.get("annotations", [{}])):
+            raise ValueError(f"{images[stem].with_suffix('.json')} holds no annotations with a segmentation each")
         area = {i: int(rle.area(a["segmentation"])) for i, a in enumerate(found["annotations"])}
         large = sorted((i for i in area if area[i] > 0.005 * image.width * image.height), key=lambda i: -area[i])[:32]
         masks = [rle.decode(found["annotations"][i]["segmentation"]).astype(bool) for i in large]
         stacked = np.stack(masks) if masks else np.zeros((0, image.height, image.width), bool)   # (K, height, width)
         return Pair(image.convert("RGB"), stacked, [], told.get(number(stem), ""))
-    return TrainingSet("sa1b", list(images), read, False)
+    return TrainingSet("sa1b", list(images), read)
 
 
 TRAINING_SETS: dict[str, Callable[[Path, Path | None], TrainingSet]] = {

@@ -24,7 +24,7 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import seg4diff
 import weights
 from data import DATASETS, IGNORE, ROOT, Dataset, Item, centre_crop, read_ahead, subset
-from ledger import Counts, Ledger
+from ledger import Counts, Ledger, write_json
 from pictures import overlay_grid, palette, panels
 from report import PAPER, paper_table, peak_megabytes, plot, table
 from seg4diff import Seg4Diff
@@ -79,24 +79,30 @@ def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.nda
     return counts, named
 
 
-def scores(conf: np.ndarray) -> dict:
+def rates(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict:
     """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent.
 
-    conf: a confusion matrix (K, K), or the (K, 3) counts TP, FP, FN of match_proposals.
-    A class that does not occur has IoU None.  ValueError: nothing was counted.
+    tp, fp, fn: (K,) pixel counts. A class that does not occur has IoU None.  ValueError: nothing was counted.
     """
-    if conf.sum() == 0:
+    truth = (tp + fn).astype(float)
+    if truth.sum() == 0:
         raise ValueError("no pixel was scored: nothing was counted")
-    if conf.shape[0] == conf.shape[1]:
-        tp, fp, fn = np.diag(conf).astype(float), conf.sum(0) - np.diag(conf), conf.sum(1) - np.diag(conf)
-    else:
-        tp, fp, fn = conf.T.astype(float)
-    truth = tp + fn
     with np.errstate(invalid="ignore", divide="ignore"):
         iou = np.where(truth > 0, 100 * tp / (tp + fp + fn), np.nan)
         acc = np.where(truth > 0, 100 * tp / truth, np.nan)
     return {"mIoU": float(np.nanmean(iou)), "mACC": float(np.nanmean(acc)), "pACC": float(100 * tp.sum() / truth.sum()),
             "IoU": [None if np.isnan(x) else float(x) for x in iou]}
+
+
+def scores(conf: np.ndarray) -> dict:
+    """`rates` of a confusion matrix (K, K)."""
+    tp = np.diag(conf)
+    return rates(tp, conf.sum(0) - tp, conf.sum(1) - tp)
+
+
+def proposal_scores(counts: np.ndarray) -> dict:
+    """`rates` of match_proposals' counts (K, 3)."""
+    return rates(*counts.T)
 
 
 def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
@@ -164,6 +170,11 @@ def thresholds(m: Seg4Diff) -> list[Variant]:
 def floor_row(v: Variant, variants: list[Variant]) -> str:
     """The row of a variant's floor: random maps, as many as it has itself, so one for each when nothing is named."""
     return "floor" if v.threshold is None or len(variants) == 1 else f"{v.name} floor"
+
+
+def score_of(variants: list[Variant]) -> Callable[[np.ndarray], dict]:
+    """What turns the counts of these variants into a row of the table."""
+    return scores if variants[0].threshold is None else proposal_scores
 
 
 TASKS = {"ovss": ovss, "unsup": unsup, "thresholds": thresholds, "layers": layers, "heads": heads, "timesteps": timesteps,
@@ -264,7 +275,7 @@ def compare(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Var
         if isinstance(counts, Exception):
             raise ValueError(f"{name} cannot be read: {counts}")
         total = {row: total.get(row, 0) + c for row, c in counts.items()} or total
-    return {row: scores(c) for row, c in total.items()}
+    return {row: score_of(variants)(c) for row, c in total.items()}
 
 
 def examples(model: Seg4Diff, data: Dataset, names: list[str], variant: Variant, how: Protocol) -> Image.Image:
@@ -315,15 +326,15 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     how = Protocol(args.seed, args.prompt, args.resize, args.draws)
     floors = list(dict.fromkeys(floor_row(v, variants) for v in variants))
     here = Path(__file__).parent                         # what a changed program had counted does not count
-    code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), here / "nano/scenes.py"))
-    root = None if data.name.startswith("scenes") else str(args.data_root.resolve())
-    protocol = {"task": args.task, "dataset": data.name, "root": root, "classes": data.classes, "always": data.always,
+    code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), here / "classes.json", here / "nano/scenes.py"))
+    protocol = {"task": args.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
+                "always": data.always,
                 "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "variants": variants,
                 "how": how._asdict(), "code": zlib.crc32(code.encode())}
     book = Ledger(out, protocol, rank)
     todo = [name for name in names[rank::processes] if name not in book.done]
     K = len(data.classes)
-    shape = (K, K) if variants[0].threshold is None else (K, 3)
+    shape, score = (K, K) if variants[0].threshold is None else (K, 3), score_of(variants)
     conf = book.sum(names, [v.name for v in variants], shape)                # for the progress bar only
     with tqdm(total=len(names[rank::processes]), initial=len(names[rank::processes]) - len(todo), desc="evaluating",
               unit="image", disable=rank > 0) as bar:
@@ -335,9 +346,9 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
                 for row in conf.keys() & counts.keys():
                     conf[row] += counts[row]
             bar.update()
-            best = max(conf, key=lambda row: scores(conf[row])["mIoU"] if conf[row].any() else 0)
+            best = max(conf, key=lambda row: score(conf[row])["mIoU"] if conf[row].any() else 0)
             if conf[best].any():
-                bar.set_postfix({f"mIoU {best}": f"{scores(conf[best])['mIoU']:.1f}"})
+                bar.set_postfix({f"mIoU {best}": f"{score(conf[best])['mIoU']:.1f}"})
     wait_for_all()
     if rank > 0:
         return {}
@@ -346,7 +357,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     if len(broken) == len(names):
         raise ValueError(f"none of the {len(names)} pictures of {data.name} could be read; the first: {broken[names[0]]}")
     total = book.sum(names, [*(v.name for v in variants), *floors, "ceiling"], shape)
-    rows, seconds = {row: scores(c) for row, c in total.items()}, time.time() - start
+    rows, seconds = {row: score(c) for row, c in total.items()}, time.time() - start
     line = caption(args.task, data, len(names) - len(broken), model, variants, how)
     print(line, table(rows), sep="\n")
     if len(variants) == 1:
@@ -360,8 +371,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
               "broken": broken, "arguments": {k: str(v) for k, v in vars(args).items()},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "classes": data.classes,
               "rows": rows, "variants": [v._asdict() for v in variants], "seconds": seconds, "peak_MB": megabytes}
-    (out / "results.tmp").write_text(json.dumps(result, indent=1))
-    os.replace(out / "results.tmp", out / "results.json")
+    write_json(out / "results.json", result)
     picture = out / ("overlays.png" if len(variants) == 1 else f"{args.task}.png")
     if len(variants) == 1:
         examples(model, data, [name for name in names if book.done.get(name)][:12], variants[0], how).save(picture)
@@ -443,7 +453,7 @@ def main(args: argparse.Namespace) -> None:
     if missing and not sets:
         raise ValueError(f"none of the data sets {', '.join(missing)} was found; " + next(iter(missing.values())))
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "auto" and torch.cuda.is_available() and world()[1] > 1 \
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device != "cpu" and torch.cuda.is_available() and world()[1] > 1 \
         else args.device                                                     # torchrun: a GPU for each process
     model = seg4diff.load(name, device, segment_only=args.task not in ("layers", "heads"),
                           lora=args.lora)
@@ -478,7 +488,8 @@ if __name__ == "__main__":
     parser.add_argument("--draws", type=int, default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--threshold", type=float, help="unsup: symmetric KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", help=f"unsup: {', '.join(seg4diff.SCALINGS)} (default: the model's)")
-    parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset); changes no number")
+    parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset); in fp32 on the CPU "
+                        "it changes no number")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; each picture's own follows from it and its name")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")

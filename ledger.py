@@ -16,6 +16,12 @@ import numpy as np
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
 
 
+def write_json(path: Path, value: dict | list) -> None:
+    """A JSON file that is there as a whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def digest(protocol: dict) -> str:
     """12 hex digits that change with any entry of the protocol."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:12]

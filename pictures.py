@@ -48,9 +48,13 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image
     return strip
 
 
-def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
-    """Pictures of one size in rows, each above its caption, wrapped to the picture's width."""
-    font, zoom = ImageFont.load_default(13), max(1.0, 192 / images[0].height)
+def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, side: int | None = None
+          ) -> Image.Image:
+    """Pictures of one size in rows, each above its caption, wrapped to the picture's width.
+
+    side: height of a picture; without it as they are, but no smaller than captions need.
+    """
+    font, zoom = ImageFont.load_default(13), side / images[0].height if side else max(1.0, 192 / images[0].height)
     w, h = round(zoom * images[0].width), round(zoom * images[0].height)
     wrapped = []
     for caption in captions:

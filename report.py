@@ -2,13 +2,11 @@
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 from seg4diff import SCALINGS, Seg4Diff
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt                          # noqa: E402
 
 
 def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path: Path) -> None:
@@ -58,7 +56,9 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
 
 
 def peak_megabytes() -> float:
-    """Peak memory of this process; nan where the system does not tell."""
+    """Peak memory: of the GPU if one was used, else of this process; nan where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
     if sys.platform == "win32":
         return float("nan")
     import resource

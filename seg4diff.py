@@ -91,11 +91,15 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = str(device).split(":")[0]
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind, index = None, 0
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"there is no device {device!r}; choose auto, cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices "
+                         "here; use cpu")
     if dtype == "auto":
         dtype = torch.float32 if kind == "cpu" else torch.bfloat16
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -126,7 +130,8 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     if lora is not None:
         load_lora(mmdit, lora)
         merge_lora(mmdit)
-        name, fingerprint = f"{name}+{Path(lora).stem}", weights.add_to_fingerprint(fingerprint, lora)
+        own = Path(lora).stem if Path(lora).stem not in ("lora", "lora_weights") else Path(lora).resolve().parent.name
+        name, fingerprint = f"{name}+{own}", weights.add_to_fingerprint(fingerprint, lora)
     return Seg4Diff(mmdit, vae, text, preset, name, fingerprint)
 
 
@@ -237,13 +242,15 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
 
     steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
     `blocks` (default: the expert block).  perturb: blocks blurred throughout, as in Fig. 5.
-    ValueError: steps < 1, no prompt, a scale that is not finite, a block that does not exist.
+    ValueError: steps < 1, no prompt, a scale that is not finite, a block that does not exist, blocks without pag.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     steps, cfg = (model.preset.steps if steps is None else steps), (model.preset.cfg if cfg is None else cfg)
     if steps < 1 or not prompts or not math.isfinite(cfg) or not math.isfinite(pag):
         raise ValueError(f"generation takes at least one step, one prompt and finite guidance scales, not {steps} steps, "
                          f"{len(prompts)} prompts, scales {cfg} and {pag}")
+    if blocks is not None and pag == 0:
+        raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; for blurring alone name perturb")
     side = model.preset.size // model.vae.factor
     z = noise((model.mmdit.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
     velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg, pag,
@@ -355,7 +362,12 @@ def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> T
 
 
 def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) -> bilinear to (height, width) -> the best class at every pixel, (height, width) int64."""
+    """(K, h, w) -> bilinear to (height, width) -> the best class at every pixel, (height, width) int64.
+
+    ValueError: maps that are not finite, which would silently become the first class.
+    """
+    if not maps.isfinite().all():
+        raise ValueError("the attention maps are not finite numbers; float16 can overflow: try bfloat16 or float32")
     best = maps.new_full(size, -torch.inf, dtype=torch.float32)              # (height, width)
     labels = best.new_zeros(size, dtype=torch.int64)
     for i in range(0, len(maps), 8):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
@@ -501,10 +513,11 @@ def run_segment(args: argparse.Namespace) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     check_out(args.out)
     model = load(args.model, args.device, lora=args.lora)
-    steps = model.preset.steps if args.steps is None else args.steps
-    with tqdm(total=max(steps, 0), desc="sampling", unit="step") as bar:
-        images = generate(model, args.prompts, steps=steps, cfg=args.cfg, pag=args.pag, blocks=args.blocks,
-                          perturb=args.perturb, seed=args.seed, callback=lambda i, z: bar.update())
+    steps, size = model.preset.steps if args.steps is None else args.steps, model.preset.batch
+    with tqdm(total=max(steps, 0) * -(-len(args.prompts) // size), desc="sampling", unit="step") as bar:
+        images = [image for i in range(0, len(args.prompts), size) for image in
+                  generate(model, args.prompts[i:i + size], steps=steps, cfg=args.cfg, pag=args.pag, blocks=args.blocks,
+                           perturb=args.perturb, seed=args.seed + i, callback=lambda i, z: bar.update())]
     picture = images[0] if len(images) == 1 else sheet(images, args.prompts)
     picture.save(args.out)
     print(f"wrote {args.out} ({picture.width} x {picture.height})")

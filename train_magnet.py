@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,8 @@ from tqdm import tqdm
 import evaluate
 import seg4diff
 import weights
-from data import DATASETS, ROOT, TRAINING_SETS, Dataset, Pair, TrainingSet, read_ahead, subset
+from data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, Pair, TrainingSet, read_ahead, subset
+from ledger import write_json
 from mmdit import add_lora, i2t_attention, save_lora
 from report import peak_megabytes, plot_losses
 from seg4diff import Seg4Diff
@@ -67,13 +68,13 @@ class Recipe(NamedTuple):
     warmup: int
     lr: float
     batch: int                              # pictures at once and process
-    accumulate: int                         # batches a step
+    effective: int                          # pictures a step, of all processes: what is missing is accumulated
     candidates: str                         # "tokens": mean over heads, or "heads": each head's own (Sec. 4.1)
 
 
-RECIPES = {"scenes": Recipe("nano", "scenes-dev", 300, 30, 5e-4, 16, 1, "tokens"),        # ours
-           "coco": Recipe("sd3", "coco-object", 3000, 500, 1e-5, 4, 2, "tokens"),         # lr, batch, candidates: Sec. 4.1;
-           "sa1b": Recipe("sd3", "none", 1000, 500, 1e-5, 4, 2, "heads")}                 # the rest: released code
+RECIPES = {"scenes": Recipe("nano", "scenes-dev", 300, 30, 5e-4, 16, 16, "tokens"),        # ours
+           "coco": Recipe("sd3", "coco-object", 3000, 500, 1e-5, 4, 16, "tokens"),         # lr, batch, candidates: Sec. 4.1;
+           "sa1b": Recipe("sd3", "none", 1000, 500, 1e-5, 4, 16, "heads")}                 # the rest: released code
 
 # ---------------------------------------------------------------------------- losses, Eq. 2, 12, 13
 
@@ -168,15 +169,32 @@ def features(model: Seg4Diff, pair: Pair, by_name: bool) -> Features:
                     cond.spans[0] if by_name else [])
 
 
-def featured(model: Seg4Diff, data: TrainingSet, names: Sequence[str], by_name: bool, room: float) -> Iterator[Features]:
-    """Features of the pictures in order, read ahead; kept in memory until `room` bytes are full.
+def readable(data: TrainingSet, names: Sequence[str]) -> Callable[[str], Pair]:
+    """A reader that puts the next picture of `names` in the place of one that cannot be read, and says so once.
 
-    ValueError: a picture that cannot be read.
+    ValueError: none of them can be read.
     """
+    place, told = {name: i for i, name in enumerate(names)}, set()
+
+    def read(name: str) -> Pair:
+        for other in (*names[place[name]:], *names[:place[name]]):
+            try:
+                return data.read(other)
+            except BROKEN as e:
+                if other not in told:
+                    told.add(other)
+                    tqdm.write(f"picture {other} of {data.name} cannot be read and is left out: {e}", file=sys.stderr)
+        raise ValueError(f"none of the {len(names)} pictures of {data.name} can be read")
+    return read
+
+
+def featured(model: Seg4Diff, read: Callable[[str], Pair], names: Sequence[str], by_name: bool, room: float
+             ) -> Iterator[Features]:
+    """Features of the pictures in order, read ahead; kept in memory until `room` bytes are full."""
     kept, used = {}, 0
-    for name, pair in read_ahead(lambda name: None if name in kept else data.read(name), names):
+    for name, pair in read_ahead(lambda name: None if name in kept else read(name), names):
         if isinstance(pair, Exception):
-            raise ValueError(f"picture {name} of {data.name} cannot be read: {pair}")
+            raise pair
         now = kept[name] if name in kept else features(model, pair, by_name)
         if name not in kept and used < room:
             kept[name] = now
@@ -253,9 +271,8 @@ def rate(step: int, steps: int, warmup: int) -> float:
 
 def miou(model: Seg4Diff, data: Dataset, names: Sequence[str], task: str, seed: int) -> float:
     """What evaluate.py's table says for a task (ovss, unsup) on these pictures."""
-    variants = evaluate.TASKS[task](model)
-    counted = evaluate.tally(model, data, list(names), variants, evaluate.Protocol(seed), model.preset.batch)
-    return evaluate.scores(sum(c[model.name] for _, c in counted if isinstance(c, dict) and c))["mIoU"]
+    rows = evaluate.compare(model, data, list(names), evaluate.TASKS[task](model), evaluate.Protocol(seed))
+    return rows[model.name]["mIoU"]
 
 
 @torch.inference_mode()
@@ -330,7 +347,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
     def keep(step: int) -> None:
         if rank == 0:
             save_lora(model.mmdit, out / "lora.safetensors")
-            (out / "log.json").write_text(json.dumps(log, indent=1))
+            write_json(out / "log.json", log)
             plot_losses(log, out / "loss.png")
             lora = [p.detach() for p in params]
             save_state(out / "state.pt", dict(step=step, log=log, run=this, opt=opt.state_dict(), lora=lora))
@@ -340,7 +357,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
     order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(names)) for e in epochs])
     own = args.batch * args.accumulate
     mine = [s * size + rank * own + j for s in range(done, args.steps) for j in range(own)]
-    stream = featured(model, data, [names[order[g]] for g in mine], how.by_name, args.cache * 1e9)
+    stream = featured(model, readable(data, names), [names[order[g]] for g in mine], how.by_name, args.cache * 1e9)
     seeds = iter([evaluate.image_seed(str(g), args.seed) for g in mine])
     if not log:
         validate(0)
@@ -398,15 +415,18 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    for key, value in RECIPES[args.dataset]._asdict().items():
+    (rank, processes), recipe = evaluate.world(), RECIPES[args.dataset]
+    for key in ("model", "val", "steps", "warmup", "lr", "batch", "candidates"):
         if getattr(args, key) is None:
-            setattr(args, key, value)
+            setattr(args, key, getattr(recipe, key))
+    if args.accumulate is None:
+        args.accumulate = max(1, recipe.effective // (args.batch * processes))
     val = DATASETS[args.val](args.data_root) if args.val != "none" else None
     if args.measure:
         if val is None:
             raise ValueError("--measure needs pictures with label maps: choose them with --val")
         return compare(args, val, subset(val.names, args.val_limit))
-    data, (rank, processes) = TRAINING_SETS[args.dataset](args.data_root, args.captions), evaluate.world()
+    data = TRAINING_SETS[args.dataset](args.data_root, args.captions)
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if processes > 1:                                    # torchrun: a GPU for each process
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
@@ -439,7 +459,7 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, help="steps until the full rate (30; 500)")
     parser.add_argument("--lr", type=float, help="learning rate (5e-4; 1e-5)")
     parser.add_argument("--batch", type=int, help="pictures at once and process (16; 4)")
-    parser.add_argument("--accumulate", type=int, help="batches a step (1; 2)")
+    parser.add_argument("--accumulate", type=int, help="batches a step (default: until all processes saw 16 pictures)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory: activations are computed twice")
     parser.add_argument("--cache", type=float, default=8, help="GB of memory for latents and text features")
     parser.add_argument("--val", help="data set of evaluate.py measured before, during and after (scenes-dev; coco: "

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -374,11 +375,14 @@ def choose_presets(path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
-    origin = args.run / "origin.txt"
-    if origin.exists() and origin.read_text() != str(args.init):
-        raise ValueError(f"{args.run} holds a run that began from {origin.read_text()}, not {args.init}; "
-                         "name another --run")
-    origin.write_text(str(args.init))
+    world = zlib.crc32((Path(__file__).parent / "scenes.py").read_bytes())           # a run stays in its world
+    own = {k: str(getattr(args, k)) for k in ("init", "seed", "scenes", "vae_widths", "width", "depth", "head_dim",
+                                              "text_widths", "text_layers", "text_length")} | {"world": str(world)}
+    origin = args.run / "origin.json"
+    before = json.loads(origin.read_text()) if origin.exists() else own
+    if other := [f"{k} {before.get(k)} instead of {own[k]}" for k in own if before.get(k) != own[k]]:
+        raise ValueError(f"{args.run} holds a run with {', '.join(other)}; name another --run")
+    origin.write_text(json.dumps(own))
     if not (args.run / "images.npy").exists():
         draw_scenes(args.run, args.scenes, scenes.SIDE)
     if args.init:
@@ -423,6 +427,6 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
     try:
         main(parser.parse_args())
-    except ValueError as error:                          # one sentence, no traceback
+    except (ValueError, OSError) as error:               # one sentence, no traceback
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

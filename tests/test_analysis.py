@@ -93,15 +93,27 @@ def test_taps_while_generating(tiny):
 
 @torch.inference_mode()
 def test_caption_losses_by_hand(tiny):
-    images, captions = [Image.fromarray(scenes.draw(s).image) for s in (0, 1)], ["snow", "red car", ""]
-    got = analysis.caption_losses(tiny, images, captions)
+    images = [Image.fromarray(scenes.draw(s).image) for s in (0, 1)]
+    got = analysis.caption_losses(tiny, images, [["sand", "water", ""], ["snow", "red car", ""]])
     z0, total = seg4diff.encode_image(tiny, images[1]), 0.0
     for k in range(analysis.JUDGE_DRAWS):
-        eps, cond = seg4diff.noise((16, 16, 16), [1_000_003 * k + 1]), tiny.text.encode(["red car"])
+        eps, cond = seg4diff.noise((16, 16, 16), [1_000_003 * (k + 1) + 1]), tiny.text.encode(["red car"])
         vel, _ = tiny.mmdit(0.2 * z0 + 0.8 * eps, torch.tensor([0.8]), cond.ctx, cond.pooled)
         total += ((vel - (eps - z0)) ** 2).mean().item() / analysis.JUDGE_DRAWS
     assert got.shape == (2, 3) and got[1, 1] == pytest.approx(total, rel=1e-4)
     assert analysis.judge_accuracy(np.array([[1, 2, 3], [1, 2, 3], [3, 2, 1.0]])) == pytest.approx(200 / 3)
+    assert analysis.choices(["a", "b", "c"]) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+    assert len(analysis.choices(list("abcdefghijkl"))[11]) == analysis.CHOICES
+
+
+def test_the_judge_never_sees_the_noise_a_picture_was_made_from(tiny, monkeypatch):
+    used, plain = [], seg4diff.noise
+    monkeypatch.setattr(seg4diff, "noise", lambda shape, seeds: used.extend(seeds) or plain(shape, seeds))
+    images = seg4diff.generate(tiny, ["snow", "sand"], steps=1)
+    begun = set(used)
+    used.clear()
+    analysis.caption_losses(tiny, images, [["snow"], ["sand"]])
+    assert begun == {0, 1} and len(set(used)) == 2 * analysis.JUDGE_DRAWS and not begun & set(used)
 
 
 def test_nano_tells_captions_apart():
@@ -109,14 +121,15 @@ def test_nano_tells_captions_apart():
     model = seg4diff.load("nano", device="cpu")
     drawn = [scenes.draw(s) for s in scenes.VAL_SEEDS[300:308]]
     captions = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(drawn)]
-    losses = analysis.caption_losses(model, [Image.fromarray(s.image) for s in drawn], captions)
+    losses = analysis.caption_losses(model, [Image.fromarray(s.image) for s in drawn], analysis.choices(captions))
     assert analysis.judge_accuracy(losses) >= 75                                             # chance: 12.5
 
 
 def test_sensitivity_is_that_of_the_explicit_blur(tiny):
     data = DATASETS["scenes"]()
     item = data.read(data.names[0])
-    got = analysis.sensitivity(tiny, [item], data.classes, 0.5)
+    unlabelled = item._replace(labels=np.full_like(item.labels, 255))
+    got = analysis.sensitivity(tiny, [unlabelled, item], data.classes, 0.5)
     cond = tiny.text.encode([[data.classes[k] for k in np.unique(item.labels)]])
     with torch.inference_mode():
         z0 = seg4diff.encode_image(tiny, item.image)
@@ -165,8 +178,11 @@ def test_prompts_of_ones_own(command, tiny_file, tmp_path):
 
 @pytest.mark.parametrize("args, told", [
     (["shades"], "no figure 'shades'"), (["--limit", "0"], "at least 1"), (["--model", "none"], "no model"),
-    (["pads", "--prompts", "none.txt"], "not a file")])
+    (["pads", "--prompts", "none.txt"], "not a file"), (["pads", "--prompts", "blank.txt"], "holds no prompt"),
+    (["expert", "--dataset", "foo"], "no data set 'foo'"), (["--device", "cpu:foo"], "no device"),
+    (["--device", "cuda:9"], "CUDA devices")])
 def test_bad_input(command, tiny_file, tmp_path, args, told):
+    (tmp_path / "blank.txt").write_text("\n \n")
     model = [] if "--model" in args else ["--model", tiny_file]
     code, _, err = command("analysis.py", *args, *model)
     assert code == 2 and err.startswith("error: ") and told in err and err.count("\n") == 1

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from data import DATASETS, FACTS, IGNORE, Item, centre_crop, read_ahead, subset
+from data import DATASETS, FACTS, IGNORE, TRAINING_SETS, Item, centre_crop, read_ahead, subset
 
 
 def put(path, array, palette=False):
@@ -200,3 +200,19 @@ def test_stuff27_names_are_those_of_their_members():
         assert any(word in m for m in members[f"{word} stuff"]), word
     assert "paper" in members["rawmaterial stuff"] and "curtain" in members["textile stuff"]
     assert "fence" in members["structural stuff"] and "person" in members["person things"]
+
+
+def test_label_files_that_are_none(tmp_path):
+    """Colours or single bits where numbers of classes should be, a mask file without annotations."""
+    for mode in ("1", "RGB"):
+        photo(tmp_path / "ADEChallengeData2016/images/validation/a.jpg")
+        path = tmp_path / "ADEChallengeData2016/annotations/validation/a.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (3, 2)).save(path)
+        with pytest.raises(ValueError, match="holds colours"):
+            DATASETS["ade20k"](tmp_path).read("a")
+    photo(tmp_path / "sa1b/sa_1.jpg")
+    for content in ("[]", "{}", '{"annotations": [{}]}'):
+        (tmp_path / "sa1b/sa_1.json").write_text(content)
+        with pytest.raises(ValueError, match="no annotations"):
+            TRAINING_SETS["sa1b"](tmp_path, None).read("sa_1")

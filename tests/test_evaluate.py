@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate
 import seg4diff
 from data import DATASETS, IGNORE, Item
-from evaluate import TASKS, Protocol, ceiling_map, confusion, floor_map, image_seed, match_proposals, scores
+from evaluate import TASKS, Protocol, ceiling_map, confusion, floor_map, image_seed, match_proposals, proposal_scores, scores
 
 ROWS = {"ovss": 1, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
         "normalization": 4}                                                  # 3 blocks, 2 heads
@@ -79,11 +79,11 @@ def test_matching_against_all_permutations():
 
 
 def test_scores_of_matches_by_hand():
-    s = scores(np.array([[6, 2, 0], [0, 0, 2], [0, 0, 0], [3, 1, 1]]))
+    s = proposal_scores(np.array([[6, 2, 0], [0, 0, 2], [0, 0, 0], [3, 1, 1]]))
     assert s["IoU"] == [75, 0, None, 60] and s["mIoU"] == pytest.approx(45)
     assert s["mACC"] == pytest.approx((100 + 0 + 75) / 3) and s["pACC"] == pytest.approx(100 * 9 / 12)
     with pytest.raises(ValueError, match="no pixel"):
-        scores(np.zeros((4, 3), int))
+        proposal_scores(np.zeros((4, 3), int))
 
 
 def test_a_pair_without_a_common_pixel_is_no_match():

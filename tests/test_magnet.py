@@ -19,7 +19,7 @@ import evaluate
 import mmdit
 import seg4diff
 import train_magnet as magnet
-from data import DATASETS, FACTS, TRAINING_SETS, Pair
+from data import DATASETS, FACTS, TRAINING_SETS, Pair, TrainingSet
 from nano import scenes
 
 HOW = magnet.How(block=1, candidates="tokens", by_name=False, normalise="minmax", sigma="logit-normal", mask_weight=1.0)
@@ -231,7 +231,7 @@ def test_pictures_are_kept_while_there_is_room(tiny, monkeypatch):
     data = TRAINING_SETS["scenes"](None, None)
     for room, times in ((1e9, 2), (1, 3), (0, 4)):                           # bytes: for both, for the first, for none
         made.clear()
-        assert len(list(magnet.featured(tiny, data, [data.names[i] for i in (0, 1, 0, 1)], False, room))) == 4
+        assert len(list(magnet.featured(tiny, data.read, [data.names[i] for i in (0, 1, 0, 1)], False, room))) == 4
         assert len(made) == times
 
 
@@ -245,7 +245,7 @@ def put(path, array):
 
 def test_scenes_are_fresh():
     data = TRAINING_SETS["scenes"](None, None)
-    assert len(data.names) == 100_000 and data.named
+    assert len(data.names) == 100_000
     assert {int(n) for n in data.names} <= set(scenes.TRAIN_SEEDS[100_000:])
     assert not {*data.names} & {*DATASETS["scenes"]().names, *DATASETS["scenes-dev"]().names}
     scene, pair = scenes.draw(int(data.names[5])), data.read(data.names[5])
@@ -263,7 +263,7 @@ def test_coco(tmp_path):
 
     def read(captions=None):
         data = TRAINING_SETS["coco"](tmp_path, captions)
-        assert data.names == ["000000000009", "000000000025"] and data.named
+        assert data.names == ["000000000009", "000000000025"]
         return [data.read(n) for n in data.names]
 
     a, b = read()
@@ -299,7 +299,7 @@ def test_sa1b(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"sa_7": "A grey wall."}))
     data = TRAINING_SETS["sa1b"](tmp_path, None)
     pair = data.read("sa_7")
-    assert data.names == ["sa_7"] and not data.named and pair.names == [] and pair.caption == ""
+    assert data.names == ["sa_7"] and pair.names == [] and pair.caption == ""
     assert pair.masks.dtype == bool and np.array_equal(pair.masks, masks[[2, 1]] > 0)        # largest first
     assert TRAINING_SETS["sa1b"](tmp_path, tmp_path / "c.json").read("sa_7").caption == "A grey wall."
     (folder / "sa_7.json").write_text(json.dumps({"image": {}, "annotations": annotations}))
@@ -493,3 +493,17 @@ def test_base_in_bf16(learner, tiny_file):
         vel, _ = half.mmdit(z, torch.full((3,), 0.5), *(torch.stack(x) for x in list(zip(*batch))[1:3]))
     vel.float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in own)
+
+
+def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(capsys):
+    def read(name):
+        if name in "bd":
+            raise OSError("truncated")
+        return name
+    data = TrainingSet("mine", list("abcd"), read)
+    got = magnet.readable(data, data.names)
+    assert [got(name) for name in "abcdb"] == ["a", "c", "c", "a", "c"]
+    err = capsys.readouterr().err
+    assert err.count("picture b of mine cannot be read") == 1 and err.count("picture d") == 1
+    with pytest.raises(ValueError, match="none of the 2"):
+        magnet.readable(TrainingSet("mine", ["b", "d"], read), ["b", "d"])("b")

@@ -94,13 +94,15 @@ def test_options_of_generate(tiny):
         return np.asarray(generate(tiny, "a red car", steps=2, **options)[0]).astype(int)
 
     usual = picture()
-    assert (usual == picture(pag=0.0, blocks=[2])).all()                     # nothing to guide with
+    assert (usual == picture(pag=0.0)).all()
     expert = picture(pag=5.0)
     assert (expert == picture(pag=5.0, blocks=[tiny.preset.block])).all() and (expert != usual).any()
     assert (picture(pag=5.0, blocks=[0, 2]) != expert).any() and (picture(perturb=[0]) != usual).any()
     for options in (dict(pag=1.0, blocks=[3]), dict(perturb=[-1])):
         with pytest.raises(ValueError, match="blocks are 0 to 2"):
             picture(**options)
+    with pytest.raises(ValueError, match="scale pag is 0"):
+        picture(blocks=[2])
     with pytest.raises(ValueError, match="finite"):
         picture(pag=float("nan"))
 
