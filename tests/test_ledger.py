@@ -174,18 +174,18 @@ def test_a_changed_program_begins_anew(tiny, tmp_path, monkeypatch):
     """Any line of any of its files, but not of what only stands beside them."""
     copy = tmp_path / "code"
     (copy / "nano").mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "nano/scenes.py"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "classes.json", ROOT / "nano/scenes.py"]:
         (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     monkeypatch.setattr(evaluate, "__file__", str(copy / "evaluate.py"))
     args = Namespace(task="ovss", limit=1, seed=0, prompt="present", resize="squash", draws=1, batch_size=1)
     hashes = []
-    for changed in (None, "README.md", "mmdit.py", "nano/scenes.py"):
+    for changed in (None, "README.md", "mmdit.py", "nano/scenes.py", "classes.json"):
         if changed:
             with open(copy / changed, "a") as f:
                 f.write("# changed\n")
         evaluate.run(args, tiny, DATASETS["scenes"](), tmp_path / "out")
         hashes.append(json.loads((tmp_path / "out/results.json").read_text())["hash"])
-    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
 
 
 def test_changed_weights_begin_anew(run, tiny_file, tmp_path):
