@@ -5,6 +5,8 @@
     python analysis.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
     python analysis.py perturb guide                     # Fig. 5, 18, 31; Fig. 6, 32
     python analysis.py expert                            # which block is the semantic grounding expert?
+    python analysis.py text                              # at which noise levels do the words matter?
+    python analysis.py magnet --lora nano/magnet.safetensors      # Fig. 12, 33: maps and pictures without and with
 
 Pictures are generated from prompts, and attention is read on the way, at t = 8 of 28 steps left (shares: at t = 28,
 noise, too).  Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (prompts.txt).
@@ -31,7 +33,7 @@ from data import DATASETS, IGNORE, ROOT
 from ledger import write_json
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from nano import scenes
-from pictures import sheet
+from pictures import overlay, palette, sheet
 from seg4diff import Seg4Diff
 from text import TextCond
 
@@ -125,7 +127,8 @@ CHOICES = 8                             # captions to choose from: a picture's o
 
 
 @torch.inference_mode()
-def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[Sequence[str]],
+                   level: float = JUDGE_SIGMA) -> np.ndarray:
     """Flow-matching loss (Eq. 2) of picture i under each of captions[i], (n, C): how well the caption explains it.
 
     The judge of perturbed pictures: the model as it is, not perturbed. It knows what it was trained on and nothing
@@ -137,9 +140,9 @@ def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Seq
         z0, cond, total = seg4diff.encode_image(model, image).float(), model.text.encode(list(own)), 0.0
         for k in range(JUDGE_DRAWS):
             eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)
-            z, vel = seg4diff.add_noise(z0, eps, JUDGE_SIGMA).to(model.dtype), []
+            z, vel = seg4diff.add_noise(z0, eps, level).to(model.dtype), []
             for ctx, pooled in zip(cond.ctx.split(model.preset.batch), cond.pooled.split(model.preset.batch)):
-                sigma = torch.full((len(ctx),), JUDGE_SIGMA, device=z.device)
+                sigma = torch.full((len(ctx),), level, device=z.device)
                 vel.append(model.mmdit(z.expand(len(ctx), -1, -1, -1), sigma, ctx, pooled)[0].float())
             total = total + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))           # (C,)
         out.append((total / JUDGE_DRAWS).cpu().numpy())
@@ -432,13 +435,69 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "sce
         "share of bootstrap draws in which a block has the best mIoU": best.tolist(), "rank correlation": agreement}
 
 
+def text(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "scenes-dev", root: Path = ROOT,
+         limit: int = 100) -> dict:
+    """How much of the flow loss of real pictures their class names save, against the empty prompt, at each noise level;
+    and what the names of the next picture do.  Where words change nothing, their maps mean nothing."""
+    data = DATASETS[data_name](root)
+    items = [data.read(name) for name in evaluate.subset(data.names, min(limit, 32))]
+    named = [" ".join(data.classes[k] for k in np.setdiff1d(np.unique(item.labels), [IGNORE])) for item in items]
+    levels, rows = sorted({0.1, 0.3, 0.7, 0.9, round(model.preset.sigma, 3)}), {}
+    for level in tqdm(levels, desc="text", unit="level"):
+        losses = caption_losses(model, [item.image for item in items],
+                                [[own, "", other] for own, other in zip(named, named[1:] + named[:1])], level)
+        own, other = (100 * (losses[:, 1] - losses[:, k]) / losses[:, 1] for k in (0, 2))    # (n,)
+        rows[level] = {"own": float(own.mean()), "error": float(own.std() / len(own) ** 0.5), "others": float(other.mean()),
+                       "own is better [% of pictures]": 100 * float((own > 0).mean())}
+    with Figure(out / "text.png", 1, 1, (5.4, 3.6), f"What words tell, {model.name}, {data.name}") as axes:
+        ax = axes[0, 0]
+        ax.errorbar(levels, [r["own"] for r in rows.values()], [r["error"] for r in rows.values()], fmt="o-",
+                    label="the picture's own class names")
+        ax.plot(levels, [r["others"] for r in rows.values()], "s--", label="those of the next picture")
+        ax.axvline(model.preset.sigma, color="black", ls=":", label="where segmentation reads")
+        ax.axhline(0, color="grey", lw=0.8)
+        ax.set(xlabel="sigma", ylabel="flow loss saved [%]")
+        ax.legend()
+    return {"n": len(items), "flow loss saved by class names [%]": rows}
+
+
+def magnet(model: Seg4Diff, prompts: list[str], out: Path, base: Seg4Diff, data_name: str = "scenes-dev",
+           root: Path = ROOT) -> dict:
+    """Fig. 12, 33: masks and class maps of the same noised pictures without (base) and with a LoRA; and what the same
+    noise becomes, without and with."""
+    data = DATASETS[data_name](root)
+    items = [data.read(name) for name in data.names[:3]]
+    present = [np.setdiff1d(np.unique(item.labels), [IGNORE]) for item in items]
+    columns, colours = 2 + min(6, max(map(len, present))), palette(len(data.classes))
+    title = f"Block {model.preset.block} without and with {model.name.removeprefix(base.name + '+')} (Fig. 12, 33)"
+    with Figure(out / "magnet.png", 2 * len(items), columns, (1.4, 1.5), title) as axes:
+        for ax in axes.flat:
+            ax.axis("off")
+        for i, (item, ids) in enumerate(zip(items, present)):
+            names = [data.classes[k] for k in ids]
+            for line, m, label in zip(axes[2 * i:], (base, model), ("without", "with")):
+                found = seg4diff.segment(m, item.image, names, seed=evaluate.image_seed(item.name, 0))
+                shown = [(item.image, "picture") if m is base else (overlay(item.image, item.labels, colours), "truth")]
+                shown += [(overlay(item.image, ids[found.labels], colours), label), *zip(found.maps, names)]
+                for ax, (picture, name) in zip(line, shown):
+                    ax.axis("on")
+                    panel(ax, picture, name)
+    few = prompts[:4]
+    before, after = (seg4diff.generate(m, few) for m in (base, model))
+    sheet([*before, *after], [*(f"without: {p}" for p in few), *["with, from the same noise"] * len(few)],
+          columns=len(few)).save(out / "magnet_pictures.png")
+    change = np.abs(np.stack(before).astype(float) - np.stack(after)).mean()
+    return {"pictures": [item.name for item in items], "change of generated pictures [grey levels of 255]": float(change)}
+
+
 def toy(model: Seg4Diff) -> bool:
     """Whether a model makes pictures of the toy world's size: nano, or one that was trained like it."""
     return model.preset.size == scenes.SIDE
 
 
 FIGURES: dict[str, Callable] = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads,
-                                "pads": pads, "perturb": perturb, "guide": guide, "expert": expert}
+                                "pads": pads, "perturb": perturb, "guide": guide, "expert": expert, "text": text,
+                                "magnet": magnet}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -449,7 +508,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--limit must be at least 1")
     if args.dataset is not None and args.dataset not in DATASETS:
         raise ValueError(f"there is no data set {args.dataset!r}; choose one of {', '.join(DATASETS)}")
-    model = seg4diff.load(args.model, args.device)
+    if "magnet" in args.figures and args.lora is None:
+        raise ValueError("magnet shows a model without and with a LoRA; name one with --lora")
+    model = seg4diff.load(args.model, args.device, lora=args.lora)
     if args.prompts is not None and not args.prompts.is_file():
         raise ValueError(f"--prompts {args.prompts} is not a file; it should hold a prompt to a line")
     if args.prompts is None and toy(model):
@@ -461,9 +522,11 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.prompts} holds no prompt")
     out = args.out or Path("out") / f"analysis-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
-    for figure in args.figures or FIGURES:
-        options = {} if figure != "expert" else dict(
-            data_name=args.dataset or ("scenes-dev" if toy(model) else "voc"), root=args.data_root, limit=2 * args.limit)
+    for figure in args.figures or [f for f in FIGURES if f != "magnet" or args.lora]:
+        options = {} if figure not in ("expert", "text", "magnet") else dict(
+            data_name=args.dataset or ("scenes-dev" if toy(model) else "voc"), root=args.data_root)
+        options |= dict(base=seg4diff.load(args.model, args.device)) if figure == "magnet" else \
+            dict(limit=2 * args.limit) if options else {}
         numbers = {"model": [model.name, model.fingerprint], "prompts": len(prompts)}
         numbers |= FIGURES[figure](model, prompts, out, **options)
         write_json(out / f"{figure}.json", numbers)
@@ -475,11 +538,13 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="*", help=f"{', '.join(FIGURES)} (default: all)")
+    parser.add_argument("figures", nargs="*", help=f"{', '.join(FIGURES)} (default: all; magnet only with --lora)")
     parser.add_argument("--model", default="nano", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
+    parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
-    parser.add_argument("--limit", type=int, default=50, help="how many prompts; expert takes twice as many pictures")
-    parser.add_argument("--dataset", help=f"of expert: {', '.join(DATASETS)} (default: scenes-dev for nano, else voc)")
+    parser.add_argument("--limit", type=int, default=50, help="how many prompts; pictures: expert twice as many, text 32")
+    parser.add_argument("--dataset", help="pictures of expert, text and magnet (default: scenes-dev for nano, else voc); "
+                        f"{', '.join(DATASETS)}")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/analysis-MODEL)")
