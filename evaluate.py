@@ -31,91 +31,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 from tqdm import tqdm
 
 import seg4diff
 import weights
 from data import DATASETS, IGNORE, ROOT, Dataset, Item, centre_crop, read_ahead, subset
 from ledger import Counts, Ledger, write_json
+from metrics import ceiling_map, confusion, floor_map, match_proposals, proposal_scores, scores
 from pictures import overlay_grid, palette, panels
 from report import PAPER, paper_table, peak_megabytes, plot, table
 from seg4diff import Seg4Diff
-
-# ---------------------------------------------------------------------------- metrics, A.4
-
-
-def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
-    """Pixel counts (K, K), rows the truth, columns the prediction; pixels whose truth is IGNORE are left out."""
-    valid = truth != IGNORE
-    if valid.any() and max(truth[valid].max(), pred[valid].max()) >= K:
-        raise ValueError(f"a label map holds class {max(truth[valid].max(), pred[valid].max())}, but there are {K} classes")
-    pairs = truth[valid].astype(np.int64) * K + pred[valid]
-    return np.bincount(pairs, minlength=K * K).reshape(K, K)
-
-
-def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unnamed regions against a label map, as DiffSeg scores them: (K, 3) pixel counts TP, FP, FN of each class, and
-    `pred` with the classes that its regions were matched to, IGNORE where a region got none.
-
-    Classes and proposals are matched one to one so that the overlap is largest (Hungarian). Overlap with its match is a
-    class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
-    Pixels whose truth is IGNORE are left out of all counts.
-    """
-    valid, counts, named = truth != IGNORE, np.zeros((K, 3), np.int64), np.full(truth.shape, IGNORE, np.uint8)
-    ids, rows = np.unique(truth[valid], return_inverse=True)
-    regions, columns = np.unique(pred[valid], return_inverse=True)
-    overlap = np.zeros((len(ids), len(regions)), np.int64)
-    np.add.at(overlap, (rows, columns), 1)
-    counts[ids, 2] = overlap.sum(1)
-    for i, j in zip(*linear_sum_assignment(overlap, maximize=True)):
-        if overlap[i, j] == 0:                           # no match: which of such pairs is chosen means nothing
-            continue
-        counts[ids[i]] = overlap[i, j], overlap[:, j].sum() - overlap[i, j], overlap[i].sum() - overlap[i, j]
-        named[pred == regions[j]] = ids[i]
-    return counts, named
-
-
-def rates(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict:
-    """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent.
-
-    tp, fp, fn: (K,) pixel counts. A class that does not occur has IoU None.  ValueError: nothing was counted.
-    """
-    truth = (tp + fn).astype(float)
-    if truth.sum() == 0:
-        raise ValueError("no pixel was scored: nothing was counted")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = np.where(truth > 0, 100 * tp / (tp + fp + fn), np.nan)
-        acc = np.where(truth > 0, 100 * tp / truth, np.nan)
-    return {"mIoU": float(np.nanmean(iou)), "mACC": float(np.nanmean(acc)), "pACC": float(100 * tp.sum() / truth.sum()),
-            "IoU": [None if np.isnan(x) else float(x) for x in iou]}
-
-
-def scores(conf: np.ndarray) -> dict:
-    """`rates` of a confusion matrix (K, K)."""
-    tp = np.diag(conf)
-    return rates(tp, conf.sum(0) - tp, conf.sum(1) - tp)
-
-
-def proposal_scores(counts: np.ndarray) -> dict:
-    """`rates` of match_proposals' counts (K, 3)."""
-    return rates(*counts.T)
-
-
-def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
-    """What the protocol gives for random maps: chance, given the classes that are present."""
-    maps = torch.rand(K, *grid, generator=torch.Generator().manual_seed(seed))               # (K, h, w)
-    return seg4diff.label_map(maps, size).numpy()
-
-
-def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """What the protocol gives for the truth itself, averaged over the cells of the patch grid."""
-    onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
-    return seg4diff.label_map(F.interpolate(onehot[None], size=grid, mode="area")[0], labels.shape).numpy()
-
 
 # ---------------------------------------------------------------------------- tasks: what is compared
 

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate                                          # noqa: E402
+import magnet                                            # noqa: E402
 import seg4diff                                          # noqa: E402
 import text                                              # noqa: E402
-import train_magnet                                      # noqa: E402
 import weights                                           # noqa: E402
 from bench import megabytes, seconds                     # noqa: E402
 from mmdit import add_lora, i2t_attention                # noqa: E402
@@ -79,7 +79,7 @@ def measure_training(path: Path, sizes: list[int], device: str) -> None:
     model = seg4diff.load(path, device)
     params = add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
     cond = model.text.encode(["cat dog sky"])
-    how = train_magnet.How(model.preset.block, "tokens", False, "minmax", "logit-normal", 1.0)
+    how = magnet.How(model.preset.block, "tokens", False, "minmax", "logit-normal", 1.0)
     print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters of the LoRA, {model.device}, {model.dtype}")
     found: dict[bool, list] = {False: [], True: []}
     for size in sizes:
@@ -87,7 +87,7 @@ def measure_training(path: Path, sizes: list[int], device: str) -> None:
         N = (side // cfg.patch) ** 2
         masks = torch.rand(8, N, generator=torch.Generator().manual_seed(size)) < 0.3
         z0 = torch.randn(cfg.channels, side, side)
-        batch = [train_magnet.Features(z0, cond.ctx[0].cpu(), cond.pooled[0].cpu(), masks, [])]
+        batch = [magnet.Features(z0, cond.ctx[0].cpu(), cond.pooled[0].cpu(), masks, [])]
         for model.mmdit.checkpointing in (False, True):
             kept = {}
 
@@ -96,12 +96,12 @@ def measure_training(path: Path, sizes: list[int], device: str) -> None:
                     kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
                 return x
             with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-                loss = train_magnet.batch_losses(model, batch, [0], how)["loss"]
+                loss = magnet.batch_losses(model, batch, [0], how)["loss"]
             weights_of = {p.untyped_storage().data_ptr() for p in model.mmdit.parameters()}
             total = sum(n for at, n in kept.items() if at not in weights_of)
             del loss
             took = []
-            peak = megabytes(lambda: took.append(seconds(lambda: train_magnet.gradient(model, params, [(batch, [0])], how),
+            peak = megabytes(lambda: took.append(seconds(lambda: magnet.gradient(model, params, [(batch, [0])], how),
                                                          model.device)), model.device)
             found[model.mmdit.checkpointing].append((N, total))
             print(f"{size:5d} px, {N:5d} image tokens, checkpointing {'on ' if model.mmdit.checkpointing else 'off'}: "

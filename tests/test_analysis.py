@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import analysis
+import figures
 import mmdit
 import seg4diff
 from data import DATASETS
@@ -155,10 +156,10 @@ def test_bootstrap():
 
 
 def test_every_figure(command, tiny_file, tmp_path):
-    code, out, err = command("analysis.py", "--model", tiny_file, "--limit", 2, "--out", tmp_path / "a", "--device", "cpu")
+    code, out, err = command("figures.py", "--model", tiny_file, "--limit", 2, "--out", tmp_path / "a", "--device", "cpu")
     assert code == 0, err
     assert not (tmp_path / "a" / "magnet.json").exists()
-    for figure in [f for f in analysis.FIGURES if f != "magnet"]:
+    for figure in [f for f in figures.FIGURES if f != "magnet"]:
         numbers = json.loads((tmp_path / "a" / f"{figure}.json").read_text())
         assert numbers["prompts"] == 2 and f"wrote {tmp_path}/a/{figure}.json" in out
         assert min(Image.open(tmp_path / "a" / f"{figure}.png").size) > 100
@@ -174,7 +175,7 @@ def test_every_figure(command, tiny_file, tmp_path):
 
 def test_words_matter_where_segmentation_reads(tmp_path):
     """nano: a picture's own names save flow loss at sigma 0.515, another's save less; at 0.1 the picture says it all."""
-    found = analysis.text(seg4diff.load("nano", device="cpu"), [], tmp_path, limit=12)
+    found = figures.text(seg4diff.load("nano", device="cpu"), [], tmp_path, limit=12)
     rows = found["flow loss saved by class names [%]"]
     assert found["n"] == 12 and rows[0.515]["own"] > 3 * rows[0.515]["error"] > 0
     assert rows[0.515]["others"] < rows[0.515]["own"] and abs(rows[0.1]["own"]) < rows[0.515]["own"] < rows[0.9]["own"]
@@ -187,7 +188,7 @@ def test_a_lora_changes_what_is_read(command, tiny_file, tmp_path):
     mmdit.save_lora(model.mmdit, tmp_path / "own.safetensors")
     lora = ["--lora", tmp_path / "own.safetensors"]
     for out, options in (("a", ["shares"]), ("b", ["shares", "magnet", *lora])):
-        assert command("analysis.py", *options, "--model", tiny_file, "--limit", 1, "--out", tmp_path / out)[0] == 0
+        assert command("figures.py", *options, "--model", tiny_file, "--limit", 1, "--out", tmp_path / out)[0] == 0
     a, b = (json.loads((tmp_path / out / "shares.json").read_text()) for out in "ab")
     assert b["model"][0] == a["model"][0] + "+own" and b["model"] != a["model"] and b["shares"] != a["shares"]
     found = json.loads((tmp_path / "b" / "magnet.json").read_text())
@@ -197,9 +198,9 @@ def test_a_lora_changes_what_is_read(command, tiny_file, tmp_path):
 
 def test_prompts_of_ones_own(command, tiny_file, tmp_path):
     (tmp_path / "mine.txt").write_text("a car\n\nsnow\n")
-    code, out, _ = command("analysis.py", "pads", "tokens", "--model", tiny_file, "--prompts", "mine.txt")
+    code, out, _ = command("figures.py", "pads", "tokens", "--model", tiny_file, "--prompts", "mine.txt")
     assert code == 0 and 'tokens: prompt: "a car"' in out and "prompts: 2" in out
-    assert sorted(p.name for p in (tmp_path / "out/analysis-tiny").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "out/figures-tiny").iterdir()) == [
         "pads.json", "pads.png", "tokens.json", "tokens.png"]
 
 
@@ -211,6 +212,6 @@ def test_prompts_of_ones_own(command, tiny_file, tmp_path):
 def test_bad_input(command, tiny_file, tmp_path, args, told):
     (tmp_path / "blank.txt").write_text("\n \n")
     model = [] if "--model" in args else ["--model", tiny_file]
-    code, _, err = command("analysis.py", *args, *model)
+    code, _, err = command("figures.py", *args, *model)
     assert code == 2 and err.startswith("error: ") and told in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/*"))

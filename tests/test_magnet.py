@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import evaluate
+import magnet
 import mmdit
 import seg4diff
-import train_magnet as magnet
+import train_magnet
 from data import DATASETS, FACTS, TRAINING_SETS, Pair, TrainingSet
 from nano import scenes
 
@@ -97,10 +98,10 @@ def test_noise_levels():
 
 
 def test_rate():
-    got = [magnet.rate(i, 110, 10) for i in range(110)]
+    got = [train_magnet.rate(i, 110, 10) for i in range(110)]
     assert got[0] == 0.1 and got[9] == 1 == got[10] and got[60] == pytest.approx(0.5) and 0 < got[-1] < 0.001
     assert got[:10] == sorted(got[:10]) and got[10:] == sorted(got[10:], reverse=True)
-    assert magnet.rate(0, 5, 0) == 1
+    assert train_magnet.rate(0, 5, 0) == 1
 
 
 # ---------------------------------------------------------------------------- one step
@@ -227,11 +228,11 @@ def test_accumulation_and_checkpointing_change_no_gradient(learner):
 
 def test_pictures_are_kept_while_there_is_room(tiny, monkeypatch):
     made = []
-    monkeypatch.setattr(magnet, "features", lambda *a: made.append(1) or magnet.Features(*[torch.zeros(10)] * 4, []))
+    monkeypatch.setattr(train_magnet, "features", lambda *a: made.append(1) or magnet.Features(*[torch.zeros(10)] * 4, []))
     data = TRAINING_SETS["scenes"](None, None)
     for room, times in ((1e9, 2), (1, 3), (0, 4)):                           # bytes: for both, for the first, for none
         made.clear()
-        assert len(list(magnet.featured(tiny, data.read, [data.names[i] for i in (0, 1, 0, 1)], False, room))) == 4
+        assert len(list(train_magnet.featured(tiny, data.read, [data.names[i] for i in (0, 1, 0, 1)], False, room))) == 4
         assert len(made) == times
 
 
@@ -339,9 +340,9 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(command, train, tin
     assert {"lr", "flow", "focal", "dice", "loss", "norm"} < log[1].keys() and "mIoU" in out
     data = DATASETS["scenes-dev"]()
     before, shown = seg4diff.load(tiny_file, "cpu"), evaluate.subset(data.names, 3)
-    assert log[0]["val"] == pytest.approx(magnet.measure(before, data, shown, 0))
+    assert log[0]["val"] == pytest.approx(train_magnet.measure(before, data, shown, 0))
     after = seg4diff.load(tiny_file, "cpu", lora=whole / "lora.safetensors")
-    assert log[-1]["val"]["flow loss"] == pytest.approx(magnet.flow_loss(after, data, shown, 0), rel=1e-4)
+    assert log[-1]["val"]["flow loss"] == pytest.approx(train_magnet.flow_loss(after, data, shown, 0), rel=1e-4)
     assert log[-1]["val"]["flow loss"] != log[0]["val"]["flow loss"]
 
     steps = iter(range(3))
@@ -448,7 +449,7 @@ def share(rank: int, port: int, options: dict) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    magnet.main(argparse.Namespace(**options))
+    train_magnet.main(argparse.Namespace(**options))
 
 
 def test_two_processes_are_one_with_twice_the_batch(train, tiny_file, tmp_path, monkeypatch):
@@ -501,9 +502,9 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(capsys):
             raise OSError("truncated")
         return name
     data = TrainingSet("mine", list("abcd"), read)
-    got = magnet.readable(data, data.names)
+    got = train_magnet.readable(data, data.names)
     assert [got(name) for name in "abcdb"] == ["a", "c", "c", "a", "c"]
     err = capsys.readouterr().err
     assert err.count("picture b of mine cannot be read") == 1 and err.count("picture d") == 1
     with pytest.raises(ValueError, match="none of the 2"):
-        magnet.readable(TrainingSet("mine", ["b", "d"], read), ["b", "d"])("b")
+        train_magnet.readable(TrainingSet("mine", ["b", "d"], read), ["b", "d"])("b")
