@@ -14,6 +14,7 @@ from tqdm import tqdm
 import evaluate
 import seg4diff
 from data import IGNORE
+from metrics import scores
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from seg4diff import Seg4Diff
 from text import TextCond
@@ -148,15 +149,13 @@ def judge_accuracy(losses: np.ndarray) -> float:
 def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: float) -> np.ndarray:
     """How much the velocity changes, relative to its size, when I2T is blurred in one block: (n, depth), in percent.
 
-    Pictures (those with a label) under the prompt of their classes, the first if there are several, at one noise
-    level; cheap, and the same for any model.
+    Pictures (those with a label) under the names of their classes at one noise level; cheap, and the same for any model.
     """
     depth, out = model.mmdit.config.depth, []
     for item in tqdm([item for item in items if (item.labels != IGNORE).any()], desc="sensitivity", unit="image"):
         z0 = seg4diff.encode_image(model, item.image).float()
         z = seg4diff.add_noise(z0, seg4diff.noise(z0.shape[1:], [evaluate.image_seed(item.name, 0)]).to(z0.device), sigma)
-        names = [classes[k] for k in np.setdiff1d(np.unique(item.labels), [IGNORE])]
-        cond = model.text.encode([seg4diff.split_classes(model.text, names)[0]])
+        cond = model.text.encode([seg4diff.names_of(model.text, item.labels, classes)])
 
         def velocity(blocks: Sequence[int]) -> Tensor:
             mix = seg4diff.perturbed_blocks(blocks, [True], cond.ctx.shape[1], z.device)
@@ -176,5 +175,5 @@ def bootstrap(counts: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.
     rng, n = np.random.default_rng(seed), len(counts)
     flat = counts.reshape(n, -1).astype(np.float64)
     again = rng.multinomial(n, np.full(n, 1 / n), size=draws) @ flat         # (draws, blocks*K*K)
-    miou = np.array([[evaluate.scores(c)["mIoU"] for c in x] for x in again.reshape(draws, *counts.shape[1:])])
+    miou = np.array([[scores(c)["mIoU"] for c in x] for x in again.reshape(draws, *counts.shape[1:])])
     return miou, np.bincount(miou.argmax(1), minlength=counts.shape[1]) / draws

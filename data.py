@@ -238,6 +238,9 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 # ---------------------------------------------------------------------------- pictures with masks to train on, Sec. 4.1
 
 
+LEAST_AREA, MAX_MASKS = 0.005, 32       # of a picture's masks: share of the picture (SA-1B), how many; released code
+
+
 class Pair(NamedTuple):
     image: Image.Image                  # RGB
     masks: np.ndarray                   # (K, height, width) bool, K may be 0
@@ -328,8 +331,8 @@ def sa1b_pairs(root: Path = ROOT, captions: Path | None = None) -> TrainingSet:
         if not isinstance(found, dict) or not all("segmentation" in a for a in found.get("annotations", [{}])):
             raise ValueError(f"{images[stem].with_suffix('.json')} holds no annotations with a segmentation each")
         area = {i: int(rle.area(a["segmentation"])) for i, a in enumerate(found["annotations"])}
-        large = sorted((i for i in area if area[i] > 0.005 * image.width * image.height), key=lambda i: -area[i])[:32]
-        masks = [rle.decode(found["annotations"][i]["segmentation"]).astype(bool) for i in large]
+        large = sorted((i for i in area if area[i] > LEAST_AREA * image.width * image.height), key=lambda i: -area[i])
+        masks = [rle.decode(found["annotations"][i]["segmentation"]).astype(bool) for i in large[:MAX_MASKS]]
         stacked = np.stack(masks) if masks else np.zeros((0, image.height, image.width), bool)   # (K, height, width)
         return Pair(image.convert("RGB"), stacked, [], told.get(number(stem), ""))
     return TrainingSet("sa1b", list(images), read)

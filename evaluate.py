@@ -18,7 +18,6 @@ patch grid, through the same protocol on the same pictures.  Results go to --out
 that is killed goes on where it stopped (ledger.py).
 """
 import argparse
-import json
 import os
 import platform
 import sys

@@ -32,6 +32,7 @@ from analysis import (CHOICES, JUDGE_DRAWS, JUDGE_SIGMA, attention_shares, boots
                       judge_accuracy, pca_rgb, sensitivity, taps_of, token_maps, uniform_share, value_norms, words_of)
 from data import DATASETS, IGNORE, ROOT
 from ledger import write_json
+from metrics import scores
 from nano import scenes
 from pictures import overlay, palette, sheet
 from seg4diff import Seg4Diff
@@ -93,11 +94,11 @@ def shares(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
             ax.set(xlabel="block", ylim=(0, 1), ylabel=f"share given to {'text' if who == 'I' else 'image'} keys",
                    title=f"{'image' if who == 'I' else 'text'} queries")
             ax.legend()
-    return {"uniform image share": line, "shares": mean}
+    return {"prompts": len(prompts), "uniform image share": line, "shares": mean}
 
 
-def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
-    """Fig. 4, 19: value norms of each block; Fig. 28: of each head."""
+def norms_of(model: Seg4Diff, prompts: list[str]) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Value norms by block of "image", "text" and "prompt" tokens, mean over prompts: whole, and of each head (depth, H)."""
     t, depth = model.preset.noise_steps, model.mmdit.config.depth
     found: dict = {kind: [[] for _ in range(depth)] for kind in ("image", "text", "prompt")}
     by_head: dict = {kind: [[] for _ in range(depth)] for kind in found}
@@ -107,8 +108,14 @@ def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
             for kind, (whole, head) in value_norms(qkv, [len(words_of(cond, b)) for b in range(len(part))]).items():
                 found[kind][block] += whole.tolist()
                 by_head[kind][block].append(head.cpu())
-    mean = {kind: [float(np.nanmean(x)) for x in found[kind]] for kind in found}
-    heads = {kind: np.array([torch.cat(x).nanmean(0).tolist() for x in by_head[kind]]) for kind in by_head}
+    return ({kind: [float(np.nanmean(x)) for x in found[kind]] for kind in found},
+            {kind: np.array([torch.cat(x).nanmean(0).tolist() for x in by_head[kind]]) for kind in by_head})
+
+
+def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 4, 19: value norms of each block; Fig. 28: of each head."""
+    t, depth = model.preset.noise_steps, model.mmdit.config.depth
+    mean, heads = norms_of(model, prompts)
     with Figure(out / "values.png", 1, 3, (4.6, 3.4), f"L2 norm of values at t = {t}, {model.name} (Fig. 4, 28)") as axes:
         for kind, mark, label in (("image", "o-", "image"), ("text", "s--", "all text"), ("prompt", "^-", "prompt tokens")):
             axes[0, 0].plot(range(depth), mean[kind], mark, label=label)
@@ -120,7 +127,7 @@ def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
             ax.set(xlabel="block", ylabel="head", title=f"{kind} tokens, each head")
             ax.locator_params(integer=True)
         plt.colorbar(shown, ax=axes[0, 2])
-    return {"t": t, "norms": mean, "heads": {kind: x.tolist() for kind, x in heads.items()}}
+    return {"prompts": len(prompts), "t": t, "norms": mean, "heads": {kind: x.tolist() for kind, x in heads.items()}}
 
 
 def pca(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
@@ -190,13 +197,19 @@ def pads(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     return {"tokens": len(names)}
 
 
+def drawn(model: Seg4Diff, prompts: list[str], **options) -> list[Image.Image]:
+    """Pictures of all prompts, a batch at a time; picture i starts from the noise of seed i."""
+    size = model.preset.batch
+    return [im for i in range(0, len(prompts), size) for im in
+            seg4diff.generate(model, prompts[i:i + size], seed=i, **options)]
+
+
 def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path, name: str, title: str) -> dict:
     """Generate the same seeds in each way (options of generate), judge, and draw pictures and numbers."""
     prompts = list(dict.fromkeys(prompts))
     rows, shown = {}, []
     for way, options in tqdm(ways.items(), desc=name, unit="way"):
-        images = [im for i in range(0, len(prompts), model.preset.batch) for im in
-                  seg4diff.generate(model, prompts[i:i + model.preset.batch], seed=i, **options)]
+        images = drawn(model, prompts, **options)
         losses = caption_losses(model, images, [[*own, ""] for own in choices(prompts)])     # (n, CHOICES+1)
         own, empty = losses[:, 0], losses[:, -1]
         gain = 100 * (empty - own) / empty
@@ -229,19 +242,18 @@ def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     ways["all"] = {"perturb": range(model.mmdit.config.depth)}
     found = judged(model, prompts, ways, out, "perturb", f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
     if toy(model):
-        drawn = [scenes.draw(s) for s in scenes.VAL_SEEDS[200:200 + max(CHOICES, len(prompts))]]
-        told = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(drawn)]
-        losses = caption_losses(model, [Image.fromarray(s.image) for s in drawn], choices(told))
+        true = [scenes.draw(s) for s in scenes.VAL_SEEDS[200:200 + max(CHOICES, len(prompts))]]
+        told = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(true)]
+        losses = caption_losses(model, [Image.fromarray(s.image) for s in true], choices(told))
         found["validation"] = {"pairs": len(losses), "captions": CHOICES, "own caption best [%]": judge_accuracy(losses),
                                "own better than the next [%]": 100 * float((losses[:, 0] < losses[:, 1]).mean())}
     return found
 
 
-def guide(model: Seg4Diff, prompts: list[str], out: Path, scale: float = 1.0) -> dict:
-    """Fig. 6, 32: Eq. 7 with one block after the other, on top of classifier-free guidance."""
-    ways = {"none": {}} | {f"block {i}": {"pag": scale, "blocks": [i]} for i in range(model.mmdit.config.depth)}
-    return {"scale": scale} | judged(model, prompts, ways, out, "guide",
-                                     f"Perturbed guidance (Eq. 7) with one block, s = {scale:g}, {model.name} (Fig. 6)")
+def guide(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """Fig. 6, 32: Eq. 7 with s = 1 and one block after the other, on top of classifier-free guidance."""
+    ways = {"none": {}} | {f"block {i}": {"pag": 1.0, "blocks": [i]} for i in range(model.mmdit.config.depth)}
+    return judged(model, prompts, ways, out, "guide", f"Guidance by a perturbed block (Eq. 7, s = 1), {model.name} (Fig. 6)")
 
 
 def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "scenes-dev", root: Path = ROOT,
@@ -255,10 +267,10 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "sce
                    desc="mIoU of blocks", unit="image") if isinstance(c, dict) and c]
     miou, best = bootstrap(np.array(counts))
     low, high = np.percentile(miou, [2.5, 97.5], axis=0)
-    norms = values(model, prompts, out)["norms"]
+    norms, _ = norms_of(model, prompts)
     ratio = np.array(norms["prompt"]) / np.array(norms["image"])
     change = sensitivity(model, [data.read(name) for name in names[:32]], data.classes, model.preset.sigma).mean(0)
-    total = np.array([evaluate.scores(c)["mIoU"] for c in np.sum(counts, axis=0)])
+    total = np.array([scores(c)["mIoU"] for c in np.sum(counts, axis=0)])
     rows = {"mIoU [%]": total, "value norm, prompt / image": ratio, "change by blurring I2T [%]": change}
     agreement = {f"{a} ~ {b}": float(spearmanr(rows[a], rows[b]).statistic)
                  for i, a in enumerate(rows) for b in list(rows)[i + 1:]}
@@ -267,7 +279,7 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "sce
             ax.bar(range(depth), y, color=["C1" if i == np.argmax(y) else "C0" for i in range(depth)],
                    yerr=np.stack([total - low, high - total]).clip(0) if "mIoU" in label else None)
             ax.set(xlabel="block", ylabel=label, xticks=range(0, depth, max(1, depth // 8)))
-    return {"n": len(counts), "rows": {k: list(map(float, v)) for k, v in rows.items()}, "best": {
+    return {"n": len(counts), "prompts": len(prompts), "rows": {k: list(map(float, v)) for k, v in rows.items()}, "best": {
         k: int(np.argmax(v)) for k, v in rows.items()}, "95% of mIoU": [list(map(float, low)), list(map(float, high))],
         "share of bootstrap draws in which a block has the best mIoU": best.tolist(), "rank correlation": agreement}
 
@@ -278,14 +290,14 @@ def text(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "scene
     and what the names of the next picture do.  Where words change nothing, their maps mean nothing."""
     data = DATASETS[data_name](root)
     items = [data.read(name) for name in evaluate.subset(data.names, min(limit, 32))]
-    named = [" ".join(data.classes[k] for k in np.setdiff1d(np.unique(item.labels), [IGNORE])) for item in items]
+    named = [seg4diff.names_of(model.text, item.labels, data.classes) for item in items]
     levels, rows = sorted({0.1, 0.3, 0.7, 0.9, round(model.preset.sigma, 3)}), {}
     for level in tqdm(levels, desc="text", unit="level"):
         losses = caption_losses(model, [item.image for item in items],
                                 [[own, "", other] for own, other in zip(named, named[1:] + named[:1])], level)
         own, other = (100 * (losses[:, 1] - losses[:, k]) / losses[:, 1] for k in (0, 2))    # (n,)
         rows[level] = {"own": float(own.mean()), "error": float(own.std() / len(own) ** 0.5), "others": float(other.mean()),
-                       "own is better [% of pictures]": 100 * float((own > 0).mean())}
+                       "own explain better than others [% of pictures]": 100 * float((own > other).mean())}
     with Figure(out / "text.png", 1, 1, (5.4, 3.6), f"What words tell, {model.name}, {data.name}") as axes:
         ax = axes[0, 0]
         ax.errorbar(levels, [r["own"] for r in rows.values()], [r["error"] for r in rows.values()], fmt="o-",
@@ -320,7 +332,7 @@ def magnet(model: Seg4Diff, prompts: list[str], out: Path, base: Seg4Diff, data_
                     ax.axis("on")
                     panel(ax, picture, name)
     few = prompts[:4]
-    before, after = (seg4diff.generate(m, few) for m in (base, model))
+    before, after = (drawn(m, few) for m in (base, model))
     sheet([*before, *after], [*(f"without: {p}" for p in few), *["with, from the same noise"] * len(few)],
           columns=len(few)).save(out / "magnet_pictures.png")
     change = np.abs(np.stack(before).astype(float) - np.stack(after)).mean()
@@ -364,8 +376,7 @@ def main(args: argparse.Namespace) -> None:
             data_name=args.dataset or ("scenes-dev" if toy(model) else "voc"), root=args.data_root)
         options |= dict(base=seg4diff.load(args.model, args.device)) if figure == "magnet" else \
             dict(limit=2 * args.limit) if options else {}
-        numbers = {"model": [model.name, model.fingerprint], "prompts": len(prompts)}
-        numbers |= FIGURES[figure](model, prompts, out, **options)
+        numbers = {"model": [model.name, model.fingerprint]} | FIGURES[figure](model, prompts, out, **options)
         write_json(out / f"{figure}.json", numbers)
         for key, value in numbers.items():
             if key not in ("heads", "model"):

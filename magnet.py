@@ -2,19 +2,18 @@
 
 train_magnet.py is the loop around them.  Where the paper is silent, this is what is done:
 
-* "Normalised" maps (Eq. 12): each is scaled from its least to its largest value, which makes it a probability at
-  every patch. Under this scaling every mask can be matched with no loss; a map brought to zero mean and unit variance
-  before a sigmoid ("zscore") cannot get below 0.4 outside a small mask. NOTE(official): the released code sends scores
-  before the softmax through a small network that is trained along and then thrown away; here the maps that
-  segmentation reads are the ones that are trained.
+* "Normalised" maps (Eq. 12): each is scaled from its least to its largest value, so that it can be read as a
+  probability at every patch. Under this scaling every mask can be matched with no loss; a map brought to zero mean
+  and unit variance before a sigmoid ("zscore") cannot get below 0.4 outside a small mask. NOTE(official): the released
+  code sends scores before the softmax through a small network that is trained along and then thrown away; here the
+  maps that segmentation reads are the ones that are trained.
 * Candidates are the maps of all CLIP columns, <start>, <end> and <pad> too, as the proposals of Sec. 4.2 are; T5's
-  empty rows are none. Matched is by the loss that is then minimised, with its own weights.
+  empty rows are no candidates. The cost of a match is the loss itself (Eq. 12), with the same weights.
 * A mask holds a patch if it covers half of it; masks that hold no patch are left out. Losses are means over patches,
   a picture's masks and pictures, so that a crowded picture counts as much as one with a single mask.
 * Both losses see the same noisy latent, whatever its noise level; the LoRA is not dropped out.
 """
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +22,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import evaluate
 import seg4diff
-from data import Pair
+from data import MAX_MASKS, Pair
 from mmdit import i2t_attention
 from seg4diff import Seg4Diff
 
@@ -39,7 +37,7 @@ ALPHA, GAMMA = 0.25, 2.0                    # focal loss: released code
 SIGMA_STD = 0.5                             # of the logit-normal noise levels: released code
 RANK, LORA_ALPHA = 16, 16.0                 # Sec. 4.1; alpha: released code
 DECAY, CLIP = 1e-4, 0.01                    # weight decay, largest gradient norm: released code
-MAX_MASKS, PICTURES = 32, 10_000            # of a picture: released code; of the training: Sec. 4.1
+PICTURES = 10_000                           # of the training: Sec. 4.1; masks of a picture: data.MAX_MASKS
 
 # ---------------------------------------------------------------------------- losses, Eq. 2, 12, 13
 
@@ -77,7 +75,7 @@ def match(p: Tensor, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     with torch.no_grad():
         focal, dice = pair_losses(p, masks)
-        cost = (FOCAL_WEIGHT * focal + DICE_WEIGHT * dice).nan_to_num()      # nan is told of by the loss, not by scipy
+        cost = (FOCAL_WEIGHT * focal + DICE_WEIGHT * dice).nan_to_num()      # scipy raises; `train` ends with a sentence
         return linear_sum_assignment(cost.cpu().numpy())
 
 
@@ -157,9 +155,8 @@ def batch_losses(model: Seg4Diff, batch: Sequence[Features], seeds: Sequence[int
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
         vel, taps = model.mmdit(z, sigma, ctx, pooled, capture={how.block})
     flow = F.mse_loss(vel.float(), eps - z0.float())                         # Eq. 2
-    maps = partial(checkpoint, i2t_attention, use_reentrant=False) if model.mmdit.checkpointing else i2t_attention
     focal, dice = [], []
-    for attn, f in zip(maps(taps[how.block]), batch):                        # (H, N, M)
+    for attn, f in zip(i2t_attention(taps[how.block]), batch):                        # (H, N, M)
         if how.by_name:
             found = [attn.mean(0)[:, span].mean(-1) for span in f.spans]     # K x (N,)
             found = torch.stack(found) if found else attn.new_zeros(0, attn.shape[1])            # (K, N)

@@ -82,11 +82,14 @@ def i2t_attention(qkv: JointQKV, chunk: int = 512) -> Tensor:
     """A_I2T = i2t(joint_probs(qkv)), (B, H, N, M) in fp32, without ever holding the whole of A.
 
     The softmax runs over all N+M keys, for `chunk` image queries at a time; only text columns are kept (cloned,
-    as a view would keep the whole chunk alive).
+    as a view would keep the whole chunk alive).  For the backward pass a chunk is computed again, not kept.
     """
+    def rows(q: Tensor, k: Tensor) -> Tensor:
+        return (q.float() @ k).softmax(dim=-1)[..., N:].clone()              # (B, H, chunk, M)
+
     N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
-    rows = [(q.float() @ k).softmax(dim=-1)[..., N:].clone() for q in qkv.q[:, :, :N].split(chunk, dim=2)]
-    return torch.cat(rows, dim=2)                                            # (B, H, N, M)
+    run = partial(checkpoint, rows, use_reentrant=False) if torch.is_grad_enabled() else rows
+    return torch.cat([run(q, k) for q in qkv.q[:, :, :N].split(chunk, dim=2)], dim=2)        # (B, H, N, M)
 
 
 def t2i_attention(qkv: JointQKV) -> Tensor:

@@ -1,5 +1,6 @@
 """Pictures to look at: label maps in colour, legends, sheets.  Plots are made where their numbers are."""
 import colorsys
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,3 +119,11 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
+
+
+def small(picture: Image.Image, width: int, plot: bool = False) -> bytes:
+    """A picture as a file small enough for a notebook, at most `width` pixels wide: JPEG, or PNG of 64 colours for a plot."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((width, 10 * width))
+    (picture.quantize(64) if plot else picture).save(file := io.BytesIO(), "PNG" if plot else "JPEG", quality=82)
+    return file.getvalue()

@@ -342,6 +342,12 @@ def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]
                 if len(prompts := fill(room)) == fewest)
 
 
+def names_of(text: TextEncoders, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """The classes of a label map (height, width), as many as fit into one prompt; none if nothing is labelled."""
+    names = [classes[k] for k in np.setdiff1d(labels, [IGNORE])]
+    return split_classes(text, names)[0] if names else []
+
+
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
     """Scores of each class on the patch grid, head by head: B tensors (H, K, h, w).
 

@@ -114,8 +114,7 @@ def flow_loss(model: Seg4Diff, data: Dataset, names: Sequence[str], seed: int, l
         item = data.read(name)
         z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
         eps = seg4diff.noise(z0.shape[1:], [evaluate.image_seed(name, seed + i) for i in range(levels)]).to(z0.device)
-        present = [data.classes[k] for k in np.unique(item.labels) if k < len(data.classes)]
-        cond = model.text.encode([" ".join(present)] * levels)
+        cond = model.text.encode([seg4diff.names_of(model.text, item.labels, data.classes)] * levels)
         z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])          # (levels, C, ., .)
         vel, _ = model.mmdit(z.to(model.dtype), sigma, cond.ctx, cond.pooled)
         total += F.mse_loss(vel.float(), eps - z0).item() / len(names)
@@ -213,8 +212,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 keep(step + 1)
     if rank == 0:
-        gigabytes = torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda" else peak_megabytes() / 1000
-        seconds = time.time() - start
+        gigabytes, seconds = peak_megabytes() / 1000, time.time() - start
         measured = [x["val"] for x in log if "val" in x]
         for key in measured[0] if measured else ():
             print(f"{key:12s} {measured[0][key]:8.4f} -> {measured[-1][key]:8.4f}")
@@ -290,7 +288,7 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, help="steps until the full rate (30; 500)")
     parser.add_argument("--lr", type=float, help="learning rate (5e-4; 1e-5)")
     parser.add_argument("--batch", type=int, help="pictures at once and process (16; 4)")
-    parser.add_argument("--accumulate", type=int, help="batches a step (default: until all processes saw 16 pictures)")
+    parser.add_argument("--accumulate", type=int, help="batches a step (default: 16 pictures of all processes, or more)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory: activations are computed twice")
     parser.add_argument("--cache", type=float, default=8, help="GB of memory for latents and text features")
     parser.add_argument("--val", help="data set of evaluate.py measured before, during and after (scenes-dev; coco: "

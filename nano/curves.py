@@ -28,34 +28,49 @@ def measure(path: Path, limit: int) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    done_file = args.run / "curves.json"
-    done = json.loads(done_file.read_text()) if done_file.exists() else {}
-    for path in sorted(args.run.glob("nano_*.safetensors")):
-        if f"{path.name}/{args.limit}" not in done:
-            done[f"{path.name}/{args.limit}"] = measure(path, args.limit)
-            done_file.write_text(json.dumps(done))
-    points = sorted((m for key, m in done.items() if key.endswith(f"/{args.limit}")), key=lambda m: m["samples"])
+    """One run, or several that each went on from the last: samples are counted through, and blocks may have been added."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    before, points = 0, []
+    for run in args.run:
+        if not (run / "mmdit.pt").exists():
+            raise ValueError(f"{run} is not the folder of a run of pretrain.py: it holds no mmdit.pt")
+        state, done_file = torch.load(run / "mmdit.pt", weights_only=True), run / "curves.json"
+        done = json.loads(done_file.read_text()) if done_file.exists() else {}
+        for path in sorted(run.glob("nano_*.safetensors")):
+            if f"{path.name}/{args.limit}" not in done:
+                done[f"{path.name}/{args.limit}"] = measure(path, args.limit)
+                done_file.write_text(json.dumps(done))
+        own = sorted((m for key, m in done.items() if key.endswith(f"/{args.limit}")), key=lambda m: m["samples"])
+        points += [m | {"samples": m["samples"] + before} for m in own]
+        left.plot([(n + before) / 1000 for n, _ in state["log"]], [loss for _, loss in state["log"]], lw=0.8, color="C0")
+        before += state["samples"]
+        if run != args.run[-1]:
+            for ax in (left, right):
+                ax.axvline(before / 1000, color="grey", lw=0.8)
     for m in points:
         print(f"{m['samples']:8d} samples  mIoU by block: " + " ".join(f"{x:5.1f}" for x in m["mIoU"]))
     if not points:
-        sys.exit(f"error: no snapshot nano_*.safetensors in {args.run}; pretrain.py writes them")
-    log = torch.load(args.run / "mmdit.pt", weights_only=True)["log"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([n / 1000 for n, _ in log], [loss for _, loss in log], lw=0.8)
-    left.set(xlabel="samples seen [thousands]", ylabel="flow-matching loss (Eq. 2)", yscale="log", title="training loss")
-    for i in range(len(points[0]["mIoU"])):
-        right.plot([m["samples"] / 1000 for m in points], [m["mIoU"][i] for m in points], "o-", ms=3, label=f"block {i}")
+        raise ValueError(f"{args.run[0]} holds no snapshot nano_*.safetensors; pretrain.py writes them")
+    left.set(xlabel="samples seen [thousands]", ylabel="flow-matching loss (Eq. 2)", ylim=(0, 1), title="training loss")
+    for i in range(max(len(m["mIoU"]) for m in points)):
+        own = [m for m in points if i < len(m["mIoU"])]
+        right.plot([m["samples"] / 1000 for m in own], [m["mIoU"][i] for m in own], "o-", ms=3, label=f"block {i}")
     right.axhline(points[-1]["floor"], color="black", ls=":", lw=1, label="floor")
     right.set(xlabel="samples seen [thousands]", ylabel="mIoU [%]", ylim=(0, None),
               title=f"segmentation, {args.limit} scenes of scenes-dev")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left")
     fig.savefig(args.out, dpi=100)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run")
+    parser.add_argument("--run", type=Path, nargs="+", default=[Path(__file__).parent / "run"],
+                        help="its folder; several, in order, if a run went on from another (--init)")
     parser.add_argument("--limit", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "curves.png")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as error:                          # one sentence, no traceback
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,6 +2,7 @@
 
     python nano/pretrain.py --samples 150000              # on CPU; again after a kill: goes on where it stopped
     python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/run/more     # trains nano on
+    python nano/pretrain.py --init nano/run/nano.safetensors --depth 8 --low 0 --run nano/run/grown    # with more blocks
     python nano/pretrain.py --device cuda --samples 2000000 --batch 256 --width 256 --depth 8 --run nano/run/gpu
 
 Five stages; the first three are skipped when their result lies in --run: draw the scenes, train the VAE, encode
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 import zlib
+from dataclasses import replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -42,6 +44,9 @@ from mmdit import MMDiT, MMDiTConfig                     # noqa: E402
 from nano import scenes                                  # noqa: E402
 from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
 from vae import SCALE, SHIFT, VAE                        # noqa: E402
+
+
+DEPTH = 6
 
 
 def save(state: dict, path: Path) -> None:
@@ -228,13 +233,43 @@ def sincos_grid(K: int, width: int) -> Tensor:
     return torch.cat([col, row], dim=-1).reshape(1, K * K, width)
 
 
+def initialise(mmdit: MMDiT) -> None:
+    """Xavier for matrices, zero for gates and output: every block starts as the identity."""
+    for name, p in mmdit.named_parameters():
+        if "adaLN" in name or "final_layer.linear" in name or name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.ndim >= 2:
+            nn.init.xavier_uniform_(p.flatten(1))
+
+
+def grow(mmdit: MMDiT, depth: int) -> MMDiT:
+    """The same function with more blocks, appended; they start as the identity, and so does what a last block has
+    not: the output for text tokens.  ValueError: fewer blocks than there are."""
+    old, last = mmdit.state_dict(), mmdit.config.depth - 1
+    if depth <= last:
+        raise ValueError(f"a model of {last + 1} blocks cannot go on with {depth}")
+    deeper = MMDiT(replace(mmdit.config, depth=depth))
+    initialise(deeper)
+    sd = deeper.state_dict()
+    for key, value in old.items():
+        if f"joint_blocks.{last}.context_block.adaLN" in key:
+            sd[key][:len(value)] = value                 # shift and scale before the attention come first
+        else:
+            sd[key] = value
+    deeper.load_state_dict(sd)
+    return deeper
+
+
 def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, list[str]]:
     """MM-DiT (q/k-normed, so that its head width can be read off the file) and two small CLIP towers, from nothing;
-    with --init all of them, and their sizes, from that file."""
+    with --init all of them, and their sizes, from that file, with more blocks if --depth says so."""
     if args.init:
         files = weights.find(args.init)
         sd, merges = weights.read(files, dtype=torch.float32), weights.merges(files)
         parts = [MMDiT.from_state_dict(sd["mmdit"]), *(CLIPText.from_state_dict(sd[p]) for p in ("clip_l", "clip_g"))]
+        if args.depth is not None:
+            torch.manual_seed(args.seed)
+            parts[0] = grow(parts[0], args.depth)
         mmdit, clip_l, clip_g = (m.requires_grad_(True).train() for m in parts)
         return mmdit, TextEncoders(clip_l, clip_g, clip_tokenizer(merges), mmdit.config.ctx_dim), merges
     torch.manual_seed(args.seed)
@@ -246,15 +281,12 @@ def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, l
     for tower in towers:
         nn.init.normal_(tower.text_model.embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.1)
-    cfg = MMDiTConfig(width=args.width, depth=args.depth, head_dim=args.head_dim, patch=1, channels=latent, pos_grid=24,
+    cfg = MMDiTConfig(width=args.width, depth=args.depth or DEPTH, head_dim=args.head_dim, patch=1, channels=latent,
+                      pos_grid=24,
                       ctx_dim=ctx_dim, pooled_dim=width_l + width_g, mlp=4 * args.width, time_dim=128, qk_norm=True)
     mmdit = MMDiT(cfg)
     mmdit.pos_embed.copy_(sincos_grid(cfg.pos_grid, cfg.width))
-    for name, p in mmdit.named_parameters():
-        if "adaLN" in name or "final_layer.linear" in name or name.endswith("bias"):
-            nn.init.zeros_(p)                            # every block starts as the identity
-        elif p.ndim >= 2:
-            nn.init.xavier_uniform_(p.flatten(1))
+    initialise(mmdit)
     return mmdit, TextEncoders(towers[0], towers[1], clip_tokenizer(merges), ctx_dim), merges
 
 
@@ -413,11 +445,11 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=150_000, help="that the MM-DiT sees, kills not counted")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--depth", type=int, help=f"blocks ({DEPTH}); with --init more than that file's are appended")
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--text-widths", type=int, nargs=2, default=(64, 128), help="CLIP-L's and CLIP-G's stand-in")
     parser.add_argument("--text-layers", type=int, default=1, help="of a text tower; the context is the last but one's")
-    parser.add_argument("--text-length", type=int, default=28, help="rows of a text tower, start and end included")
+    parser.add_argument("--text-length", type=int, default=22, help="rows of a text tower, start and end included")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--noise-mean", type=float, default=0.8, help="of the logit-normal sigma; 0 is the middle")
     parser.add_argument("--pooled", type=float, default=0.1, help="how often the pooled text vector is not withheld")

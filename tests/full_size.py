@@ -6,10 +6,10 @@
 Not a test that pytest collects: it takes minutes and 15 GB on a CPU.  Each way runs in a process of its own, so
 that its peak memory is its own: the blocks up to the expert alone, and all blocks run to the end.
 
---train takes one picture at 128, 256 and 512 pixels and counts what is kept for the backward pass. That is a constant
-(the text's rows) and a share for every image token, exactly: the attention's kernels keep no matrix, and the expert's
-I2T maps have a row for each image token. So the line through the first two sizes is tested on the third, and then
-says what 1024 pixels would keep.
+--train takes one picture at 128, 192 and 256 pixels and counts what is kept for the backward pass. That is a constant
+(the text's rows) and a share for every image token: the attention's kernel keeps no matrix, and of the expert's maps
+only the text columns are kept. So the line through the first two sizes is tested on the third, and then says what
+1024 pixels would keep.
 """
 import argparse
 import json
@@ -25,13 +25,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import evaluate                                          # noqa: E402
 import magnet                                            # noqa: E402
 import seg4diff                                          # noqa: E402
 import text                                              # noqa: E402
 import weights                                           # noqa: E402
 from bench import megabytes, seconds                     # noqa: E402
 from mmdit import add_lora, i2t_attention                # noqa: E402
+from report import peak_megabytes                        # noqa: E402
 
 LISTINGS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
 
@@ -71,7 +71,7 @@ def measure(path: Path, way: str, device: str) -> None:
     gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU" if model.device.type == "cuda" else ""
     print(f"{way:6s} {model.mmdit.config.depth} blocks loaded, maps {tuple(maps.shape)}: load {loaded - start:.0f} s, "
           f"VAE and text {encoded - loaded:.0f} s, MM-DiT {ran - encoded:.0f} s, "
-          f"peak {evaluate.peak_megabytes() / 1000:.1f} GB{gpu}", flush=True)
+          f"peak {peak_megabytes() / 1000:.1f} GB{gpu}", flush=True)
 
 
 def measure_training(path: Path, sizes: list[int], device: str) -> None:
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--way", choices=["early", "full", "train"], help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help="a step of MAGNET instead of segmentation")
-    parser.add_argument("--sizes", type=int, nargs=3, default=(128, 256, 512), help="pixels, of --train")
+    parser.add_argument("--sizes", type=int, nargs=3, default=(128, 192, 256), help="pixels, of --train")
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way == "train":

@@ -1,4 +1,6 @@
 """Label maps in colour, legends and sheets, by hand."""
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,3 +49,13 @@ def test_stack():
     assert out.size == (5, 6)
     red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
     assert [out.getpixel(at) for at in ((4, 1), (0, 2), (2, 5), (3, 5))] == [red, blue, blue, white]
+
+
+def test_small_files():
+    """A notebook's copy: narrower, never wider, colours kept in JPEG and exact in a plot of few colours."""
+    red = Image.new("RGBA", (600, 300), (200, 30, 30, 255))
+    photo, plot = (Image.open(io.BytesIO(pictures.small(red, 300, p))) for p in (False, True))
+    assert (photo.format, photo.size, plot.format) == ("JPEG", (300, 150), "PNG")
+    assert np.abs(np.subtract(photo.getpixel((9, 9)), (200, 30, 30))).max() < 6
+    assert plot.convert("RGB").getpixel((9, 9)) == (200, 30, 30)
+    assert Image.open(io.BytesIO(pictures.small(red, 900))).size == (600, 300)

@@ -3,8 +3,10 @@ import json
 from argparse import Namespace
 from functools import partial
 
+import pytest
 import torch
 from conftest import ARGS
+from PIL import Image
 
 import seg4diff
 import weights
@@ -48,6 +50,13 @@ def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path, monkeypat
     assert not torch.equal(seen["y_embedder.mlp.2.bias"], old["mmdit"]["y_embedder.mlp.2.bias"])
     code, _, err = command("nano/pretrain.py", "--run", more, *FAST)         # that run did not begin from nothing
     assert code == 2 and "name another --run" in err
+    for f in (run, more):                                   # as snapshots are named
+        (f / "nano_0000k.safetensors").write_bytes((f / "nano.safetensors").read_bytes())
+    code, out, err = command("nano/curves.py", "--run", run, more, "--limit", 2, "--out", tmp_path / "curves.png")
+    seen = [int(line.split()[0]) for line in out.splitlines() if "mIoU by block" in line]
+    assert code == 0 and seen == [second["samples"], second["samples"] + trained(more / "nano.safetensors")["samples"]], err
+    assert Image.open(tmp_path / "curves.png").width > 500
+    assert command("nano/curves.py", "--run", tmp_path)[0] == 2
     image, = seg4diff.generate(seg4diff.load(more / "nano.safetensors"), "red car", steps=2)
     assert image.size == (128, 128)
 
@@ -70,3 +79,23 @@ def test_muon_makes_updates_orthogonal():
         values = torch.linalg.svdvals(p.detach().flatten(1)) / size
         assert 0.6 < values.min() and values.max() < 1.3
         assert (p.detach() * p.grad).sum() < 0              # against the gradient
+
+
+def test_grown_blocks_begin_as_the_identity(tiny):
+    """The same velocity from more blocks; the old last block's attention is read as before, and all new weights learn."""
+    z, sigma = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
+    cond = tiny.text.encode(["a red car", "snow"])
+    grown = pretrain.grow(tiny.mmdit, 5).requires_grad_(True)
+    a, taps = tiny.mmdit(z, sigma, cond.ctx, cond.pooled, capture={2})
+    b, grown_taps = grown(z, sigma, cond.ctx, cond.pooled, capture={2})
+    assert grown.config.depth == 5 and torch.allclose(a, b, atol=1e-5)
+    assert torch.allclose(taps[2].q, grown_taps[2].q, atol=1e-5)
+    for _ in range(3):                                   # zero gates let the next weights learn from the second step on
+        grown(z, sigma, cond.ctx, cond.pooled)[0].square().mean().backward()
+        with torch.no_grad():
+            for p in grown.parameters():
+                p.sub_(0.1 * p.grad if p.grad is not None else 0)
+    still = [k for k, p in grown.named_parameters() if "joint_blocks.3" in k and (p.grad is None or not p.grad.any())]
+    assert not still
+    with pytest.raises(ValueError, match="3 blocks cannot go on with 2"):
+        pretrain.grow(tiny.mmdit, 2)
