@@ -3,7 +3,8 @@
     python figures.py                                   # every figure below, by nano, into out/figures-nano
     python figures.py shares values                     # Fig. 2 (b, c); Fig. 4, 19, 28
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
-    python figures.py perturb guide                     # Fig. 5, 18, 31; Fig. 6, 32
+    python figures.py gallery                           # a picture for each prompt (Fig. 14)
+    python figures.py perturb guide                     # Fig. 5, 31 (18, 20 with our own judge); Fig. 6, 32
     python figures.py expert                            # which block is the semantic grounding expert?
     python figures.py text                              # at which noise levels do the words matter?
     python figures.py magnet --lora nano/magnet.safetensors      # Fig. 12, 33: maps and pictures without and with
@@ -204,6 +205,12 @@ def drawn(model: Seg4Diff, prompts: list[str], **options) -> list[Image.Image]:
             seg4diff.generate(model, prompts[i:i + size], seed=i, **options)]
 
 
+def gallery(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+    """What the model makes of each prompt (the paper's are its Fig. 14)."""
+    sheet(drawn(model, prompts), prompts).save(out / "gallery.png")
+    return {"prompts": len(prompts)}
+
+
 def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path, name: str, title: str) -> dict:
     """Generate the same seeds in each way (options of generate), judge, and draw pictures and numbers."""
     prompts = list(dict.fromkeys(prompts))
@@ -345,8 +352,8 @@ def toy(model: Seg4Diff) -> bool:
 
 
 FIGURES: dict[str, Callable] = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads,
-                                "pads": pads, "perturb": perturb, "guide": guide, "expert": expert, "text": text,
-                                "magnet": magnet}
+                                "pads": pads, "gallery": gallery, "perturb": perturb, "guide": guide, "expert": expert,
+                                "text": text, "magnet": magnet}
 
 
 def main(args: argparse.Namespace) -> None:
