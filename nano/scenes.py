@@ -1,9 +1,9 @@
 """The toy world that nano is trained on: procedurally drawn scenes with exact masks and captions.
 
-Seven kinds of stuff fill the picture (sky, sunset or night above, one or two grounds below); one to three
-things stand in front of it. A thing's class, colour and size are drawn independently of each other, so they
-can only be known from the picture or from the caption; no class is in every picture, so every name tells
-something. Everything follows from the seed alone.
+Seven kinds of stuff fill the picture (sky, sunset or night above, one or two grounds below); one or two
+things stand in front of it, each kind in a pattern of its own. A thing's class, colour and size are drawn
+independently of each other, so they can only be known from the picture or from the caption; no class is in
+every picture, so every name tells something. Everything follows from the seed alone.
 
     python nano/scenes.py --out scenes.png          # a sheet of scenes with their masks and captions
 """
@@ -24,6 +24,18 @@ COLOURS = {"red": (214, 48, 49), "orange": (240, 132, 28), "yellow": (246, 210, 
 SKIES = {"sky": ((92, 160, 236), (190, 224, 250)), "sunset": ((226, 130, 168), (252, 216, 196)),
          "night": ((20, 24, 62), (62, 68, 124))}
 GROUNDS = {"grass": (118, 178, 74), "sand": (228, 202, 142), "water": (54, 132, 170), "snow": (238, 243, 250)}
+# what a thing's kind adds to the named colour: the colour of the pattern and where it is, 1 or 0, at x to the right of
+# and y above the foot, in units of the picture's width
+PATTERNS = {
+    "car": ((240, 242, 246), lambda x, y: bars(8 * (x + y))),                                 # slanted stripes
+    "house": ((60, 44, 40), lambda x, y: bars(14 * y, 0.4)),                                  # tiles in rows
+    "tree": ((24, 56, 32), lambda x, y: bars(9 * x) * bars(9 * y)),                           # leaves
+    "boat": ((250, 250, 246), lambda x, y: bars(10 * y, 0.45)),                               # stripes along
+    "mushroom": ((248, 240, 220), lambda x, y: bars(6 * (x + y)) * bars(6 * (x - y))),        # dots
+    "flower": ((255, 232, 240), lambda x, y: bars(24 * np.hypot(x, y - 0.34), 0.5)),          # rings
+    "teddy bear": ((104, 66, 36), lambda x, y: 1 - bars(8 * (x + y), 0.8) * bars(8 * (x - y), 0.8)),   # fur
+    "air balloon": ((250, 236, 190), lambda x, y: bars(8 * x, 0.5)),                          # panels
+}
 SIDE = 128                                     # pixels; drawn at twice that, then shrunk, for smooth edges
 TRAIN_SEEDS, VAL_SEEDS = range(1_000_000, 2_000_000), range(0, 10_000)   # disjoint by construction
 
@@ -39,7 +51,7 @@ class Scene(NamedTuple):
     image: np.ndarray                          # (SIDE, SIDE, 3) uint8
     labels: np.ndarray                         # (SIDE, SIDE) uint8, index into CLASSES
     stuff: list[str]                           # top to bottom
-    things: list[Thing]                        # left to right, only those that can be seen
+    things: list[Thing]                        # left to right
 
 
 def shade(rgb: tuple, k: float) -> tuple:
@@ -53,13 +65,18 @@ def paint_sky(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Generato
     top, low = (np.array(c, float) for c in SKIES[name])
     sky = top + (low - top) * np.clip(yy / 0.6, 0, 1)[..., None]
     if name == "night":
-        for x, y in rng.uniform(0, 1, (14, 2)):
-            sky[(xx - x) ** 2 + (yy - 0.5 * y) ** 2 < 6e-5] = 235
+        for x, y in rng.uniform(0, 1, (40, 2)):
+            sky[(xx - x) ** 2 + (yy - 0.6 * y) ** 2 < 9e-5] = 235
         return sky
     for x, y, r in zip(rng.uniform(0, 1, 3), rng.uniform(0.05, 0.3, 3), rng.uniform(0.08, 0.16, 3)):
         cloud = np.exp(-(((xx - x) / r) ** 2 + ((yy - y) / (0.35 * r)) ** 2) ** 2)[..., None]
         sky += (np.array([250.0, 250, 252]) - sky) * 0.75 * cloud
     return sky
+
+
+def bars(t: np.ndarray, width: float = 0.6) -> np.ndarray:
+    """Soft-edged stripes, one to each unit of t, this share of it wide.  Values in [0, 1]."""
+    return np.clip(3 * (np.cos(2 * np.pi * t) - np.cos(np.pi * width)) + 0.5, 0, 1)
 
 
 def paint_ground(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
@@ -77,23 +94,27 @@ def paint_ground(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Gener
     return base * rng.uniform(0.93, 1.04) + t[..., None] * np.array(light)
 
 
-def paint_thing(pen: ImageDraw.ImageDraw, ids: ImageDraw.ImageDraw, name: str, rgb: tuple,
+def paint_thing(image: Image.Image, labels: Image.Image, name: str, rgb: tuple,
                 cx: float, base: float, s: float) -> None:
     """Draw one thing of height s (pixels) standing on y = base around x = cx, and the same shapes into
-    the label picture. Few, bold parts; only the named colour varies."""
+    the label picture. Few, bold parts; what has the named colour gets its kind's pattern."""
     dark, lite, brown, cream = shade(rgb, 0.68), shade(rgb, 1.35), (112, 74, 46), (244, 232, 208)
-    k = CLASSES.index(name)
+    coat = Image.new("L", image.size)          # where the named colour is seen
+    pens = [ImageDraw.Draw(im) for im in (image, labels, coat)]
+
+    def fills(fill):
+        return fill, CLASSES.index(name), 255 * (fill in (rgb, dark, lite))
 
     def pts(*xy):                              # relative to the foot, y upwards, in units of s
         return [(cx + x * s, base - y * s) for x, y in xy]
 
     def ellipse(x0, y0, x1, y1, fill):
-        for d, f in ((pen, fill), (ids, k)):
-            d.ellipse([*pts((x0, y1))[0], *pts((x1, y0))[0]], fill=f)
+        for pen, f in zip(pens, fills(fill)):
+            pen.ellipse([*pts((x0, y1))[0], *pts((x1, y0))[0]], fill=f)
 
     def poly(fill, *xy):
-        for d, f in ((pen, fill), (ids, k)):
-            d.polygon(pts(*xy), fill=f)
+        for pen, f in zip(pens, fills(fill)):
+            pen.polygon(pts(*xy), fill=f)
 
     def rect(x0, y0, x1, y1, fill):
         poly(fill, (x0, y0), (x1, y0), (x1, y1), (x0, y1))
@@ -123,10 +144,8 @@ def paint_thing(pen: ImageDraw.ImageDraw, ids: ImageDraw.ImageDraw, name: str, r
         poly(lite, (-.05, .86), (-.05, .33), (-.38, .33))
     elif name == "mushroom":
         poly(cream, (-.14, 0), (.14, 0), (.11, .5), (-.11, .5))
-        for d, f in ((pen, rgb), (ids, k)):
-            d.pieslice([*pts((-.5, 1.0))[0], *pts((.5, .0))[0]], 180, 360, fill=f)
-        for x, y, r in ((-.24, .64, .07), (.04, .8, .09), (.27, .62, .06)):
-            ellipse(x - r, y - r, x + r, y + r, cream)
+        for pen, f in zip(pens, fills(rgb)):
+            pen.pieslice([*pts((-.5, 1.0))[0], *pts((.5, .0))[0]], 180, 360, fill=f)
     elif name == "flower":
         rect(-.04, 0, .04, .5, (44, 120, 50))
         poly((44, 120, 50), (0, .08), (.3, .3), (.04, .28))
@@ -149,8 +168,11 @@ def paint_thing(pen: ImageDraw.ImageDraw, ids: ImageDraw.ImageDraw, name: str, r
     else:                                      # air balloon
         poly((120, 96, 70), (-.14, .26), (.14, .26), (.07, .12), (-.07, .12))
         ellipse(-.36, .24, .36, 1.0, rgb)
-        ellipse(-.14, .24, .14, 1.0, lite)
         rect(-.09, 0, .09, .13, brown)
+    pattern, where = PATTERNS[name]
+    yy, xx = np.mgrid[0:image.height, 0:image.width] / image.width
+    spots = 0.6 * np.asarray(coat) * where(xx - cx / image.width, base / image.width - yy)
+    image.paste(pattern, mask=Image.fromarray(spots.astype(np.uint8)))
 
 
 def draw(seed: int, side: int = SIDE) -> Scene:
@@ -170,36 +192,30 @@ def draw(seed: int, side: int = SIDE) -> Scene:
         canvas[below], ids[below] = paint_ground(yy, xx, name, rng)[below], CLASSES.index(name)
     image, labels = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.fromarray(ids)
     # things: one in each of n columns, far ones first so that near ones cover them
-    n = int(rng.choice([1, 2, 3], p=[0.25, 0.45, 0.3]))
+    n = int(rng.choice([1, 2], p=[0.4, 0.6]))
     todo = []
     for col, name in zip(rng.permutation(n), rng.choice(THINGS, size=n, replace=False)):
         size, colour = str(rng.choice(["big", "small"])), str(rng.choice(list(COLOURS)))
-        s = {"big": rng.uniform(0.54, 0.66), "small": rng.uniform(0.34, 0.42)}[size]
+        s = {"big": rng.uniform(0.56, 0.68), "small": rng.uniform(0.38, 0.46)}[size] * (0.8 if name == "car" else 1.0)
         cx = (col + rng.uniform(0.35, 0.65)) / n
-        base = rng.uniform(horizon + 0.08, 0.97)
+        base = rng.uniform(max(horizon + 0.08, s + 0.01), 0.97)          # whole, and on the ground
         if name == "air balloon":              # in the air: its foot may hang above the horizon
             base = rng.uniform(s + 0.02, max(s + 0.03, horizon + 0.1))
         todo.append((base, Thing(str(name), colour, size, float(cx)), s))
-    full = {}
     for base, thing, s in sorted(todo, key=lambda t: t[0]):
         rgb = tuple(int(c) for c in np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 7, 3), 0, 255))
-        paint_thing(ImageDraw.Draw(image), ImageDraw.Draw(labels), thing.name, rgb,
-                    thing.x * big, base * big, s * big)
-        full[thing.name] = int((np.asarray(labels) == CLASSES.index(thing.name)).sum())
+        paint_thing(image, labels, thing.name, rgb, thing.x * big, base * big, s * big)
     ids = np.asarray(labels)[1::2, 1::2].copy()                          # (side, side)
-    seen = [t for t in sorted((t for _, t, _ in todo), key=lambda t: t.x)
-            if 4 * (ids == CLASSES.index(t.name)).sum() > 0.35 * full[t.name]]
-    if len(seen) < n:                          # one is nearly hidden: another scene instead
-        return draw(seed + 1_000_000_007, side)
+    things = sorted((thing for _, thing, _ in todo), key=lambda t: t.x)
     stuff = [name for name in [sky, *map(str, grounds)] if (ids == CLASSES.index(name)).any()]
-    return Scene(np.asarray(image.resize((side, side), Image.Resampling.BOX)), ids, stuff, seen)
+    return Scene(np.asarray(image.resize((side, side), Image.Resampling.BOX)), ids, stuff, things)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One caption of a scene, drawn from its facts: half of them class lists as Seg4Diff prompts them
     ("red car sky grass"), half sentences; sizes and colours are named or left out at random."""
     if rng.random() < 0.5:
-        colours = rng.random() < 0.6
+        colours = rng.random() < 0.5
         items = [f"{t.colour} {t.name}" if colours else t.name for t in scene.things]
         items += scene.stuff
         return " ".join(items[i] for i in rng.permutation(len(items)))

@@ -42,10 +42,7 @@ def test_a_seed_is_a_scene(drawn):
 
 
 def test_train_and_validation_are_disjoint():
-    """Nor may the seed that a rejected one is replaced by lead from one into the other."""
     assert not range(max(TRAIN_SEEDS.start, VAL_SEEDS.start), min(TRAIN_SEEDS.stop, VAL_SEEDS.stop))
-    step = 1_000_000_007
-    assert max(TRAIN_SEEDS.stop, VAL_SEEDS.stop) < step
     assert (scenes.draw(7, 32).image != scenes.draw(TRAIN_SEEDS[7], 32).image).any()
 
 
@@ -54,7 +51,7 @@ def test_every_pixel_has_a_class(drawn):
         assert scene.image.shape == (scenes.SIDE, scenes.SIDE, 3) and scene.image.dtype == np.uint8
         assert scene.labels.shape == (scenes.SIDE, scenes.SIDE) and scene.labels.dtype == np.uint8
         named = [t.name for t in scene.things] + scene.stuff
-        assert len(named) == len(set(named)) and 1 <= len(scene.things) <= 3
+        assert len(named) == len(set(named)) and 1 <= len(scene.things) <= 2
         assert {CLASSES[k] for k in np.unique(scene.labels)} == set(named)
         assert set(named) & set(THINGS) == {t.name for t in scene.things}
         for thing in scene.things:                       # large enough to be seen on a grid of 8 x 8 pixels
@@ -63,9 +60,12 @@ def test_every_pixel_has_a_class(drawn):
     assert {name for s in drawn for name in s.stuff} == set(scenes.STUFF)
 
 
-def test_a_nearly_hidden_thing_is_not_shown():
-    """In seed 200's first draft one thing covers most of another, so that another scene takes its place."""
-    assert (scenes.draw(200).image == scenes.draw(200 + 1_000_000_007).image).all()
+def test_no_thing_is_nearly_hidden():
+    """Two things stand in columns of their own, and no kind is wide enough to cover most of another."""
+    for seed in range(300):
+        scene = scenes.draw(seed, 32)
+        if len(scene.things) == 2:
+            assert min((scene.labels == CLASSES.index(t.name)).sum() for t in scene.things) > 0.02 * 32 * 32, seed
 
 
 def test_the_mask_lies_on_the_picture(drawn):
@@ -110,11 +110,11 @@ def test_captions_fit_and_every_word_is_one_token(drawn):
     tokenizer = clip_tokenizer(word_merges(scenes.words()))
     for _, words in captions(drawn):
         tokens = tokenizer.encode(words).tokens
-        assert [t.removesuffix("</w>") for t in tokens] == words.split() and len(tokens) <= 28 - 2
+        assert [t.removesuffix("</w>") for t in tokens] == words.split() and len(tokens) <= 22 - 2
     longest = scenes.Scene(None, None, ["sunset", "grass", "sand"], [
-        scenes.Thing(name, "orange", "small", 0.5) for name in ("teddy bear", "air balloon", "car")])
+        scenes.Thing(name, "orange", "small", 0.5) for name in ("teddy bear", "air balloon")])
     texts = [scenes.caption(longest, np.random.default_rng(i)) for i in range(200)]
-    assert max(len(tokenizer.encode(words).ids) for words in texts) <= 28 - 2
+    assert max(len(tokenizer.encode(words).ids) for words in texts) <= 22 - 2
 
 
 def test_the_side_changes_the_size_alone():
