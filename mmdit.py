@@ -88,7 +88,7 @@ def i2t_attention(qkv: JointQKV, chunk: int = 512) -> Tensor:
         return (q.float() @ k).softmax(dim=-1)[..., N:].clone()              # (B, H, chunk, M)
 
     N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
-    run = partial(checkpoint, rows, use_reentrant=False) if torch.is_grad_enabled() else rows
+    run = partial(checkpoint, rows, use_reentrant=False) if qkv.q.requires_grad else rows
     return torch.cat([run(q, k) for q in qkv.q[:, :, :N].split(chunk, dim=2)], dim=2)        # (B, H, N, M)
 
 

@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
     candidates: str                         # "tokens": mean over heads, or "heads": each head's own (Sec. 4.1)
 
 
-RECIPES = {"scenes": Recipe("nano", "scenes-dev", 300, 30, 5e-4, 16, 16, "tokens"),        # ours
+RECIPES = {"scenes": Recipe("nano", "scenes-dev", 200, 20, 5e-4, 16, 16, "tokens"),        # ours
            "coco": Recipe("sd3", "coco-object", 3000, 500, 1e-5, 4, 16, "tokens"),         # lr, batch, candidates: Sec. 4.1;
            "sa1b": Recipe("sd3", "none", 1000, 500, 1e-5, 4, 16, "heads")}                 # the rest: released code
 
@@ -284,8 +284,8 @@ if __name__ == "__main__":
     parser.add_argument("--sigma", default="logit-normal", help="noise level: logit-normal (released code), uniform (Eq. 2)")
     parser.add_argument("--mask-weight", type=float, default=MASK_WEIGHT, help="lambda_mask of Eq. 13")
     parser.add_argument("--rank", type=int, default=RANK, help="of the LoRA")
-    parser.add_argument("--steps", type=int, help="of the optimiser (300; coco 3000, sa1b 1000)")
-    parser.add_argument("--warmup", type=int, help="steps until the full rate (30; 500)")
+    parser.add_argument("--steps", type=int, help="of the optimiser (200; coco 3000, sa1b 1000)")
+    parser.add_argument("--warmup", type=int, help="steps until the full rate (20; 500)")
     parser.add_argument("--lr", type=float, help="learning rate (5e-4; 1e-5)")
     parser.add_argument("--batch", type=int, help="pictures at once and process (16; 4)")
     parser.add_argument("--accumulate", type=int, help="batches a step (default: 16 pictures of all processes, or more)")
