@@ -243,13 +243,14 @@ def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path
 def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     """Fig. 5, 18, 31: I2T blurred in one block after the other, in all branches of the guidance; same seeds.
 
-    For nano the judge is validated beside it, on drawn scenes with their own and with each other's captions.
+    For nano the judge is validated beside it, on drawn scenes with their own and with each other's captions, if there
+    are prompts enough for a choice.
     """
     ways = {"none": {}} | {f"block {i}": {"perturb": [i]} for i in range(model.mmdit.config.depth)}
     ways["all"] = {"perturb": range(model.mmdit.config.depth)}
     found = judged(model, prompts, ways, out, "perturb", f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
-    if toy(model):
-        true = [scenes.draw(s) for s in scenes.VAL_SEEDS[200:200 + max(CHOICES, len(prompts))]]
+    if toy(model) and len(prompts) >= CHOICES:
+        true = [scenes.draw(s) for s in scenes.VAL_SEEDS[200:200 + len(prompts)]]
         told = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(true)]
         losses = caption_losses(model, [Image.fromarray(s.image) for s in true], choices(told))
         found["validation"] = {"pairs": len(losses), "captions": CHOICES, "own caption best [%]": judge_accuracy(losses),
