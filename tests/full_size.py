@@ -74,8 +74,11 @@ def measure(path: Path, way: str, device: str) -> None:
           f"peak {peak_megabytes() / 1000:.1f} GB{gpu}", flush=True)
 
 
-def measure_training(path: Path, sizes: list[int], device: str) -> None:
-    """A line for each size without and with checkpointing: seconds and peak of a step of one picture, bytes kept."""
+def measure_training(path: Path, sizes: list[int], device: str) -> dict[bool, list[tuple[int, int]]]:
+    """A line for each size without and with checkpointing: seconds and peak of a step of one picture, bytes kept.
+
+    Returns {checkpointing: [(image tokens, bytes kept), ...]}.
+    """
     model = seg4diff.load(path, device)
     params = add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
     cond = model.text.encode(["cat dog sky"])
@@ -114,6 +117,7 @@ def measure_training(path: Path, sizes: list[int], device: str) -> None:
         print(f"checkpointing {'on ' if way else 'off'}: {slope / 1e6:.3f} MB for each image token; the line says "
               f"{(b0 + slope * (n2 - n0)) / 1e9:.2f} GB for the third size (counted: {b2 / 1e9:.2f}) and "
               f"{(b0 + slope * (full - n0)) / 1e9:.1f} GB for {full} tokens at {model.preset.size} px")
+    return found
 
 
 if __name__ == "__main__":

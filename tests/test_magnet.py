@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import evaluate
+import full_size
 import magnet
 import mmdit
 import seg4diff
@@ -508,3 +509,12 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(capsys):
     assert err.count("picture b of mine cannot be read") == 1 and err.count("picture d") == 1
     with pytest.raises(ValueError, match="none of the 2"):
         train_magnet.readable(TrainingSet("mine", ["b", "d"], read), ["b", "d"])("b")
+
+
+def test_what_is_kept_for_the_backward_pass_is_linear_in_the_tokens(tiny_file):
+    """No matrix of N x N is kept, not even the softmax of the expert's maps; checkpointing keeps a fraction."""
+    found = full_size.measure_training(tiny_file, [64, 96, 128], "cpu")
+    for rows in found.values():
+        (n0, b0), (n1, b1), (n2, b2) = rows
+        assert (n0, n1, n2) == (64, 144, 256) and b2 == pytest.approx(b0 + (b1 - b0) / (n1 - n0) * (n2 - n0), rel=1e-3)
+    assert found[True][2][1] < 0.3 * found[False][2][1]
