@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     right.axhline(points[-1]["floor"], color="black", ls=":", lw=1, label="floor")
     right.set(xlabel="samples seen [thousands]", ylabel="mIoU [%]", ylim=(0, None),
               title=f"segmentation, {args.limit} scenes of scenes-dev")
-    right.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     fig.savefig(args.out, dpi=100)
     print(f"wrote {args.out}")
 
