@@ -40,7 +40,7 @@ def uniform_share(qkv: JointQKV) -> float:
 def value_norms(qkv: JointQKV, prompt: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Fig. 4, 28: mean L2 norm of the values of image tokens, all text tokens and the prompt's own tokens.
 
-    prompt[b]: how many of sample b's text columns, after <start>, are words. Returns for each kind the norm of the
+    prompt[b]: how many of sample b's text columns, after <sos>, are words. Returns for each kind the norm of the
     whole value, (B,), and of each head's part, (B, H).  A sample without words has nan for "prompt".
     """
     v, N = qkv.v.float(), qkv.n_img                                          # (B, H, N+M, d)
@@ -97,7 +97,7 @@ def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: in
 
 
 def words_of(cond: TextCond, b: int) -> list[int]:
-    """Text columns of the prompt's own tokens, between <start> and <end>."""
+    """Text columns of the prompt's own tokens, between <sos> and <eos>."""
     return list(range(1, cond.tokens[b].index("<eos>")))
 
 

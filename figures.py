@@ -224,20 +224,22 @@ def judged(model: Seg4Diff, prompts: list[str], ways: dict[str, dict], out: Path
                      "error": float(gain.std() / len(gain) ** 0.5)}
         shown.append(images[:4])
     pictures = [images[k] for k in range(len(shown[0])) for images in shown]
-    captions = [way if k == 0 else "" for k in range(len(shown[0])) for way in ways]
-    captions[::len(ways)] = [f"{next(iter(ways)) if k == 0 else ''} · {prompts[k]}" for k in range(len(shown[0]))]
+    captions = [f"{way}: {prompts[k]}" if way == next(iter(ways)) else way for k in range(len(shown[0])) for way in ways]
     sheet(pictures, captions, columns=len(ways), side=192).save(out / f"{name}_pictures.png")
-    with Figure(out / f"{name}.png", 1, 2, (5, 3.4), title) as axes:
-        for ax, key, label in ((axes[0, 0], "accuracy", "own caption explains best [%]"),
-                               (axes[0, 1], "gain", "loss saved by the caption [%]")):
+    panels, n = [("gain", "loss saved by the caption [%]")], len(prompts)
+    if n >= CHOICES:                                     # a choice of two captions says little
+        panels.append(("accuracy", f"own caption best of {CHOICES} [%]"))
+    with Figure(out / f"{name}.png", 1, len(panels), (5, 3.4), f"{title}; {n} pictures") as axes:
+        for ax, (key, label) in zip(axes[0], panels):
             ax.bar(range(len(rows)), [r[key] for r in rows.values()],
                    yerr=[r["error"] for r in rows.values()] if key == "gain" else None)
             ax.set(ylabel=label, xticks=range(len(rows)))
             ax.set_xticklabels(rows, rotation=45, ha="right")
-        axes[0, 0].axhline(100 / min(CHOICES, len(prompts)), color="black", ls=":", label="chance")
-        axes[0, 0].legend()
-    return {"n": len(prompts), "judge": f"flow loss at sigma {JUDGE_SIGMA}, {JUDGE_DRAWS} draws, "
-            f"{min(CHOICES, len(prompts))} captions", "rows": rows}
+        if n >= CHOICES:
+            axes[0, 1].axhline(100 / CHOICES, color="black", ls=":", label="chance")
+            axes[0, 1].legend(loc="lower right")
+    return {"n": n, "judge": f"flow loss at sigma {JUDGE_SIGMA}, {JUDGE_DRAWS} draws, "
+            f"{min(CHOICES, n)} captions", "rows": rows}
 
 
 def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
@@ -282,7 +284,7 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "sce
     rows = {"mIoU [%]": total, "value norm, prompt / image": ratio, "change by blurring I2T [%]": change}
     agreement = {f"{a} ~ {b}": float(spearmanr(rows[a], rows[b]).statistic)
                  for i, a in enumerate(rows) for b in list(rows)[i + 1:]}
-    with Figure(out / "expert.png", 1, 3, (4.2, 3.2), f"Which block is the expert? {model.name}, {data.name}") as axes:
+    with Figure(out / "expert.png", 1, 3, (4.6, 3.2), f"Which block is the expert? {model.name}, {data.name}") as axes:
         for ax, (label, y) in zip(axes[0], rows.items()):
             ax.bar(range(depth), y, color=["C1" if i == np.argmax(y) else "C0" for i in range(depth)],
                    yerr=np.stack([total - low, high - total]).clip(0) if "mIoU" in label else None)
@@ -295,7 +297,7 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "sce
 def text(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "scenes-dev", root: Path = ROOT,
          limit: int = 100) -> dict:
     """How much of the flow loss of real pictures their class names save, against the empty prompt, at each noise level;
-    and what the names of the next picture do.  Where words change nothing, their maps mean nothing."""
+    and what the names of the next picture do."""
     data = DATASETS[data_name](root)
     items = [data.read(name) for name in evaluate.subset(data.names, min(limit, 32))]
     named = [seg4diff.names_of(model.text, item.labels, data.classes) for item in items]
@@ -326,7 +328,8 @@ def magnet(model: Seg4Diff, prompts: list[str], out: Path, base: Seg4Diff, data_
     items = [data.read(name) for name in data.names[:3]]
     present = [np.setdiff1d(np.unique(item.labels), [IGNORE]) for item in items]
     columns, colours = 2 + min(6, max(map(len, present))), palette(len(data.classes))
-    title = f"Block {model.preset.block} without and with {model.name.removeprefix(base.name + '+')} (Fig. 12, 33)"
+    title = f"Block {model.preset.block} without and with {model.name.removeprefix(base.name + '+')} (Fig. 12, 33); " \
+        "maps: each class's share among the classes, dark 0, bright 1"
     with Figure(out / "magnet.png", 2 * len(items), columns, (1.4, 1.5), title) as axes:
         for ax in axes.flat:
             ax.axis("off")
@@ -335,10 +338,12 @@ def magnet(model: Seg4Diff, prompts: list[str], out: Path, base: Seg4Diff, data_
             for line, m, label in zip(axes[2 * i:], (base, model), ("without", "with")):
                 found = seg4diff.segment(m, item.image, names, seed=evaluate.image_seed(item.name, 0))
                 shown = [(item.image, "picture") if m is base else (overlay(item.image, item.labels, colours), "truth")]
-                shown += [(overlay(item.image, ids[found.labels], colours), label), *zip(found.maps, names)]
-                for ax, (picture, name) in zip(line, shown):
+                shown.append((overlay(item.image, ids[found.labels], colours), "argmax"))
+                shares = found.maps / found.maps.sum(0)                      # (K, h, w), what argmax compares
+                for ax, (picture, name) in zip(line, [*shown, *zip(shares, names)]):
                     ax.axis("on")
-                    panel(ax, picture, name)
+                    panel(ax, picture, name, vmin=0, vmax=1)
+                line[0].set_ylabel(label)
     few = prompts[:4]
     before, after = (drawn(m, few) for m in (base, model))
     sheet([*before, *after], [*(f"without: {p}" for p in few), *["with, from the same noise"] * len(few)],

@@ -13,8 +13,17 @@ from data import IGNORE, Item
 SHOWN = (512, 1024)                     # least and most pixels of the longer side of a picture of one's own
 
 
+# 19 colours that are easily told apart; the first 15 suit the toy world (sky, sunset, night, grass, sand, water, snow, ...)
+DISTINCT = ("42d4f4 fabed4 000075 3cb44b ffe119 4363d8 dcbeff e6194b 9a6324 bfef45 f58231 469990 f032e6 800000 911eb4 "
+            "aaffc3 808000 ffd8b1 a9a9a9").split()
+STRENGTH = 0.6                          # of a label's colour over the grey picture
+
+
 def palette(n: int) -> np.ndarray:
-    """n colours, (n, 3) uint8: hues a golden section apart, so that neighbours differ most, in three strengths."""
+    """n colours, (n, 3) uint8. More than DISTINCT has: hues a golden section apart, so that neighbours differ most, in
+    three strengths."""
+    if n <= len(DISTINCT):
+        return np.array([list(bytes.fromhex(x)) for x in DISTINCT[:n]], np.uint8).reshape(n, 3)
     strengths = [(0.55, 1.0), (0.85, 0.9), (0.8, 0.6)]                        # saturation, value
     rgb = [colorsys.hsv_to_rgb((0.57 + 0.618034 * i) % 1, *strengths[i % 3]) for i in range(n)]
     return np.array([[round(255 * c) for c in x] for x in rgb], np.uint8)
@@ -24,12 +33,12 @@ def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Imag
     """The picture, greyed, under its label map in colour; label IGNORE stays uncoloured."""
     grey = np.asarray(image.convert("L").convert("RGB"), float)
     table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
-    mixed = np.where((labels == IGNORE)[..., None], grey, 0.4 * grey + 0.6 * table[labels])
+    mixed = np.where((labels == IGNORE)[..., None], grey, (1 - STRENGTH) * grey + STRENGTH * table[labels])
     return Image.fromarray(mixed.astype(np.uint8))
 
 
 def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
-    """Colour patches with their names, as many to a row as fit into `width` pixels."""
+    """Colour patches with their names, as many to a row as fit into `width` pixels; each as it is over middle grey."""
     font = ImageFont.load_default(14)
     rows, x, widest = [[]], 0, width
     for name, colour in zip(names, colours):
@@ -37,7 +46,7 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image
         if x + w > width and rows[-1]:
             rows.append([])
             x = 0
-        rows[-1].append((x, name, tuple(int(c) for c in colour)))
+        rows[-1].append((x, name, tuple(int(STRENGTH * c + (1 - STRENGTH) * 128) for c in colour)))
         x += w
         widest = max(widest, x)
     strip = Image.new("RGB", (widest, 22 * len(rows) + 4), "white")

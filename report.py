@@ -27,10 +27,10 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
         for scaling in SCALINGS:
             own = [v for v in variants if v.scaling == scaling]
             x, y = [v.threshold for v in own], [rows[v.name]["mIoU"] for v in own]
-            line, = ax.semilogx(x, y, "o-", label=f"scaled over: {scaling}")
+            line, = ax.semilogx(x, y, "o-", label="not scaled" if scaling == "none" else f"scaled over: {scaling}")
             ax.semilogx(x, [rows[f"{v.name} floor"]["mIoU"] for v in own], ":", color=line.get_color())
         ax.set(xlabel="threshold on the symmetric KL", ylabel="mIoU [%]", ylim=(0, 100),
-               title="Proposals of <pad> tokens; dotted: as many random ones")
+               title="Proposals of the empty prompt's tokens; dotted: as many random ones")
         ax.axhline(rows["ceiling"]["mIoU"], color="black", ls="-.", lw=1, label="ceiling")
         ax.legend()
     else:
@@ -42,7 +42,7 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
         elif task == "timesteps":
             ax.plot([v.sigma for v in variants], miou, "o-", label=f"block {model.preset.block}")
             ax.axvline(model.preset.sigma, color="grey", lw=0.8,
-                       label=f"t = {model.preset.noise_steps} of {model.preset.steps}")
+                       label=f"{model.preset.noise_steps} of {model.preset.steps} steps left: sigma {model.preset.sigma:.3f}")
             ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
         else:
             ax.bar([v.name.replace(", ", ",\n") for v in variants], miou, width=0.6)
@@ -83,7 +83,10 @@ PAPER = {
 
 
 def table(rows: dict[str, dict]) -> str:
+    """mIoU, mACC, pACC, a row to a variant; floor and ceiling last."""
     width = max(map(len, rows))
+    last = {"floor": 1, "ceiling": 2}
+    rows = dict(sorted(rows.items(), key=lambda row: last.get(row[0], 0)))
     lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
     lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
     return "\n".join(lines)

@@ -181,7 +181,7 @@ def blur_matrix(M: int, kernel: int = 5, sigma: float = 9.0) -> Tensor:
     """(M, M): A_I2T @ blur_matrix blurs along the text tokens with a Gaussian (A.3); rows and columns sum to 1.
 
     NOTE(paper): it pads by reflection "to preserve the total attention mass". Mass is preserved if the edge itself
-    is repeated (b a | a b c), as here; without, the much attended <start> token would lose two fifths of its mass.
+    is repeated (b a | a b c), as here; without, the much attended <sos> token would lose two fifths of its mass.
     """
     reach = kernel // 2
     offsets = torch.arange(-reach, reach + 1)
@@ -391,7 +391,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     z0 from vae.encode, one row a picture; the noise of picture b is that of seeds[b] (Eq. 8). More names than one
     prompt holds run as several prompts on the same noise. Each softmax map is a share of its pixel's attention over
     all keys, so maps of different prompts, which are equally full, are compared as they are. classes None: the empty
-    prompt, and every CLIP column, <start> and <pad> too, is a class.  The run ends at the last block asked for.
+    prompt, and every CLIP column, <sos> and <pad> too, is a class.  The run ends at the last block asked for.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
     if not 0 <= sigma <= 1:
@@ -485,7 +485,7 @@ def pad_maps(model: Seg4Diff, z0: Tensor, *, block: int, sigma: float, seeds: Se
 
 def propose(model: Seg4Diff, image: Image.Image, *, block: int | None = None, sigma: float | None = None, seed: int = 0,
             threshold: float | None = None, scaling: str | None = None) -> Proposals:
-    """Regions without any names (Sec. 4.2): <start>, <end> and <pad> of the empty prompt, their maps merged.
+    """Regions without any names (Sec. 4.2): <sos>, <eos> and <pad> of the empty prompt, their maps merged.
 
     What is not given comes from the model's preset.  ValueError: block, sigma, scaling that does not exist,
     a threshold that is not positive.

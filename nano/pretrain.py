@@ -8,7 +8,8 @@
 Five stages; the first three are skipped when their result lies in --run: draw the scenes, train the VAE, encode
 all scenes once (the VAE is frozen from then on), train text towers and MM-DiT together by the flow-matching loss
 alone, choose the expert block and how <pad> maps are merged.  Masks are not even drawn to disk.
-NOTE(paper): Eq. 2 draws the noise level uniformly; as in SD3's own training it is logit-normal here.
+NOTE(paper): Eq. 2 draws the noise level uniformly; here it is logit-normal as in SD3's own training, but with mean 0.8,
+not 0: towards noise, where words matter.
 """
 import argparse
 import copy

@@ -21,7 +21,7 @@ def test_blur_matrix_is_a_gaussian_with_the_edge_repeated(M):
 
 
 def test_reflection_without_the_edge_would_lose_mass():
-    """What the docstring says: an attended <start> token keeps three fifths of its mass."""
+    """What the docstring says: an attended <sos> token keeps three fifths of its mass."""
     start = torch.zeros(1, 1, 20)
     start[..., 0] = 1
     padded = torch.nn.functional.pad(start, (2, 2), mode="reflect")[0, 0]

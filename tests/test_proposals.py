@@ -81,7 +81,7 @@ def test_what_is_scaled():
 
 
 def test_pad_maps_are_the_clip_columns_of_the_empty_prompt(tiny):
-    """28 columns, <start> and <end> and <pad>, of the 56 that the softmax goes over."""
+    """28 columns, <sos> and <eos> and <pad>, of the 56 that the softmax goes over."""
     z0 = seg4diff.noise((16, 8, 8), [50, 51])
     maps = seg4diff.pad_maps(tiny, z0, block=1, sigma=0.4, seeds=[1, 2])
     cond = tiny.text.encode([""])
