@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,8 +99,4 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--repeats", type=int, default=10)
-    try:
-        main(parser.parse_args())
-    except (ValueError, OSError) as error:              # bad input: one sentence, no traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    seg4diff.command(main, parser.parse_args())

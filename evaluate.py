@@ -20,7 +20,6 @@ that is killed goes on where it stopped (ledger.py).
 import argparse
 import os
 import platform
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from tqdm import tqdm
 import seg4diff
 import weights
 from data import DATASETS, IGNORE, ROOT, Dataset, Item, centre_crop, read_ahead, subset
-from ledger import Counts, Ledger, write_json
+from ledger import Counts, Ledger, world, write_json
 from metrics import ceiling_map, confusion, floor_map, match_proposals, proposal_scores, scores
 from pictures import overlay_grid, palette, panels
 from report import PAPER, paper_table, peak_megabytes, plot, table
@@ -217,11 +216,6 @@ def examples(model: Seg4Diff, data: Dataset, names: list[str], variant: Variant,
 # ---------------------------------------------------------------------------- runs
 
 
-def world() -> tuple[int, int]:
-    """This process's number and how many there are: torchrun says so in the environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def wait_for_all() -> None:
     """Until every process of torchrun is here."""
     if world()[1] > 1:
@@ -250,12 +244,14 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
         variants = [v._replace(threshold=args.threshold or v.threshold, scaling=args.scaling or v.scaling) for v in variants]
     how = Protocol(args.seed, args.prompt, args.resize, args.draws)
     floors = list(dict.fromkeys(floor_row(v, variants) for v in variants))
+    size = args.batch_size or model.preset.batch         # changes no number in fp32 on the CPU, elsewhere it may
+    exact = model.device.type == "cpu" and model.dtype == torch.float32
     here = Path(__file__).parent                         # what a changed program had counted does not count
     code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), here / "classes.json", here / "nano/scenes.py"))
     protocol = {"task": args.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
                 "always": data.always,
                 "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "variants": variants,
-                "how": how._asdict(), "code": zlib.crc32(code.encode())}
+                "how": how._asdict(), "code": zlib.crc32(code.encode()), "batch": exact or size}
     book = Ledger(out, protocol, rank)
     todo = [name for name in names[rank::processes] if name not in book.done]
     K = len(data.classes)
@@ -263,7 +259,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     conf = book.sum(names, [v.name for v in variants], shape)                # for the progress bar only
     with tqdm(total=len(names[rank::processes]), initial=len(names[rank::processes]) - len(todo), desc="evaluating",
               unit="image", disable=rank > 0) as bar:
-        for name, counts in tally(model, data, todo, variants, how, args.batch_size or model.preset.batch):
+        for name, counts in tally(model, data, todo, variants, how, size):
             if isinstance(counts, Exception):
                 book.skip(name, str(counts))
             else:
@@ -291,7 +287,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     if broken:
         print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
               + "; ".join(f"{name} ({why})" for name, why in broken.items()))
-    megabytes = peak_megabytes()
+    megabytes = peak_megabytes(model.device)
     result = {"task": args.task, "n": len(names) - len(broken), "caption": line, "protocol": protocol, "hash": book.hash,
               "broken": broken, "arguments": {k: str(v) for k, v in vars(args).items()},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "classes": data.classes,
@@ -380,8 +376,7 @@ def main(args: argparse.Namespace) -> None:
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device != "cpu" and torch.cuda.is_available() and world()[1] > 1 \
         else args.device                                                     # torchrun: a GPU for each process
-    model = seg4diff.load(name, device, segment_only=args.task not in ("layers", "heads"),
-                          lora=args.lora)
+    model = seg4diff.load(name, device, args.dtype, segment_only=args.task not in ("layers", "heads"), lora=args.lora)
     if model.name in ("floor", "ceiling"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
 
@@ -417,9 +412,7 @@ if __name__ == "__main__":
                         "it changes no number")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; each picture's own follows from it and its name")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
+                        "float16 (released code)")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
-    try:
-        main(parser.parse_args())
-    except (ValueError, OSError) as error:              # bad input: one sentence, no traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    seg4diff.command(main, parser.parse_args())

@@ -14,7 +14,6 @@ noise, too).  Prompts: captions of the toy world for nano, else the paper's 50 o
 """
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -372,7 +371,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no data set {args.dataset!r}; choose one of {', '.join(DATASETS)}")
     if "magnet" in args.figures and args.lora is None:
         raise ValueError("magnet shows a model without and with a LoRA; name one with --lora")
-    model = seg4diff.load(args.model, args.device, lora=args.lora)
+    model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     if args.prompts is not None and not args.prompts.is_file():
         raise ValueError(f"--prompts {args.prompts} is not a file; it should hold a prompt to a line")
     if args.prompts is None and toy(model):
@@ -387,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
     for figure in args.figures or [f for f in FIGURES if f != "magnet" or args.lora]:
         options = {} if figure not in ("expert", "text", "magnet") else dict(
             data_name=args.dataset or ("scenes-dev" if toy(model) else "voc"), root=args.data_root)
-        options |= dict(base=seg4diff.load(args.model, args.device)) if figure == "magnet" else \
+        options |= dict(base=seg4diff.load(args.model, args.device, args.dtype)) if figure == "magnet" else \
             dict(limit=2 * args.limit) if options else {}
         numbers = {"model": [model.name, model.fingerprint]} | FIGURES[figure](model, prompts, out, **options)
         write_json(out / f"{figure}.json", numbers)
@@ -408,9 +407,7 @@ if __name__ == "__main__":
                         f"{', '.join(DATASETS)}")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
+                        "float16 (released code)")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/figures-MODEL)")
-    try:
-        main(parser.parse_args())
-    except (ValueError, OSError) as error:              # bad input: one sentence, no traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    seg4diff.command(main, parser.parse_args())

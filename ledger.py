@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
 
@@ -20,6 +21,17 @@ def write_json(path: Path, value: dict | list) -> None:
     """A JSON file that is there as a whole or not at all."""
     path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def write_tensors(path: Path, value: dict) -> None:
+    """The same for torch.save."""
+    torch.save(value, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def world() -> tuple[int, int]:
+    """This process's number and how many there are: torchrun says so in the environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def digest(protocol: dict) -> str:

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-import evaluate
 import seg4diff
 from data import MAX_MASKS, Pair
+from ledger import world
 from mmdit import i2t_attention
 from seg4diff import Seg4Diff
 
@@ -44,8 +44,7 @@ PICTURES = 10_000                           # of the training: Sec. 4.1; masks o
 
 def minmax(maps: Tensor) -> Tensor:
     """Each map (..., N) from its least to its largest value: (..., N) in [0, 1]."""
-    lo, hi = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
-    return (maps - lo) / (hi - lo).clamp_min(1e-12)
+    return seg4diff.rescale(maps, -1)
 
 
 def zscore(maps: Tensor) -> Tensor:
@@ -94,8 +93,7 @@ def draw_sigma(kind: str, shift: float, generator: torch.Generator) -> Tensor:
     """A noise level (1,): "uniform" (Eq. 2), or "logit-normal", shifted as the sampler's schedule (released code)."""
     if kind == "uniform":
         return torch.rand(1, generator=generator)
-    s = torch.sigmoid(SIGMA_STD * torch.randn(1, generator=generator))
-    return shift * s / (1 + (shift - 1) * s)
+    return seg4diff.shifted(torch.sigmoid(SIGMA_STD * torch.randn(1, generator=generator)), shift)
 
 
 # ---------------------------------------------------------------------------- what a picture becomes, once
@@ -178,11 +176,11 @@ def gradient(model: Seg4Diff, params: Sequence[nn.Parameter], batches: list, how
         losses = batch_losses(model, batch, seeds, how)
         (losses["loss"] / len(batches)).backward()
         total += torch.stack([x.detach().cpu() for x in losses.values()]) / len(batches)
-    if evaluate.world()[1] > 1:
+    if world()[1] > 1:
         grads = [p.grad for p in params]
         flat = torch.cat([g.flatten() for g in grads] + [total.to(grads[0])])
         dist.all_reduce(flat)
-        *parts, total = (flat / evaluate.world()[1]).split([g.numel() for g in grads] + [len(total)])
+        *parts, total = (flat / world()[1]).split([g.numel() for g in grads] + [len(total)])
         for g, part in zip(grads, parts):
             g.copy_(part.view_as(g))
     return dict(zip(losses, total.tolist()))

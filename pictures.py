@@ -124,7 +124,7 @@ def overlay_grid(shown: list[tuple[Item, np.ndarray]], classes: list[str], side:
 
 def check_out(path: Path) -> None:
     """ValueError now, not after the work, if a picture cannot be written to `path`."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:             # some can only be read
         raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")

@@ -42,7 +42,7 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
         elif task == "timesteps":
             ax.plot([v.sigma for v in variants], miou, "o-", label=f"block {model.preset.block}")
             ax.axvline(model.preset.sigma, color="grey", lw=0.8,
-                       label=f"{model.preset.noise_steps} of {model.preset.steps} steps left: sigma {model.preset.sigma:.3f}")
+                       label=f"{model.preset.noise_steps} of {model.preset.steps} left, sigma {model.preset.sigma:.3f}")
             ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
         else:
             ax.bar([v.name.replace(", ", ",\n") for v in variants], miou, width=0.6)
@@ -55,10 +55,10 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
     plt.close(fig)
 
 
-def peak_megabytes() -> float:
-    """Peak memory: of the GPU if one was used, else of this process; nan where the system does not tell."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
+def peak_megabytes(device: torch.device) -> float:
+    """Peak memory: on the GPU that is meant, else of this process; nan where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
         return float("nan")
     import resource

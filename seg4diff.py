@@ -84,9 +84,9 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
          segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
-    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA, fp32 on the CPU.  With segment_only, blocks
-    after the expert are left on the disk; such a model segments, and cannot generate.  lora: a file of
-    train_magnet.py's or another LoRA of SD3 (mmdit.load_lora), merged into the weights.
+    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA (NOTE(official): fp16), fp32 on the CPU.  With
+    segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
+    file of train_magnet.py's or another LoRA of SD3 (mmdit.load_lora), merged into the weights.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
     """
     if device == "auto":
@@ -138,17 +138,19 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
 # ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
 
 
+def shifted(s: float | Tensor, shift: float) -> float | Tensor:
+    """a s / (1 + (a-1) s): noise levels in [0, 1] moved towards noise, which large pictures need (a: 3 for SD3)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
 def sigmas(steps: int, shift: float) -> Tensor:
     """Noise levels of the Euler sampler, (steps+1,) from 1 down to 0; those of SD3's scheduler.
 
-    The shift f(s) = a s / (1 + (a-1) s) is applied to the ends of the line and then to the line itself, as
-    the published scheduler does; its table has 1000 entries, so the last level above 0 comes from 1/1000.
+    The shift is applied to the ends of the line and then to the line itself, as the published scheduler does; its
+    table has 1000 entries, so the last level above 0 comes from 1/1000.
     """
-    def f(s):
-        return shift * s / (1 + (shift - 1) * s)
-
-    line = torch.linspace(1.0, f(1 / 1000), steps, dtype=torch.float64)      # (S,)
-    return torch.cat([f(line), line.new_zeros(1)]).float()                   # (S+1,)
+    line = torch.linspace(1.0, shifted(1 / 1000, shift), steps, dtype=torch.float64)         # (S,)
+    return torch.cat([shifted(line, shift), line.new_zeros(1)]).float()      # (S+1,)
 
 
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -358,13 +360,16 @@ def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str =
             for s, names in zip(scores, spans)]
 
 
+def rescale(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Every map, or whatever lies along `dim`, from its least to its largest value: [0, 1]; a constant one becomes 0."""
+    lo, hi = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    return (x - lo) / (hi - lo).clamp_min(1e-12)
+
+
 def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> Tensor:
     """Eq. 10, 11: (H, K, h, w) -> the mean over heads (or one head), (K, h, w); `minmax` scales every map to [0, 1]."""
     maps = attn.mean(0) if head is None else attn[head]                      # (K, h, w)
-    if minmax:
-        lo, hi = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-        maps = (maps - lo) / (hi - lo).clamp_min(1e-12)
-    return maps
+    return rescale(maps, (1, 2)) if minmax else maps
 
 
 def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -458,9 +463,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     """
     x = maps.float().flatten(1)                                              # (L, N)
     if scaling != "none":
-        over = 1 if scaling == "map" else 0
-        lo, hi = x.amin(over, keepdim=True), x.amax(over, keepdim=True)
-        x = (x - lo) / (hi - lo).clamp_min(1e-12)
+        x = rescale(x, 1 if scaling == "map" else 0)
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
     cross = p @ log_p.mT                                                     # (L, L): sum of p_i log p_j
@@ -505,10 +508,22 @@ def propose(model: Seg4Diff, image: Image.Image, *, block: int | None = None, si
 # ---------------------------------------------------------------------------- command line
 
 
+def command(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Every script's border: bad input and too little memory end in one sentence and exit code 2, not in a traceback."""
+    try:
+        return main(args)
+    except (ValueError, OSError) as e:
+        problem = str(e)
+    except torch.OutOfMemoryError:
+        problem = "the device has too little memory for this; smaller batches or pictures, or --device cpu, need less of it"
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_segment(args: argparse.Namespace) -> None:
     check_out(args.out)
     image = open_image(args.image)
-    model = load(args.model, args.device, segment_only=args.block is None, lora=args.lora)
+    model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
     panels(image, seg.labels, seg.classes).save(args.out)
     for k, name in enumerate(seg.classes):
@@ -518,7 +533,7 @@ def run_segment(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     check_out(args.out)
-    model = load(args.model, args.device, lora=args.lora)
+    model = load(args.model, args.device, args.dtype, lora=args.lora)
     steps, size = model.preset.steps if args.steps is None else args.steps, model.preset.batch
     with tqdm(total=max(steps, 0) * -(-len(args.prompts) // size), desc="sampling", unit="step") as bar:
         images = [image for i in range(0, len(args.prompts), size) for image in
@@ -552,12 +567,10 @@ def main() -> None:
         p.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        p.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
+                       "float16 (released code)")
     args = parser.parse_args()
-    try:
-        args.run(args)
-    except (ValueError, OSError) as e:              # bad input: one sentence, no traceback
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    command(args.run, args)
 
 
 if __name__ == "__main__":

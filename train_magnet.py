@@ -6,12 +6,12 @@
     python train_magnet.py --measure out/magnet-scenes-nano-0/lora.safetensors         # before and after, in numbers
 
 A run writes lora.safetensors, log.json and loss.png to --out; killed, the same command goes on where it stopped and
-ends with the same weights.  magnet.py has the losses.
+ends with the same weights (on a GPU nearly the same: its sums are not always in one order).  magnet.py has the losses.
 """
 import argparse
 import math
 import os
-import sys
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -29,7 +29,7 @@ import evaluate
 import seg4diff
 import weights
 from data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, Pair, TrainingSet, read_ahead, subset
-from ledger import write_json
+from ledger import world, write_json, write_tensors
 from magnet import CLIP, DECAY, LORA_ALPHA, MASK_WEIGHT, NORMALISATIONS, PICTURES, RANK, Features, How, features, gradient
 from mmdit import add_lora, save_lora
 from report import peak_megabytes, plot_losses
@@ -144,25 +144,23 @@ def compare(args: argparse.Namespace, data: Dataset, names: Sequence[str]) -> No
 # ---------------------------------------------------------------------------- the run
 
 
-def save_state(path: Path, state: dict) -> None:
-    """torch.save that a kill cannot leave half written."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dataset | None, out: Path) -> None:
-    (rank, processes), start = evaluate.world(), time.time()
+    (rank, processes), start = world(), time.time()
     names, size = subset(data.names, args.limit), args.batch * args.accumulate * processes
     how = How(model.preset.block, args.candidates, args.match == "tokens", args.normalise, args.sigma, args.mask_weight)
     params = add_lora(model.mmdit, args.rank, args.rank * LORA_ALPHA / RANK, torch.Generator().manual_seed(args.seed))
     model.mmdit.checkpointing = args.checkpointing
     opt = torch.optim.AdamW(params, args.lr, weight_decay=DECAY)
-    this = {"model": [model.name, model.fingerprint], "data": [data.name, len(names)], "size": size, "how": list(how),
+    this = {"model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "how": list(how),
+            "data": [data.name, len(names)], "size": size,
             "captions": str(args.captions), **{k: getattr(args, k) for k in ("steps", "warmup", "lr", "rank", "seed")}}
     done, log = 0, []
     if (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", map_location=model.device, weights_only=True)
-        if other := [f"{k} {state['run'][k]} instead of {this[k]}" for k in this if state["run"][k] != this[k]]:
+        try:
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{out}/state.pt is broken ({e}); remove it, or name another --out") from None
+        if other := [f"{k} {state['run'].get(k)} instead of {this[k]}" for k in this if state["run"].get(k) != this[k]]:
             raise ValueError(f"{out} holds a run with {'; '.join(other)}; name another --out, or remove it")
         done, log = state["step"], state["log"]
         opt.load_state_dict(state["opt"])
@@ -180,7 +178,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
             write_json(out / "log.json", log)
             plot_losses(log, out / "loss.png")
             lora = [p.detach() for p in params]
-            save_state(out / "state.pt", dict(step=step, log=log, run=this, opt=opt.state_dict(), lora=lora))
+            write_tensors(out / "state.pt", dict(step=step, log=log, run=this, opt=opt.state_dict(), lora=lora))
 
     # the g-th sample of the whole run, its picture and its noise, is the same for any number of processes and kills
     epochs = range(-(-args.steps * size // len(names)))
@@ -212,7 +210,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 keep(step + 1)
     if rank == 0:
-        gigabytes, seconds = peak_megabytes() / 1000, time.time() - start
+        gigabytes, seconds = peak_megabytes(model.device) / 1000, time.time() - start
         measured = [x["val"] for x in log if "val" in x]
         for key in measured[0] if measured else ():
             print(f"{key:12s} {measured[0][key]:8.4f} -> {measured[-1][key]:8.4f}")
@@ -244,12 +242,12 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    (rank, processes), recipe = evaluate.world(), RECIPES[args.dataset]
+    (rank, processes), recipe = world(), RECIPES[args.dataset]
     for key in ("model", "val", "steps", "warmup", "lr", "batch", "candidates"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))
     if args.accumulate is None:
-        args.accumulate = max(1, recipe.effective // (args.batch * processes))
+        args.accumulate = -(-recipe.effective // (args.batch * processes))   # so many or more
     val = DATASETS[args.val](args.data_root) if args.val != "none" else None
     if args.measure:
         if val is None:
@@ -259,10 +257,11 @@ def main(args: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if processes > 1:                                    # torchrun: a GPU for each process
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+    model = seg4diff.load(args.model, args.device)       # it says so if there is no such GPU
+    if processes > 1:
         if cuda:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))       # rank 0 validates alone
-    model = seg4diff.load(args.model, args.device)
     out = args.out or Path("out") / f"magnet-{args.dataset}-{model.name}-{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     train(args, model, data, val, out)
@@ -300,8 +299,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of the run (default: out/magnet-DATASET-MODEL-SEED)")
-    try:
-        main(parser.parse_args())
-    except (ValueError, OSError) as error:               # bad input: one sentence, no traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    seg4diff.command(main, parser.parse_args())

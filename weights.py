@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx2                                            # the hub's own client, whose errors it lets through
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
@@ -103,7 +104,7 @@ def from_diffusers(part: str, sd: dict[str, Tensor]) -> dict[str, Tensor]:
                 key = re.sub(rf"(?:^|(?<=\.)){theirs}", original, key)
             name, _, i = key.partition("#")
             parts.setdefault(name, {})[i] = v
-        sd = {key: torch.cat([vs[i] for i in sorted(vs)]) for key, vs in parts.items()}
+        sd = {key: torch.cat([vs[i] for i in sorted(vs)]) if len(vs) > 1 else vs[""] for key, vs in parts.items()}
         width = shape(sd, "x_embedder.proj.weight", 4)[0]
         for key, v in sd.items():           # diffusers keeps [scale; shift] where there are two chunks (final layer, last
             if "adaLN_modulation" in key and len(v) == 2 * width:            # block's text), the original [shift; scale]
@@ -135,7 +136,7 @@ def hub(repo: str, file: str) -> Path:
     except GatedRepoError:
         raise ValueError(f"{file} of {repo} is behind a licence: open {page}, accept it, then log in here "
                          "with `hf auth login`") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as e:
         raise ValueError(f"{file} of {repo} is not in the cache and cannot be fetched ({type(e).__name__}): connect to the "
                          f"network, or download it from {page} and pass its path with --model") from None
 

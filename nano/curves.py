@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt                          # noqa: E402
 
+import seg4diff                                          # noqa: E402
 import weights                                           # noqa: E402
 from nano.pretrain import block_scores                   # noqa: E402
 
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     for run in args.run:
         if not (run / "mmdit.pt").exists():
             raise ValueError(f"{run} is not the folder of a run of pretrain.py: it holds no mmdit.pt")
-        state, done_file = torch.load(run / "mmdit.pt", weights_only=True), run / "curves.json"
+        state, done_file = torch.load(run / "mmdit.pt", map_location="cpu", weights_only=True), run / "curves.json"
         done = json.loads(done_file.read_text()) if done_file.exists() else {}
         for path in sorted(run.glob("nano_*.safetensors")):
             if f"{path.name}/{args.limit}" not in done:
@@ -69,8 +70,4 @@ if __name__ == "__main__":
                         help="its folder; several, in order, if a run went on from another (--init)")
     parser.add_argument("--limit", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "curves.png")
-    try:
-        main(parser.parse_args())
-    except ValueError as error:                          # one sentence, no traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    seg4diff.command(main, parser.parse_args())

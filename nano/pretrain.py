@@ -41,6 +41,7 @@ import pictures                                          # noqa: E402
 import seg4diff                                          # noqa: E402
 import weights                                           # noqa: E402
 from data import DATASETS                                # noqa: E402
+from ledger import write_tensors                         # noqa: E402
 from mmdit import MMDiT, MMDiTConfig                     # noqa: E402
 from nano import scenes                                  # noqa: E402
 from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
@@ -48,12 +49,6 @@ from vae import SCALE, SHIFT, VAE                        # noqa: E402
 
 
 DEPTH = 6
-
-
-def save(state: dict, path: Path) -> None:
-    """torch.save that a kill cannot leave half written."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 # ---------------------------------------------------------------------------- 1. scenes
@@ -186,11 +181,11 @@ def train_vae(run: Path, args: argparse.Namespace) -> None:
         bar.set_postfix(psnr=f"{-10 * np.log10(mse.item() / 4):.1f}dB", kl=f"{kl.item():.2f}",
                         images=step * args.batch_vae)
         if step % 300 == 0 or spent >= 60 * args.minutes_vae:
-            save(dict(vae=vae.state_dict(), opts=[o.state_dict() for o in opts], spent=spent, step=step, folded=folded),
-                 run / "vae.pt")
+            write_tensors(run / "vae.pt", dict(vae=vae.state_dict(), opts=[o.state_dict() for o in opts], spent=spent,
+                                               step=step, folded=folded))
             show = torch.cat([x[:8], y[:8]]).detach().clamp(-1, 1).cpu()
             save_grid(show, run / "vae.png")
-    save(dict(vae=vae.state_dict()), run / "vae_done.pt")
+    write_tensors(run / "vae_done.pt", dict(vae=vae.state_dict()))
 
 
 def save_grid(x: Tensor, path: Path, columns: int = 8) -> None:
@@ -283,8 +278,8 @@ def build(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, l
         nn.init.normal_(tower.text_model.embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.1)
     cfg = MMDiTConfig(width=args.width, depth=args.depth or DEPTH, head_dim=args.head_dim, patch=1, channels=latent,
-                      pos_grid=24,
-                      ctx_dim=ctx_dim, pooled_dim=width_l + width_g, mlp=4 * args.width, time_dim=128, qk_norm=True)
+                      pos_grid=24, ctx_dim=ctx_dim, pooled_dim=width_l + width_g, mlp=4 * args.width, time_dim=128,
+                      qk_norm=True)
     mmdit = MMDiT(cfg)
     mmdit.pos_embed.copy_(sincos_grid(cfg.pos_grid, cfg.width))
     initialise(mmdit)
@@ -328,8 +323,8 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
     bar = tqdm(total=args.samples, initial=samples, desc="MM-DiT", unit="sample", mininterval=10)
 
     def keep(tag=""):
-        save(dict(model=model.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts], step=step,
-                  samples=samples, spent=spent, log=log), run / "mmdit.pt")
+        write_tensors(run / "mmdit.pt", dict(model=model.state_dict(), ema=ema.state_dict(), step=step, samples=samples,
+                                             opts=[o.state_dict() for o in opts], spent=spent, log=log))
         export(run / f"nano{tag}.safetensors", ema["mmdit"], TextEncoders(ema["clip_l"], ema["clip_g"], text.tokenizer,
                text.ctx_dim), vae, merges, dict(samples=samples, seconds=round(spent), scenes=len(latents), seed=args.seed))
         prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:16]]
@@ -373,9 +368,9 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
 
 # ---------------------------------------------------------------------------- 5. presets: which block is the expert
 
-def block_scores(path: Path, limit: int | None = None) -> tuple[list[float], float]:
+def block_scores(path: Path, limit: int | None = None, device: str = "cpu") -> tuple[list[float], float]:
     """mIoU of every block of a model file on scenes-dev (Fig. 8), and the floor's."""
-    model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
+    model, data = seg4diff.load(path, device), DATASETS["scenes-dev"]()
     variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
     rows = evaluate.compare(model, data, data.names[:limit], variants)
     return [rows[v.name]["mIoU"] for v in variants], rows["floor"]["mIoU"]
@@ -390,13 +385,13 @@ def write_presets(path: Path, **new) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def choose_presets(path: Path) -> None:
+def choose_presets(path: Path, device: str) -> None:
     """Write into the file's presets what is best on scenes-dev: the block, as the paper chose SD3's on its benchmarks,
     and for that block how maps of <pad> tokens are scaled and merged.  The only place in this file where masks are
     looked at, after the training is over."""
-    miou, _ = block_scores(path)
+    miou, _ = block_scores(path, device=device)
     write_presets(path, block=int(np.argmax(miou)))
-    model, data = seg4diff.load(path), DATASETS["scenes-dev"]()
+    model, data = seg4diff.load(path, device), DATASETS["scenes-dev"]()
     variants = evaluate.thresholds(model)
     rows = evaluate.compare(model, data, data.names[:40], variants)
     best = max(variants, key=lambda v: rows[v.name]["mIoU"])
@@ -406,7 +401,19 @@ def choose_presets(path: Path) -> None:
           f"as many random proposals {rows[f'{best.name} floor']['mIoU']:.1f}")
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError now, not after the scenes are drawn: what cannot be trained."""
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device} was asked for, but PyTorch sees no CUDA device here; use cpu")
+    if args.width % args.head_dim or args.width % 4:
+        raise ValueError(f"--width must be a multiple of 4 and of --head-dim, not {args.width}")
+    for key in ("scenes", "samples", "batch", "batch_vae", "text_layers", "minutes_vae"):
+        if getattr(args, key) <= 0:
+            raise ValueError(f"--{key.replace('_', '-')} must be positive, not {getattr(args, key)}")
+
+
 def main(args: argparse.Namespace) -> None:
+    check(args)
     args.run.mkdir(parents=True, exist_ok=True)
     world = zlib.crc32((Path(__file__).parent / "scenes.py").read_bytes())           # a run stays in its world
     own = {k: str(getattr(args, k)) for k in ("init", "seed", "scenes", "vae_widths", "width", "depth", "head_dim",
@@ -423,11 +430,12 @@ def main(args: argparse.Namespace) -> None:
     else:
         if not (args.run / "vae_done.pt").exists():
             train_vae(args.run, args)
-        vae = VAE.from_state_dict(torch.load(args.run / "vae_done.pt", weights_only=True)["vae"], device=args.device)
+        trained = torch.load(args.run / "vae_done.pt", map_location="cpu", weights_only=True)["vae"]
+        vae = VAE.from_state_dict(trained, device=args.device)
     if not (args.run / "latents.npy").exists():
         encode_latents(args.run, vae, args.device)
     train_mmdit(args.run, args, vae)
-    choose_presets(args.run / "nano.safetensors")
+    choose_presets(args.run / "nano.safetensors", args.device)
     print(f"wrote {args.run / 'nano.safetensors'}; copy it to nano/nano.safetensors to make it the embedded model")
 
 
@@ -458,8 +466,4 @@ if __name__ == "__main__":
     parser.add_argument("--cooldown", type=float, default=0.25, help="share of the samples in which the rate falls to zero")
     parser.add_argument("--snapshot", type=float, default=8, help="minutes between saved states")
     parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
-    try:
-        main(parser.parse_args())
-    except (ValueError, OSError) as error:               # one sentence, no traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    seg4diff.command(main, parser.parse_args())

@@ -241,12 +241,15 @@ def words() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     import pictures                            # here, because it stands on data.py, which stands on this file
+    pictures.check_out(args.out)
+    if not 0 <= args.first < len(VAL_SEEDS):
+        raise ValueError(f"--first must be from 0 to {len(VAL_SEEDS) - 1}, not {args.first}")
     colours, cells, captions = pictures.palette(len(CLASSES)), [], []
     for seed in VAL_SEEDS[args.first:args.first + 12]:
         scene = draw(seed)
-        cells.append(Image.fromarray(np.concatenate([scene.image, colours[scene.labels]], axis=1)))   # (SIDE, 2*SIDE, 3)
+        image = Image.fromarray(scene.image)
+        cells.append(Image.fromarray(np.concatenate([image, pictures.overlay(image, scene.labels, colours)], axis=1)))
         captions.append(caption(scene, np.random.default_rng(seed)))
     sheet = pictures.sheet(cells, captions, columns=3)
     pictures.stack(sheet, pictures.legend(CLASSES, colours, sheet.width)).save(args.out)
@@ -257,4 +260,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("scenes.png"))
     parser.add_argument("--first", type=int, default=0, help="first validation scene of the sheet")
-    main(parser.parse_args())
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import seg4diff
+    seg4diff.command(main, parser.parse_args())

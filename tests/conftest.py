@@ -10,6 +10,8 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"         # no test may reach for the network; read when the hub's client is imported
+if not os.environ.get("SEG4DIFF_CUDA"):    # numbers are compared with the CPU's; tests/test_cuda.py asks for the GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent.parent))                        # from whatever folder pytest is started
 
 import seg4diff                            # noqa: E402

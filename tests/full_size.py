@@ -68,10 +68,9 @@ def measure(path: Path, way: str, device: str) -> None:
         maps = i2t_attention(taps[block])
     assert maps.isfinite().all() and maps.sum(-1).max() <= 1.001       # shares of each pixel's attention
     ran = time.time()
-    gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU" if model.device.type == "cuda" else ""
     print(f"{way:6s} {model.mmdit.config.depth} blocks loaded, maps {tuple(maps.shape)}: load {loaded - start:.0f} s, "
           f"VAE and text {encoded - loaded:.0f} s, MM-DiT {ran - encoded:.0f} s, "
-          f"peak {peak_megabytes() / 1000:.1f} GB{gpu}", flush=True)
+          f"peak {peak_megabytes(model.device) / 1000:.1f} GB", flush=True)
 
 
 def measure_training(path: Path, sizes: list[int], device: str) -> dict[bool, list[tuple[int, int]]]:

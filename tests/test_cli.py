@@ -165,7 +165,8 @@ SEGMENT = [
     (["photo.png", "car", "--block", "-1"], "no block -1"), (["photo.png", "car", "--device", "gpu"], "cpu or cuda"),
     (["photo.png", "car", "--out", "words.png/o.png"], "words.png/o.png"),
     (["photo.png", "car", "--out", "none/o.png"], "none/o.png"),
-    (["photo.png", "car", "--out", "o.picture"], ".picture")]
+    (["photo.png", "car", "--out", "o.picture"], ".picture"), (["photo.png", "car", "--out", "o.psd"], ".psd"),
+    (["photo.png", "car", "--dtype", "int8"], "dtype must be")]
 GENERATE = [(["car", "--steps", "-1"], "at least one step"), (["car", "--device", "gpu"], "cpu or cuda")]
 EVALUATE = [
     (["--task", "layer"], "choose one of ovss, unsup"), (["--dataset", "imagenet"], "choose one of scenes"),
@@ -200,6 +201,25 @@ def test_one_sentence_and_code_2(command, folder, tiny_file, script, args, told)
     lines = [line for line in err.splitlines() if line and "sampling:" not in line]          # but for a progress bar
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], err
     assert "Traceback" not in err and files(folder) == before
+
+
+@pytest.mark.parametrize("script, args, told", [
+    ("nano/scenes.py", ["--first", "10000"], "0 to 9999"), ("nano/scenes.py", ["--out", "none/o.png"], "none/o.png"),
+    ("nano/pretrain.py", ["--device", "cuda"], "use cpu"), ("nano/pretrain.py", ["--width", "100"], "multiple"),
+    ("nano/pretrain.py", ["--samples", "0"], "--samples"), ("nano/curves.py", ["--run", "none"], "mmdit.pt")])
+def test_nano_answers_in_a_sentence(command, folder, monkeypatch, script, args, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = files(folder)
+    code, _, err = command(script, *args, *(["--run", "r"] if "pretrain" in script else []))
+    assert code == 2 and err.startswith("error: ") and told in err and err.count("\n") == 1 and files(folder) == before
+
+
+def test_too_little_memory(command, folder, tiny_file, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    monkeypatch.setattr(seg4diff, "attend", full)
+    code, _, err = command("evaluate.py", "--limit", 1, "--model", tiny_file, "--device", "cpu", "--out", "o")
+    assert code == 2 and err.splitlines()[-1].startswith("error: the device has too little memory")
 
 
 @pytest.mark.parametrize("script, args", [

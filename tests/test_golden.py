@@ -125,7 +125,7 @@ def test_vae():
         same(model.encode(g["in.x"]), g["out.z"])
         same(model.decode(g["out.z"]), g["out.decoded"])
         differ(model.decode(g["out.mean"]), g["out.decoded"])   # shift and scale belong inside decode
-    same((g["out.mean"] - 0.0609) * 1.5305, g["out.z"])
+    same((g["out.mean"] - vae.SHIFT) * vae.SCALE, g["out.z"])
 
 
 # ---------------------------------------------------------------------------- text towers

@@ -389,10 +389,11 @@ def test_incomplete_files(contents, tmp_path, drop, meta, told):
         load_changed(contents, tmp_path / "part.safetensors", drop, **meta)
 
 
-@pytest.mark.parametrize("meta", [{"presets": '{"sise": 128}'}, {"presets": "3"}, {"merges": '["abc"]'},
-                                  {"merges": '["xx yy"]'}, {"merges": '["c a"]'}])
-def test_headers_that_do_not_fit(contents, tmp_path, meta):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("meta, told", [
+    ({"presets": '{"sise": 128}'}, "presets"), ({"presets": "3"}, "presets"), ({"merges": '["abc"]'}, "merges"),
+    ({"merges": '["xx yy"]'}, "merges"), ({"merges": '["c a"]'}, "tokens in the tokenizer")])
+def test_headers_that_do_not_fit(contents, tmp_path, meta, told):
+    with pytest.raises(ValueError, match=told):
         load_changed(contents, tmp_path / "header.safetensors", **meta)
 
 

@@ -1,6 +1,7 @@
 """Where tensors come from: both layouts, files beside the model, the hub's refusals, and reading no more than needed."""
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
@@ -130,7 +131,9 @@ def refuse_with(error):
     (GatedRepoError.__new__(GatedRepoError),
      ["licence", "huggingface.co/stabilityai/stable-diffusion-3-medium", "hf auth login"]),
     (LocalEntryNotFoundError("no network"), ["not in the cache", "huggingface.co/stabilityai/stable-diffusion-3-medium"]),
-    (ConnectionError("no route"), ["not in the cache", "--model"])])
+    (ConnectionError("no route"), ["not in the cache", "--model"]),
+    (httpx2.ProxyError("no proxy"), ["not in the cache", "--model"]),
+    (httpx2.ReadError("cut off"), ["not in the cache", "--model"])])
 def test_what_the_hub_refuses(monkeypatch, error, told):
     monkeypatch.setattr(weights, "hf_hub_download", refuse_with(error))
     with pytest.raises(ValueError) as raised:

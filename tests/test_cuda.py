@@ -1,0 +1,52 @@
+"""The GPU takes the same path as the CPU.  Only with a GPU, and when asked for (see conftest.py):
+
+    SEG4DIFF_CUDA=1 pytest -q tests/test_cuda.py
+"""
+import numpy as np
+import pytest
+import torch
+
+import seg4diff
+from data import DATASETS
+from mmdit import add_lora
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or SEG4DIFF_CUDA is not set")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [seg4diff.load("nano", device, "float32") for device in ("cpu", "cuda")]
+
+
+def test_segmentation_is_the_cpus(models):
+    item = DATASETS["scenes"]().read("0")
+    here, there = (seg4diff.segment(m, item.image, ["sky", "grass", "car"]) for m in models)
+    torch.testing.assert_close(there.maps, here.maps, rtol=1e-3, atol=1e-5)
+    assert (here.labels == there.labels).mean() > 0.999
+
+
+def test_pictures_are_the_cpus(models):
+    """Guided by a blurred branch, too."""
+    here, there = (seg4diff.generate(m, ["a red car on grass"], steps=4, pag=1.0, seed=0)[0] for m in models)
+    assert np.abs(np.asarray(here, int) - np.asarray(there, int)).mean() < 1
+
+
+def test_lora_moves_to_the_gpu(models):
+    params = add_lora(seg4diff.load("nano", "cuda").mmdit, generator=torch.Generator().manual_seed(0))
+    assert all(p.device.type == "cuda" and p.dtype == torch.float32 for p in params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_evaluation_in_half_precision(command, tmp_path, dtype):
+    code, out, err = command("evaluate.py", "--limit", 4, "--dtype", dtype, "--device", "cuda", "--out", tmp_path / "o")
+    assert code == 0 and dtype in out, err
+
+
+def test_training_goes_on_after_a_kill(command, tmp_path):
+    """bf16 autocast, checkpointing, accumulation, and the state that comes back from the disk."""
+    common = ("--steps", 4, "--warmup", 1, "--batch", 2, "--accumulate", 2, "--limit", 8, "--val", "none", "--device", "cuda",
+              "--save-every", 1, "--checkpointing", "--out", tmp_path / "m")
+    code, out, err = command("train_magnet.py", *common)
+    assert code == 0 and "wrote" in out, err
+    code, out, err = command("train_magnet.py", *common)
+    assert code == 0 and "0 steps" in out, err
