@@ -407,9 +407,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device} was asked for, but PyTorch sees no CUDA device here; use cpu")
     if args.width % args.head_dim or args.width % 4:
         raise ValueError(f"--width must be a multiple of 4 and of --head-dim, not {args.width}")
-    for key in ("scenes", "samples", "batch", "batch_vae", "text_layers", "minutes_vae"):
-        if getattr(args, key) <= 0:
-            raise ValueError(f"--{key.replace('_', '-')} must be positive, not {getattr(args, key)}")
+    for key in ("scenes", "batch", "batch_vae", "text_layers"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
 
 
 def main(args: argparse.Namespace) -> None:

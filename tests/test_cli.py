@@ -206,7 +206,7 @@ def test_one_sentence_and_code_2(command, folder, tiny_file, script, args, told)
 @pytest.mark.parametrize("script, args, told", [
     ("nano/scenes.py", ["--first", "10000"], "0 to 9999"), ("nano/scenes.py", ["--out", "none/o.png"], "none/o.png"),
     ("nano/pretrain.py", ["--device", "cuda"], "use cpu"), ("nano/pretrain.py", ["--width", "100"], "multiple"),
-    ("nano/pretrain.py", ["--samples", "0"], "--samples"), ("nano/curves.py", ["--run", "none"], "mmdit.pt")])
+    ("nano/pretrain.py", ["--scenes", "0"], "--scenes"), ("nano/curves.py", ["--run", "none"], "mmdit.pt")])
 def test_nano_answers_in_a_sentence(command, folder, monkeypatch, script, args, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = files(folder)
