@@ -30,8 +30,8 @@ def measure(path: Path, limit: int) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     """One run, or several that each went on from the last: samples are counted through, and blocks may have been added."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    before, points = 0, []
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True, layout="constrained")
+    before, points, edges = 0, [], []
     for run in args.run:
         if not (run / "mmdit.pt").exists():
             raise ValueError(f"{run} is not the folder of a run of pretrain.py: it holds no mmdit.pt")
@@ -45,13 +45,16 @@ def main(args: argparse.Namespace) -> None:
         points += [m | {"samples": m["samples"] + before} for m in own]
         left.plot([(n + before) / 1000 for n, _ in state["log"]], [loss for _, loss in state["log"]], lw=0.8, color="C0")
         before += state["samples"]
-        if run != args.run[-1]:
-            for ax in (left, right):
-                ax.axvline(before / 1000, color="grey", lw=0.8)
+        edges.append(before)
     for m in points:
         print(f"{m['samples']:8d} samples  mIoU by block: " + " ".join(f"{x:5.1f}" for x in m["mIoU"]))
     if not points:
         raise ValueError(f"{args.run[0]} holds no snapshot nano_*.safetensors; pretrain.py writes them")
+    for edge in edges[:-1]:
+        depth = len(next((m for m in points if m["samples"] > edge), points[-1])["mIoU"])
+        for ax in (left, right):
+            ax.axvline(edge / 1000, color="grey", lw=0.8)
+        left.text(edge / 1000, 0.97, f" on with\n {depth} blocks", va="top", fontsize=8)
     left.set(xlabel="samples seen [thousands]", ylabel="flow-matching loss (Eq. 2)", ylim=(0, 1), title="training loss")
     for i in range(max(len(m["mIoU"]) for m in points)):
         own = [m for m in points if i < len(m["mIoU"])]
