@@ -131,8 +131,8 @@ def check_out(path: Path) -> None:
 
 
 def small(picture: Image.Image, width: int, plot: bool = False) -> bytes:
-    """A picture as a file small enough for a notebook, at most `width` wide: JPEG, or PNG of 64 colours for a plot."""
+    """A picture as a file small enough for a notebook, at most `width` wide: JPEG, or PNG of 128 colours for a plot."""
     picture = picture.convert("RGB")
     picture.thumbnail((width, 10 * width))
-    (picture.quantize(64) if plot else picture).save(file := io.BytesIO(), "PNG" if plot else "JPEG", quality=82)
+    (picture.quantize(128) if plot else picture).save(file := io.BytesIO(), "PNG" if plot else "JPEG", quality=82)
     return file.getvalue()

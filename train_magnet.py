@@ -48,11 +48,14 @@ class Recipe(NamedTuple):
     batch: int                              # pictures at once and process
     effective: int                          # pictures a step, of all processes: what is missing is accumulated
     candidates: str                         # "tokens": mean over heads, or "heads": each head's own (Sec. 4.1)
+    sigma: str                              # noise levels: "uniform" (Eq. 2), or "logit-normal"
+    mask_weight: float                      # lambda_mask of Eq. 13
 
 
-RECIPES = {"scenes": Recipe("nano", "scenes-dev", 200, 20, 5e-4, 16, 16, "tokens"),        # ours
-           "coco": Recipe("sd3", "coco-object", 3000, 500, 1e-5, 4, 16, "tokens"),         # lr, batch, candidates: Sec. 4.1;
-           "sa1b": Recipe("sd3", "none", 1000, 500, 1e-5, 4, 16, "heads")}                 # the rest: released code
+RECIPES = {"scenes": Recipe("nano", "scenes-dev", 200, 20, 5e-4, 16, 16, "tokens", "uniform", 0.2),       # ours
+           "coco": Recipe("sd3", "coco-object", 3000, 500, 1e-5, 4, 16, "tokens", "logit-normal", MASK_WEIGHT),
+           "sa1b": Recipe("sd3", "none", 1000, 500, 1e-5, 4, 16, "heads", "logit-normal", MASK_WEIGHT)}
+# of the last two: rate, batch and candidates are Sec. 4.1's, the rest is the released code's
 
 # ---------------------------------------------------------------------------- pictures, read once
 
@@ -223,7 +226,7 @@ def check(args: argparse.Namespace) -> None:
     for what, value, valid in (("training set", args.dataset, RECIPES), ("match", args.match, ("hungarian", "tokens")),
                                ("kind of candidates", args.candidates or "tokens", ("tokens", "heads")),
                                ("normalisation", args.normalise, NORMALISATIONS),
-                               ("noise level", args.sigma, ("logit-normal", "uniform")),
+                               ("noise level", args.sigma or "uniform", ("uniform", "logit-normal")),
                                ("validation set", args.val or "none", ("none", *DATASETS))):
         if value not in valid:
             raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
@@ -243,7 +246,7 @@ def check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check(args)
     (rank, processes), recipe = world(), RECIPES[args.dataset]
-    for key in ("model", "val", "steps", "warmup", "lr", "batch", "candidates"):
+    for key in ("model", "val", "steps", "warmup", "lr", "batch", "candidates", "sigma", "mask_weight"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))
     if args.accumulate is None:
@@ -280,8 +283,8 @@ if __name__ == "__main__":
     parser.add_argument("--match", default="hungarian", help="hungarian (the paper), tokens (released code, COCO)")
     parser.add_argument("--candidates", help="maps that are matched: tokens (mean over heads), heads (default of sa1b)")
     parser.add_argument("--normalise", default="minmax", help=", ".join(NORMALISATIONS))
-    parser.add_argument("--sigma", default="logit-normal", help="noise level: logit-normal (released code), uniform (Eq. 2)")
-    parser.add_argument("--mask-weight", type=float, default=MASK_WEIGHT, help="lambda_mask of Eq. 13")
+    parser.add_argument("--sigma", help="noise level: uniform (Eq. 2; default of scenes), logit-normal (released code)")
+    parser.add_argument("--mask-weight", type=float, help="lambda_mask of Eq. 13 (0.2; 1 as in the released code)")
     parser.add_argument("--rank", type=int, default=RANK, help="of the LoRA")
     parser.add_argument("--steps", type=int, help="of the optimiser (200; coco 3000, sa1b 1000)")
     parser.add_argument("--warmup", type=int, help="steps until the full rate (20; 500)")

@@ -390,7 +390,7 @@ def test_every_option_is_felt(train, tmp_path):
         return load_file(tmp_path / "_".join(map(str, ("run", *args))) / "lora.safetensors")
 
     usual = lora()
-    for change in (("--match", "tokens"), ("--candidates", "heads"), ("--normalise", "zscore"), ("--sigma", "uniform"),
+    for change in (("--match", "tokens"), ("--candidates", "heads"), ("--normalise", "zscore"), ("--sigma", "logit-normal"),
                    ("--mask-weight", 0), ("--seed", 1), ("--lr", 2e-3), ("--warmup", 0), ("--batch", 1), ("--limit", 3),
                    ("--accumulate", 1)):
         assert any(not torch.equal(x, usual[k]) for k, x in lora(*change).items()), change
