@@ -12,6 +12,9 @@ train_magnet.py is the loop around them.  Where the paper is silent, this is wha
 * A mask holds a patch if it covers half of it; masks that hold no patch are left out. Losses are means over patches,
   a picture's masks and pictures, so that a crowded picture counts as much as one with a single mask.
 * Both losses see the same noisy latent, whatever its noise level; the LoRA is not dropped out.
+
+Measured on nano (README, "Why this recipe"): the gain is the mask loss's alone. At weight 1 (released code) it is twice that
+at 0.2, and the flow loss rises by 0.8 %; uniform noise levels (Eq. 2) and logit-normal ones do equally well.
 """
 from collections.abc import Sequence
 from typing import NamedTuple

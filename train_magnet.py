@@ -135,7 +135,7 @@ def compare(args: argparse.Namespace, data: Dataset, names: Sequence[str]) -> No
     for path in args.measure:
         weights.read_lora(path)                                              # a wrong one is told of before the work
     rows = [measure(seg4diff.load(args.model, args.device, lora=lora), data, names, args.seed)
-            for lora in (None, *tqdm(args.measure, desc="measuring", unit="LoRA"))]
+            for lora in tqdm([None, *args.measure], desc="measuring", unit="model")]
     print(f"{data.name}, {len(names)} pictures, seed {args.seed}: " + ", ".join(rows[0]))
     for name, row in zip([args.model, *args.measure], rows):
         print(f"{'  '.join(f'{x:9.4f}' for x in row.values())}  {name}")

@@ -30,4 +30,5 @@ def show(picture: str | Image.Image, width: int = 900, plot: bool = False) -> Sh
     return Show(pictures.small(Image.open(out / picture) if isinstance(picture, str) else picture, width, plot))
 
 
-print(f"{model.name}: {model.mmdit.config.depth} blocks, {model.mmdit.config.heads} heads, expert block {model.preset.block}")
+cfg = model.mmdit.config
+print(f"{model.name}: {cfg.depth} blocks, {cfg.heads} heads, expert block {model.preset.block}")

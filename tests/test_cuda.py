@@ -44,8 +44,8 @@ def test_evaluation_in_half_precision(command, tmp_path, dtype):
 
 def test_training_goes_on_after_a_kill(command, tmp_path):
     """bf16 autocast, checkpointing, accumulation, and the state that comes back from the disk."""
-    common = ("--steps", 4, "--warmup", 1, "--batch", 2, "--accumulate", 2, "--limit", 8, "--val", "none", "--device", "cuda",
-              "--save-every", 1, "--checkpointing", "--out", tmp_path / "m")
+    common = ("--steps", 4, "--warmup", 1, "--batch", 2, "--accumulate", 2, "--limit", 8, "--val", "none",
+              "--device", "cuda", "--save-every", 1, "--checkpointing", "--out", tmp_path / "m")
     code, out, err = command("train_magnet.py", *common)
     assert code == 0 and "wrote" in out, err
     code, out, err = command("train_magnet.py", *common)
