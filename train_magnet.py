@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -245,7 +246,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    (rank, processes), recipe = world(), RECIPES[args.dataset]
+    processes, recipe = world()[1], RECIPES[args.dataset]
     for key in ("model", "val", "steps", "warmup", "lr", "batch", "candidates", "sigma", "mask_weight"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))

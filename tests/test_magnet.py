@@ -472,7 +472,7 @@ def test_two_processes_are_one_with_twice_the_batch(train, tiny_file, tmp_path, 
     code, _, err = train("--steps", 2, "--batch", 4, "--accumulate", 1, "--out", "one")
     assert code == 0, err
     options = dict(dataset="scenes", data_root=None, captions=None, model=str(tiny_file), match="hungarian", limit=5,
-                   candidates=None, normalise="minmax", sigma="logit-normal", mask_weight=1.0, rank=16, steps=2, warmup=2,
+                   candidates=None, normalise="minmax", sigma=None, mask_weight=None, rank=16, steps=2, warmup=2,
                    lr=1e-3, batch=2, accumulate=1, checkpointing=False, cache=8, val="none", val_limit=1, val_every=9,
                    save_every=1, measure=None, seed=0, device="cpu", out=tmp_path / "two")
     with socket.socket() as s:
