@@ -14,7 +14,8 @@ train_magnet.py is the loop around them.  Where the paper is silent, this is wha
 * Both losses see the same noisy latent, whatever its noise level; the LoRA is not dropped out.
 
 Measured on nano (README, "Why this recipe"): the gain is the mask loss's alone. At weight 1 (released code) it is twice that
-at 0.2, and the flow loss rises by 0.8 %; uniform noise levels (Eq. 2) and logit-normal ones do equally well.
+at 0.2, and the flow loss rises by 0.8 %; uniform noise levels (Eq. 2) and logit-normal ones do equally well. Min-max gains
+0.8 points where zscore gains 0.2, tokens 0.8 where heads gain 0.5, and matching by name 1.4.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
