@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 import evaluate
 import seg4diff
-from data import IGNORE
-from metrics import scores
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from seg4diff import Seg4Diff
+from support.data import IGNORE
+from support.metrics import scores
 from text import TextCond
 
 # ---------------------------------------------------------------------------- functions of q, k, v
@@ -82,16 +82,16 @@ def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: in
 
     Returns pictures, the encoded prompts, {t: {block: JointQKV}}.  ValueError: a t that the sampler does not visit.
     """
-    p, depth = model.preset, model.mmdit.config.depth
+    p, depth = model.preset, model.transformer.config.depth
     if not all(1 <= t <= p.steps for t in at):
         raise ValueError(f"the sampler has steps 1 to {p.steps}, not {list(at)}")
     schedule, side = seg4diff.sigmas(p.steps, p.shift).to(model.device), p.size // model.vae.factor
     cond, uncond = model.text.encode(list(prompts)), model.text.encode([""] * len(prompts))
-    z = seg4diff.noise((model.mmdit.config.channels, side, side), range(seed, seed + len(prompts))).to(model.device)
+    z = seg4diff.noise((model.transformer.config.channels, side, side), range(seed, seed + len(prompts))).to(model.device)
     visited = {p.steps: z}
     z = seg4diff.sample(seg4diff.guided_velocity(model, cond, uncond, p.cfg), z, schedule,
                         lambda i, z: visited.update({p.steps - 1 - i: z}))
-    taps = {t: model.mmdit(visited[t].to(model.dtype), schedule[p.steps - t].expand(len(z)), cond.ctx, cond.pooled,
+    taps = {t: model.transformer(visited[t].to(model.dtype), schedule[p.steps - t].expand(len(z)), cond.ctx, cond.pooled,
                            capture=range(depth))[1] for t in at}
     return seg4diff.decode(model, z), cond, taps
 
@@ -125,7 +125,7 @@ def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Seq
             z, vel = seg4diff.add_noise(z0, eps, level).to(model.dtype), []
             for ctx, pooled in zip(cond.ctx.split(model.preset.batch), cond.pooled.split(model.preset.batch)):
                 sigma = torch.full((len(ctx),), level, device=z.device)
-                vel.append(model.mmdit(z.expand(len(ctx), -1, -1, -1), sigma, ctx, pooled)[0].float())
+                vel.append(model.transformer(z.expand(len(ctx), -1, -1, -1), sigma, ctx, pooled)[0].float())
             total = total + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))           # (C,)
         out.append((total / JUDGE_DRAWS).cpu().numpy())
     return np.stack(out)                                                     # (n, C)
@@ -151,7 +151,7 @@ def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: flo
 
     Pictures (those with a label) under the names of their classes at one noise level; cheap, and the same for any model.
     """
-    depth, out = model.mmdit.config.depth, []
+    depth, out = model.transformer.config.depth, []
     for item in tqdm([item for item in items if (item.labels != IGNORE).any()], desc="sensitivity", unit="image"):
         z0 = seg4diff.encode_image(model, item.image).float()
         z = seg4diff.add_noise(z0, seg4diff.noise(z0.shape[1:], [evaluate.image_seed(item.name, 0)]).to(z0.device), sigma)
@@ -159,7 +159,7 @@ def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: flo
 
         def velocity(blocks: Sequence[int]) -> Tensor:
             mix = seg4diff.perturbed_blocks(blocks, [True], cond.ctx.shape[1], z.device)
-            return model.mmdit(z.to(model.dtype), torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled,
+            return model.transformer(z.to(model.dtype), torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled,
                                mix=mix)[0].float()
         plain = velocity([])
         out.append([100 * ((velocity([i]) - plain).norm() / plain.norm()).item() for i in range(depth)])

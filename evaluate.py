@@ -29,17 +29,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import seg4diff
-import weights
-from data import DATASETS, IGNORE, ROOT, Dataset, Item, centre_crop, read_ahead, subset
-from ledger import Counts, Ledger, world, write_json
-from metrics import ceiling_map, confusion, floor_map, match_proposals, proposal_scores, scores
-from pictures import overlay_grid, palette, panels
-from report import PAPER, paper_table, peak_megabytes, plot, table
 from seg4diff import Seg4Diff
+from support import weights
+from support.cli import command
+from support.data import DATASETS, ROOT, Dataset, Item, centre_crop, read_ahead, subset
+from support.ledger import Counts, Ledger, world, write_json
+from support.metrics import IGNORE, confusion, match_proposals, proposal_scores, scores
+from support.pictures import open_image, overlay_grid, palette, panels
+from support.report import PAPER, paper_table, peak_megabytes, plot, table
 
 # ---------------------------------------------------------------------------- tasks: what is compared
 
@@ -62,12 +64,12 @@ def ovss(m: Seg4Diff) -> list[Variant]:
 
 def layers(m: Seg4Diff) -> list[Variant]:
     return [Variant(f"block {i} {way}", i, m.preset.sigma, kind) for kind, way in (("softmax", "I2T"), ("t2i", "T2I"))
-            for i in range(m.mmdit.config.depth)]
+            for i in range(m.transformer.config.depth)]
 
 
 def heads(m: Seg4Diff) -> list[Variant]:
     return [Variant(f"block {i} head {h}", i, m.preset.sigma, head=h)
-            for i in range(m.mmdit.config.depth) for h in range(m.mmdit.config.heads)]
+            for i in range(m.transformer.config.depth) for h in range(m.transformer.config.heads)]
 
 
 def timesteps(m: Seg4Diff) -> list[Variant]:
@@ -103,6 +105,20 @@ def score_of(variants: list[Variant]) -> Callable[[np.ndarray], dict]:
 
 TASKS = {"ovss": ovss, "unsup": unsup, "thresholds": thresholds, "layers": layers, "heads": heads, "timesteps": timesteps,
          "normalization": normalization}
+
+# ---------------------------------------------------------------------------- floor and ceiling
+
+
+def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
+    """What the protocol gives for random maps: chance, given the classes that are present."""
+    maps = torch.rand(K, *grid, generator=torch.Generator().manual_seed(seed))               # (K, h, w)
+    return seg4diff.label_map(maps, size).numpy()
+
+
+def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """What the protocol gives for the truth itself, averaged over the cells of the patch grid."""
+    onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
+    return seg4diff.label_map(F.interpolate(onehot[None], size=grid, mode="area")[0], labels.shape).numpy()
 
 # ---------------------------------------------------------------------------- the evaluation
 
@@ -143,7 +159,7 @@ def predict(model: Seg4Diff, items: list[Item], data: Dataset, variants: list[Va
     ids = [np.union1d(p, data.always).astype(int) if how.prompt == "present" else np.arange(len(data.classes))
            for p in present]
     seeds = [image_seed(item.name, how.seed) for item in items]
-    grid = tuple(s // model.mmdit.config.patch for s in z0.shape[-2:])
+    grid = tuple(s // model.transformer.config.patch for s in z0.shape[-2:])
     named = variants[0].threshold is None
     out = [{"ceiling": p[ceiling_map(item.labels, p, grid)]} for item, p in zip(items, present)]
     for sigma in dict.fromkeys(v.sigma for v in variants):
@@ -247,7 +263,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     size = args.batch_size or model.preset.batch         # changes no number in fp32 on the CPU, elsewhere it may
     exact = model.device.type == "cpu" and model.dtype == torch.float32
     here = Path(__file__).parent                         # what a changed program had counted does not count
-    code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), here / "classes.json", here / "nano/scenes.py"))
+    code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), *sorted(here.glob("support/*.py")), here / "support/classes.json", here / "nano/scenes.py"))
     protocol = {"task": args.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
                 "always": data.always,
                 "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "variants": variants,
@@ -314,7 +330,7 @@ def run_folder(args: argparse.Namespace, model: Seg4Diff, classes: list[str], ou
     broken, names = {}, subset(names, args.limit)[rank::processes]
     for name in tqdm(names, desc="segmenting", unit="image", disable=rank > 0):
         try:
-            image = seg4diff.open_image(args.data_root / name)
+            image = open_image(args.data_root / name)
         except ValueError as e:
             broken[name] = str(e)
             continue
@@ -415,4 +431,4 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
                         "float16 (released code)")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
-    seg4diff.command(main, parser.parse_args())
+    command(main, parser)

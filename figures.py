@@ -27,15 +27,31 @@ from tqdm import tqdm
 
 import evaluate
 import seg4diff
-import weights
-from analysis import (CHOICES, JUDGE_DRAWS, JUDGE_SIGMA, attention_shares, bootstrap, caption_losses, choices,
-                      judge_accuracy, pca_rgb, sensitivity, taps_of, token_maps, uniform_share, value_norms, words_of)
-from data import DATASETS, IGNORE, ROOT
-from ledger import write_json
-from metrics import scores
+from analysis import (
+    CHOICES,
+    JUDGE_DRAWS,
+    JUDGE_SIGMA,
+    attention_shares,
+    bootstrap,
+    caption_losses,
+    choices,
+    judge_accuracy,
+    pca_rgb,
+    sensitivity,
+    taps_of,
+    token_maps,
+    uniform_share,
+    value_norms,
+    words_of,
+)
 from nano import scenes
-from pictures import overlay, palette, sheet
 from seg4diff import Seg4Diff
+from support import weights
+from support.cli import command
+from support.data import DATASETS, IGNORE, ROOT
+from support.ledger import write_json
+from support.metrics import scores
+from support.pictures import overlay, palette, sheet
 
 # ---------------------------------------------------------------------------- drawing
 
@@ -75,7 +91,7 @@ def batches(model: Seg4Diff, prompts: Sequence[str], desc: str):
 
 def shares(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     """Fig. 2 (b, c)."""
-    at, depth = (model.preset.noise_steps, model.preset.steps), model.mmdit.config.depth
+    at, depth = (model.preset.noise_steps, model.preset.steps), model.transformer.config.depth
     found: dict = {t: {kind: [[] for _ in range(depth)] for kind in ("I2I", "I2T", "T2I", "T2T")} for t in at}
     for i, part in batches(model, prompts, "shares"):
         _, _, taps = taps_of(model, part, at, i)
@@ -99,7 +115,7 @@ def shares(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
 
 def norms_of(model: Seg4Diff, prompts: list[str]) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
     """Value norms by block of "image", "text" and "prompt" tokens, mean over prompts: whole, and of each head (depth, H)."""
-    t, depth = model.preset.noise_steps, model.mmdit.config.depth
+    t, depth = model.preset.noise_steps, model.transformer.config.depth
     found: dict = {kind: [[] for _ in range(depth)] for kind in ("image", "text", "prompt")}
     by_head: dict = {kind: [[] for _ in range(depth)] for kind in found}
     for i, part in batches(model, prompts, "values"):
@@ -114,7 +130,7 @@ def norms_of(model: Seg4Diff, prompts: list[str]) -> tuple[dict[str, list[float]
 
 def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     """Fig. 4, 19: value norms of each block; Fig. 28: of each head."""
-    t, depth = model.preset.noise_steps, model.mmdit.config.depth
+    t, depth = model.preset.noise_steps, model.transformer.config.depth
     mean, heads = norms_of(model, prompts)
     with Figure(out / "values.png", 1, 3, (4.6, 3.4), f"L2 norm of values at t = {t}, {model.name} (Fig. 4, 28)") as axes:
         for kind, mark, label in (("image", "o-", "image"), ("text", "s--", "all text"), ("prompt", "^-", "prompt tokens")):
@@ -134,7 +150,7 @@ def pca(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     """Fig. 3, 29: one picture, q, k, v of its image tokens in every block."""
     t = model.preset.noise_steps
     (image,), _, taps = taps_of(model, prompts[:1], [t])
-    depth, qkv = model.mmdit.config.depth, taps[t]
+    depth, qkv = model.transformer.config.depth, taps[t]
     title = f"First three components at t = {t} (Fig. 3, 29): {prompts[0]}"
     with Figure(out / "pca.png", 3, depth + 1, (1.4, 1.5), title) as axes:
         for row, name in enumerate("qkv"):
@@ -247,8 +263,8 @@ def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     For nano the judge is validated beside it, on drawn scenes with their own and with each other's captions, if there
     are prompts enough for a choice.
     """
-    ways = {"none": {}} | {f"block {i}": {"perturb": [i]} for i in range(model.mmdit.config.depth)}
-    ways["all"] = {"perturb": range(model.mmdit.config.depth)}
+    ways = {"none": {}} | {f"block {i}": {"perturb": [i]} for i in range(model.transformer.config.depth)}
+    ways["all"] = {"perturb": range(model.transformer.config.depth)}
     found = judged(model, prompts, ways, out, "perturb", f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
     if toy(model) and len(prompts) >= CHOICES:
         true = [scenes.draw(s) for s in scenes.VAL_SEEDS[200:200 + len(prompts)]]
@@ -261,14 +277,14 @@ def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
 
 def guide(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     """Fig. 6, 32: Eq. 7 with s = 1 and one block after the other, on top of classifier-free guidance."""
-    ways = {"none": {}} | {f"block {i}": {"pag": 1.0, "blocks": [i]} for i in range(model.mmdit.config.depth)}
+    ways = {"none": {}} | {f"block {i}": {"pag": 1.0, "blocks": [i]} for i in range(model.transformer.config.depth)}
     return judged(model, prompts, ways, out, "guide", f"Guidance by a perturbed block (Eq. 7, s = 1), {model.name} (Fig. 6)")
 
 
 def expert(model: Seg4Diff, prompts: list[str], out: Path, data_name: str = "scenes-dev", root: Path = ROOT,
            limit: int = 100) -> dict:
     """mIoU, value norms and sensitivity to perturbation of every block, side by side; do they name the same block?"""
-    data, depth = DATASETS[data_name](root), model.mmdit.config.depth
+    data, depth = DATASETS[data_name](root), model.transformer.config.depth
     names = evaluate.subset(data.names, limit)
     variants = [v for v in evaluate.layers(model) if v.kind == "softmax"]
     counts = [[c[v.name] for v in variants] for _, c in
@@ -377,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
     if args.prompts is None and toy(model):
         prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:args.limit]]
     else:
-        lines = (args.prompts or Path(__file__).parent / "prompts.txt").read_text().splitlines()
+        lines = (args.prompts or Path(__file__).parent / "support/prompts.txt").read_text().splitlines()
         prompts = [line for line in lines if line.strip()][:args.limit]
         if not prompts:
             raise ValueError(f"{args.prompts} holds no prompt")
@@ -410,4 +426,4 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
                         "float16 (released code)")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/figures-MODEL)")
-    seg4diff.command(main, parser.parse_args())
+    command(main, parser)

@@ -28,10 +28,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import seg4diff
-from data import MAX_MASKS, Pair
-from ledger import world
 from mmdit import i2t_attention
 from seg4diff import Seg4Diff
+from support.data import MAX_MASKS, Pair
+from support.ledger import world
 
 # ---------------------------------------------------------------------------- every constant, and where it is from
 
@@ -120,7 +120,7 @@ def patch_masks(masks: np.ndarray, grid: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def features(model: Seg4Diff, pair: Pair, by_name: bool) -> Features:
     """Latent, text and masks of a picture. by_name: the prompt is the masks' names, as many as fit (released code, COCO)."""
-    side = model.preset.size // model.vae.factor // model.mmdit.config.patch
+    side = model.preset.size // model.vae.factor // model.transformer.config.patch
     masks = patch_masks(pair.masks, (side, side))                            # (K, N)
     keep = [k for k in masks.sum(1).argsort(descending=True, stable=True).tolist() if masks[k].any()][:MAX_MASKS]
     prompt = pair.caption
@@ -155,7 +155,7 @@ def batch_losses(model: Seg4Diff, batch: Sequence[Features], seeds: Sequence[int
     z0, ctx, pooled = (torch.stack(x).to(model.device) for x in list(zip(*batch))[:3])
     z = seg4diff.add_noise(z0.float(), eps, sigma[:, None, None, None]).to(model.dtype)          # Eq. 1, (B, C, ., .)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
-        vel, taps = model.mmdit(z, sigma, ctx, pooled, capture={how.block})
+        vel, taps = model.transformer(z, sigma, ctx, pooled, capture={how.block})
     flow = F.mse_loss(vel.float(), eps - z0.float())                         # Eq. 2
     focal, dice = [], []
     for attn, f in zip(i2t_attention(taps[how.block]), batch):                        # (H, N, M)

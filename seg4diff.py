@@ -12,7 +12,6 @@ Both use the embedded nano model unless --model names another.  From Python:
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import weights
-from data import IGNORE
-from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, load_lora, merge_lora, t2i_attention
-from pictures import check_out, panels, sheet
+from lora import load_lora, merge_lora
+from mmdit import JointQKV, MMDiT, i2t_attention, i2t_scores, t2i_attention
+from support import weights
+from support.cli import command
+from support.metrics import IGNORE
+from support.pictures import check_out, open_image, panels, sheet
 from text import CLIPText, TextCond, TextEncoders, clip_tokenizer
 from vae import VAE
 
@@ -64,7 +65,7 @@ class Preset:
 
 @dataclass
 class Seg4Diff:
-    mmdit: MMDiT
+    transformer: MMDiT
     vae: VAE
     text: TextEncoders
     preset: Preset
@@ -73,11 +74,11 @@ class Seg4Diff:
 
     @property
     def device(self) -> torch.device:
-        return self.mmdit.pos_embed.device
+        return self.transformer.pos_embed.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.mmdit.pos_embed.dtype
+        return self.transformer.pos_embed.dtype
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
@@ -227,7 +228,7 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
     def velocity(z: Tensor, sigma: Tensor) -> Tensor:
         z, sigma = z.to(model.dtype), sigma.to(z.device)
         n = len(branches)
-        vel, _ = model.mmdit(z.repeat(n, 1, 1, 1), sigma.repeat(n), ctx, pooled, mix=mix)    # (n*B, C, ., .)
+        vel, _ = model.transformer(z.repeat(n, 1, 1, 1), sigma.repeat(n), ctx, pooled, mix=mix)    # (n*B, C, ., .)
         v = list(vel.float().chunk(n))
         out = v_cond = v[int(cfg != 1)]
         if cfg != 1:
@@ -254,7 +255,7 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
     if blocks is not None and pag == 0:
         raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; for blurring alone name perturb")
     side = model.preset.size // model.vae.factor
-    z = noise((model.mmdit.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
+    z = noise((model.transformer.config.channels, side, side), [seed + i for i in range(len(prompts))]).to(model.device)
     velocity = guided_velocity(model, model.text.encode(prompts), model.text.encode([""] * len(prompts)), cfg, pag,
                                [model.preset.block] if blocks is None else blocks, perturb)
     z = sample(velocity, z, sigmas(steps, model.preset.shift).to(model.device), callback)
@@ -279,26 +280,6 @@ class Segmentation(NamedTuple):
     labels: np.ndarray                  # (height, width) of the picture given, index into classes
     maps: Tensor                        # (K, h, w) on the patch grid, what the argmax is taken of
     classes: list[str]
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.
-
-    ValueError: no such file, not a picture.
-    """
-    try:
-        image = Image.open(path)
-        image.load()
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise ValueError(f"no picture can be opened at {str(path)!r}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{str(path)!r} is not a picture that PIL can read: {e}") from None
-    if image.mode[0] in "IF":                            # 16 or 32 bits, or floats: convert() would clip at 255
-        x = np.nan_to_num(np.asarray(image, float)).clip(0)
-        top = next((t for t in (1, 255, 65535) if x.max() <= t and (t > 1 or image.mode == "F")), x.max())
-        image = Image.fromarray((255 * x / top).round().astype(np.uint8))
-    rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def image_tensor(image: Image.Image, size: int) -> Tensor:
@@ -406,7 +387,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     out: list[dict] = [{(i, kind): [] for i in blocks for kind in kinds} for _ in z]
     for part in (prompts[i:i + len(z)] for i in range(0, len(prompts), len(z))):   # never more than B rows at once
         rows, cond = [b for b, _ in part], model.text.encode([names for _, names in part])
-        _, taps = model.mmdit(z[rows], torch.full((len(rows),), sigma, device=z.device), cond.ctx, cond.pooled,
+        _, taps = model.transformer(z[rows], torch.full((len(rows),), sigma, device=z.device), cond.ctx, cond.pooled,
                               capture=set(blocks), stop_at=max(blocks))
         spans = cond.spans if classes else [[slice(i, i + 1) for i in range(model.text.length)]] * len(rows)
         for i, kind in out[0]:
@@ -428,8 +409,8 @@ def segment(model: Seg4Diff, image: Image.Image, classes: Sequence[str], *, bloc
     blocks = np.atleast_1d(model.preset.block if block is None else block).tolist()
     if isinstance(classes, str) or not blocks or len(classes) > IGNORE:
         raise ValueError(f"segment takes a list of at most {IGNORE} class names and at least one block")
-    if head is not None and not 0 <= head < model.mmdit.config.heads:
-        raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.mmdit.config.heads - 1}")
+    if head is not None and not 0 <= head < model.transformer.config.heads:
+        raise ValueError(f"there is no head {head}: this model's heads are 0 to {model.transformer.config.heads - 1}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
     z0 = encode_image(model, image)                                          # (1, C, ., .)
@@ -508,18 +489,6 @@ def propose(model: Seg4Diff, image: Image.Image, *, block: int | None = None, si
 # ---------------------------------------------------------------------------- command line
 
 
-def command(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Every script's border: bad input and too little memory end in one sentence and exit code 2, not in a traceback."""
-    try:
-        return main(args)
-    except (ValueError, OSError) as e:
-        problem = str(e)
-    except torch.OutOfMemoryError:
-        problem = "the device has too little memory for this; smaller batches or pictures, or --device cpu, need less of it"
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
-
-
 def run_segment(args: argparse.Namespace) -> None:
     check_out(args.out)
     image = open_image(args.image)
@@ -569,8 +538,7 @@ def main() -> None:
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
         p.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
                        "float16 (released code)")
-    args = parser.parse_args()
-    command(args.run, args)
+    command(lambda args: args.run(args), parser)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from weights import assign, count, shape
+from support.checkpoint import assign, count, shape
 
 # ---------------------------------------------------------------------------- tokens
 

@@ -28,13 +28,26 @@ from tqdm import tqdm
 
 import evaluate
 import seg4diff
-import weights
-from data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, Pair, TrainingSet, read_ahead, subset
-from ledger import world, write_json, write_tensors
-from magnet import CLIP, DECAY, LORA_ALPHA, MASK_WEIGHT, NORMALISATIONS, PICTURES, RANK, Features, How, features, gradient
-from mmdit import add_lora, save_lora
-from report import peak_megabytes, plot_losses
+from lora import add_lora, read_lora, save_lora
+from magnet import (
+    CLIP,
+    DECAY,
+    LORA_ALPHA,
+    MASK_WEIGHT,
+    NORMALISATIONS,
+    PICTURES,
+    RANK,
+    Features,
+    How,
+    features,
+    gradient,
+)
 from seg4diff import Seg4Diff
+from support import weights
+from support.cli import command
+from support.data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, Pair, TrainingSet, read_ahead, subset
+from support.ledger import world, write_json, write_tensors
+from support.report import peak_megabytes, plot_losses
 
 # ---------------------------------------------------------------------------- what differs between data sets
 
@@ -120,7 +133,7 @@ def flow_loss(model: Seg4Diff, data: Dataset, names: Sequence[str], seed: int, l
         eps = seg4diff.noise(z0.shape[1:], [evaluate.image_seed(name, seed + i) for i in range(levels)]).to(z0.device)
         cond = model.text.encode([seg4diff.names_of(model.text, item.labels, data.classes)] * levels)
         z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])          # (levels, C, ., .)
-        vel, _ = model.mmdit(z.to(model.dtype), sigma, cond.ctx, cond.pooled)
+        vel, _ = model.transformer(z.to(model.dtype), sigma, cond.ctx, cond.pooled)
         total += F.mse_loss(vel.float(), eps - z0).item() / len(names)
     return total
 
@@ -134,7 +147,7 @@ def measure(model: Seg4Diff, data: Dataset, names: Sequence[str], seed: int) -> 
 def compare(args: argparse.Namespace, data: Dataset, names: Sequence[str]) -> None:
     """A row of numbers without LoRA and with each; mean and spread of the change over several (say, seeds)."""
     for path in args.measure:
-        weights.read_lora(path)                                              # a wrong one is told of before the work
+        read_lora(path)                                              # a wrong one is told of before the work
     rows = [measure(seg4diff.load(args.model, args.device, lora=lora), data, names, args.seed)
             for lora in tqdm([None, *args.measure], desc="measuring", unit="model")]
     print(f"{data.name}, {len(names)} pictures, seed {args.seed}: " + ", ".join(rows[0]))
@@ -152,8 +165,8 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
     (rank, processes), start = world(), time.time()
     names, size = subset(data.names, args.limit), args.batch * args.accumulate * processes
     how = How(model.preset.block, args.candidates, args.match == "tokens", args.normalise, args.sigma, args.mask_weight)
-    params = add_lora(model.mmdit, args.rank, args.rank * LORA_ALPHA / RANK, torch.Generator().manual_seed(args.seed))
-    model.mmdit.checkpointing = args.checkpointing
+    params = add_lora(model.transformer, args.rank, args.rank * LORA_ALPHA / RANK, torch.Generator().manual_seed(args.seed))
+    model.transformer.checkpointing = args.checkpointing
     opt = torch.optim.AdamW(params, args.lr, weight_decay=DECAY)
     this = {"model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "how": list(how),
             "data": [data.name, len(names)], "size": size,
@@ -178,7 +191,7 @@ def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dat
 
     def keep(step: int) -> None:
         if rank == 0:
-            save_lora(model.mmdit, out / "lora.safetensors")
+            save_lora(model.transformer, out / "lora.safetensors")
             write_json(out / "log.json", log)
             plot_losses(log, out / "loss.png")
             lora = [p.detach() for p in params]
@@ -303,4 +316,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of the run (default: out/magnet-DATASET-MODEL-SEED)")
-    seg4diff.command(main, parser.parse_args())
+    command(main, parser)

@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt                          # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
 
-import seg4diff                                          # noqa: E402
-import weights                                           # noqa: E402
-from nano.pretrain import block_scores                   # noqa: E402
+from nano.pretrain import block_scores  # noqa: E402
+from support import weights  # noqa: E402
+from support.cli import command  # noqa: E402
 
 
 def measure(path: Path, limit: int) -> dict:
@@ -73,4 +73,4 @@ if __name__ == "__main__":
                         help="its folder; several, in order, if a run went on from another (--init)")
     parser.add_argument("--limit", type=int, default=60, help="scenes to measure on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "curves.png")
-    seg4diff.command(main, parser.parse_args())
+    command(main, parser)

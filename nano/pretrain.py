@@ -36,17 +36,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import evaluate                                          # noqa: E402
-import pictures                                          # noqa: E402
-import seg4diff                                          # noqa: E402
-import weights                                           # noqa: E402
-from data import DATASETS                                # noqa: E402
-from ledger import write_tensors                         # noqa: E402
-from mmdit import MMDiT, MMDiTConfig                     # noqa: E402
-from nano import scenes                                  # noqa: E402
+import evaluate  # noqa: E402
+import seg4diff  # noqa: E402
+from mmdit import MMDiT, MMDiTConfig  # noqa: E402
+from nano import scenes  # noqa: E402
+from support import (
+    pictures,  # noqa: E402
+    weights,  # noqa: E402
+)
+from support.cli import command  # noqa: E402
+from support.data import DATASETS  # noqa: E402
+from support.ledger import write_tensors  # noqa: E402
 from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
-from vae import SCALE, SHIFT, VAE                        # noqa: E402
-
+from vae import SCALE, SHIFT, VAE  # noqa: E402
 
 DEPTH = 6
 
@@ -466,4 +468,4 @@ if __name__ == "__main__":
     parser.add_argument("--cooldown", type=float, default=0.25, help="share of the samples in which the rate falls to zero")
     parser.add_argument("--snapshot", type=float, default=8, help="minutes between saved states")
     parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
-    seg4diff.command(main, parser.parse_args())
+    command(main, parser)

@@ -241,7 +241,7 @@ def words() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    import pictures                            # here, because it stands on data.py, which stands on this file
+    from support import pictures  # here, because it stands on data.py, which stands on this file
     pictures.check_out(args.out)
     if not 0 <= args.first < len(VAL_SEEDS):
         raise ValueError(f"--first must be from 0 to {len(VAL_SEEDS) - 1}, not {args.first}")
@@ -261,5 +261,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("scenes.png"))
     parser.add_argument("--first", type=int, default=0, help="first validation scene of the sheet")
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import seg4diff
-    seg4diff.command(main, parser.parse_args())
+    from support.cli import command
+    command(main, parser)

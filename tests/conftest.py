@@ -14,9 +14,9 @@ if not os.environ.get("SEG4DIFF_CUDA"):    # numbers are compared with the CPU's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent.parent))                        # from whatever folder pytest is started
 
-import seg4diff                            # noqa: E402
-from nano import pretrain                  # noqa: E402
-from vae import VAE                        # noqa: E402
+import seg4diff  # noqa: E402
+from nano import pretrain  # noqa: E402
+from vae import VAE  # noqa: E402
 
 torch.set_num_threads(1)                   # for tensors this small; on a busy machine more threads wait for each other
 

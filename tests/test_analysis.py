@@ -8,12 +8,12 @@ from PIL import Image
 
 import analysis
 import figures
-import mmdit
+import lora as lora_module
 import seg4diff
-from data import DATASETS
 from mmdit import JointQKV, joint_probs
 from nano import scenes
 from seg4diff import blur_i2t
+from support.data import DATASETS
 
 
 def random_qkv(B=2, H=3, h=3, w=4, M=6, d=5) -> JointQKV:
@@ -83,7 +83,7 @@ def test_taps_while_generating(tiny):
     want = seg4diff.generate(tiny, prompts, seed=3)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(images, want))
     z = seg4diff.noise((16, 16, 16), [3, 4])                                                 # t = 28: noise alone
-    _, direct = tiny.mmdit(z, torch.ones(2), cond.ctx, cond.pooled, capture=range(3))
+    _, direct = tiny.transformer(z, torch.ones(2), cond.ctx, cond.pooled, capture=range(3))
     for block in range(3):
         assert torch.allclose(taps[28][block].q, direct[block].q, atol=1e-4)
         assert not torch.allclose(taps[8][block].q, direct[block].q, atol=1e-2)
@@ -100,7 +100,7 @@ def test_caption_losses_by_hand(tiny):
     z0, total = seg4diff.encode_image(tiny, images[1]), 0.0
     for k in range(analysis.JUDGE_DRAWS):
         eps, cond = seg4diff.noise((16, 16, 16), [1_000_003 * (k + 1) + 1]), tiny.text.encode(["red car"])
-        vel, _ = tiny.mmdit(0.2 * z0 + 0.8 * eps, torch.tensor([0.8]), cond.ctx, cond.pooled)
+        vel, _ = tiny.transformer(0.2 * z0 + 0.8 * eps, torch.tensor([0.8]), cond.ctx, cond.pooled)
         total += ((vel - (eps - z0)) ** 2).mean().item() / analysis.JUDGE_DRAWS
     assert got.shape == (2, 3) and got[1, 1] == pytest.approx(total, rel=1e-4)
     assert analysis.judge_accuracy(np.array([[1, 2, 3], [1, 2, 3], [3, 2, 1.0]])) == pytest.approx(200 / 3)
@@ -137,8 +137,8 @@ def test_sensitivity_is_that_of_the_explicit_blur(tiny):
         z0 = seg4diff.encode_image(tiny, item.image)
         eps = seg4diff.noise((16, 16, 16), [analysis.evaluate.image_seed(item.name, 0)])
         args = (0.5 * z0 + 0.5 * eps, torch.tensor([0.5]), cond.ctx, cond.pooled)
-        plain, _ = tiny.mmdit(*args)
-        want = [100 * ((tiny.mmdit(*args, edit={i: blur_i2t})[0] - plain).norm() / plain.norm()).item() for i in range(3)]
+        plain, _ = tiny.transformer(*args)
+        want = [100 * ((tiny.transformer(*args, edit={i: blur_i2t})[0] - plain).norm() / plain.norm()).item() for i in range(3)]
     assert got.shape == (1, 3) and got[0] == pytest.approx(want, rel=1e-2)
 
 
@@ -183,9 +183,9 @@ def test_words_matter_where_segmentation_reads(tmp_path):
 
 def test_a_lora_changes_what_is_read(command, tiny_file, tmp_path):
     model = seg4diff.load(tiny_file, device="cpu")
-    for p in mmdit.add_lora(model.mmdit, generator=torch.Generator().manual_seed(0)):
+    for p in lora_module.add_lora(model.transformer, generator=torch.Generator().manual_seed(0)):
         torch.nn.init.normal_(p, std=0.2)
-    mmdit.save_lora(model.mmdit, tmp_path / "own.safetensors")
+    lora_module.save_lora(model.transformer, tmp_path / "own.safetensors")
     lora = ["--lora", tmp_path / "own.safetensors"]
     for out, options in (("a", ["shares"]), ("b", ["shares", "magnet", *lora])):
         assert command("figures.py", *options, "--model", tiny_file, "--limit", 1, "--out", tmp_path / out)[0] == 0

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 
-import bench
+from tools import bench
 
 
 def test_bench(command, tiny_file):
-    code, out, err = command("bench.py", "--model", tiny_file, "--repeats", 3, "--batch-size", 4, "--device", "cpu")
+    code, out, err = command("tools/bench.py", "--model", tiny_file, "--repeats", 3, "--batch-size", 4, "--device", "cpu")
     assert code == 0, err
     head, weights, *rows = out.splitlines()
     part, whole = map(float, re.findall(r"[\d.]+", weights)[:2])
@@ -59,5 +59,5 @@ def test_ways_take_turns_and_medians_are_compared(monkeypatch, capsys):
                                            (["--model", "none"], "known names are nano"),
                                            (["--device", "tpu"], "cpu or cuda")])
 def test_bad_input(command, options, told):
-    code, out, err = command("bench.py", *options)
+    code, out, err = command("tools/bench.py", *options)
     assert (code, out) == (2, "") and err.startswith("error: ") and told in err and err.count("\n") == 1

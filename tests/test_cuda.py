@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import seg4diff
-from data import DATASETS
-from mmdit import add_lora
+from lora import add_lora
+from support.data import DATASETS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or SEG4DIFF_CUDA is not set")
 
@@ -32,7 +32,7 @@ def test_pictures_are_the_cpus(models):
 
 
 def test_lora_moves_to_the_gpu(models):
-    params = add_lora(seg4diff.load("nano", "cuda").mmdit, generator=torch.Generator().manual_seed(0))
+    params = add_lora(seg4diff.load("nano", "cuda").transformer, generator=torch.Generator().manual_seed(0))
     assert all(p.device.type == "cuda" and p.dtype == torch.float32 for p in params)
 
 

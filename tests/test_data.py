@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from data import DATASETS, FACTS, IGNORE, TRAINING_SETS, Item, centre_crop, read_ahead, subset
+from support.data import DATASETS, FACTS, IGNORE, TRAINING_SETS, Item, centre_crop, read_ahead, subset
 
 
 def put(path, array, palette=False):

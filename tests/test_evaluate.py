@@ -10,8 +10,18 @@ from PIL import Image
 
 import evaluate
 import seg4diff
-from data import DATASETS, IGNORE, Item
-from evaluate import TASKS, Protocol, ceiling_map, confusion, floor_map, image_seed, match_proposals, proposal_scores, scores
+from evaluate import (
+    TASKS,
+    Protocol,
+    ceiling_map,
+    confusion,
+    floor_map,
+    image_seed,
+    match_proposals,
+    proposal_scores,
+    scores,
+)
+from support.data import DATASETS, IGNORE, Item
 
 ROWS = {"ovss": 1, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
         "normalization": 4}                                                  # 3 blocks, 2 heads

@@ -14,8 +14,8 @@ from test_data import put
 
 import evaluate
 import seg4diff
-from data import DATASETS
-from ledger import Ledger, digest
+from support.data import DATASETS
+from support.ledger import Ledger, digest
 
 ROOT, PROTOCOL = Path(seg4diff.__file__).parent, {"task": "ovss", "seed": 0}
 
@@ -180,12 +180,12 @@ def test_a_changed_program_begins_anew(tiny, tmp_path, monkeypatch):
     """Any line of any of its files, but not of what only stands beside them."""
     copy = tmp_path / "code"
     (copy / "nano").mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "classes.json", ROOT / "nano/scenes.py"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), ROOT / "support/classes.json", ROOT / "nano/scenes.py"]:
         (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     monkeypatch.setattr(evaluate, "__file__", str(copy / "evaluate.py"))
     args = Namespace(task="ovss", limit=1, seed=0, prompt="present", resize="squash", draws=1, batch_size=1)
     hashes = []
-    for changed in (None, "README.md", "mmdit.py", "nano/scenes.py", "classes.json"):
+    for changed in (None, "README.md", "mmdit.py", "nano/scenes.py", "support/classes.json"):
         if changed:
             with open(copy / changed, "a") as f:
                 f.write("# changed\n")

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import mmdit
+import lora as lora_module
 import seg4diff
 from nano import scenes
 
@@ -25,14 +25,14 @@ def run(model: seg4diff.Seg4Diff) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     z, sigma = torch.randn(2, 16, 16, 16, generator=g), torch.tensor([0.2, 0.7])
     cond = model.text.encode(["red car sky", "a boat"])
-    return model.mmdit(z, sigma, cond.ctx, cond.pooled)[0]
+    return model.transformer(z, sigma, cond.ctx, cond.pooled)[0]
 
 
 def trained(tiny_file, rank=RANK, alpha=8.0) -> seg4diff.Seg4Diff:
     """A model with a LoRA whose B is no longer zero."""
     model = fresh(tiny_file)
     g = torch.Generator().manual_seed(1)
-    for p in mmdit.add_lora(model.mmdit, rank, alpha, g):
+    for p in lora_module.add_lora(model.transformer, rank, alpha, g):
         p.data.copy_(0.1 * torch.randn(p.shape, generator=g))
     return model
 
@@ -66,7 +66,7 @@ def merged_by_hand(base: dict, pairs: dict, scale: float) -> dict[str, torch.Ten
 
 
 def assert_same(model: seg4diff.Seg4Diff, want: dict) -> None:
-    got = model.mmdit.state_dict()
+    got = model.transformer.state_dict()
     assert got.keys() == want.keys()
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=1e-5)
@@ -74,22 +74,22 @@ def assert_same(model: seg4diff.Seg4Diff, want: dict) -> None:
 
 def test_no_op_at_the_start_and_only_lora_learns(tiny, tiny_file):
     model = fresh(tiny_file)
-    model.mmdit.requires_grad_(True)
-    params = mmdit.add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
+    model.transformer.requires_grad_(True)
+    params = lora_module.add_lora(model.transformer, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(model), run(tiny))
     assert len(params) == DEPTH * 4 * 2 and sum(p.numel() for p in params) == DEPTH * 4 * 2 * 16 * WIDTH
     a = torch.cat([p.flatten() for p in params[::2]])
     assert abs(a.std() - 1 / 16) < 1e-3 and all((p == 0).all() for p in params[1::2])
     run(model).square().mean().backward()
-    with_grad = {name for name, p in model.mmdit.named_parameters() if p.grad is not None}
+    with_grad = {name for name, p in model.transformer.named_parameters() if p.grad is not None}
     assert len(with_grad) == len(params) and all(".groups." in name for name in with_grad)
-    assert {name for name, p in model.mmdit.named_parameters() if p.requires_grad} == with_grad
+    assert {name for name, p in model.transformer.named_parameters() if p.requires_grad} == with_grad
     assert all(p.grad.abs().max() > 0 for p in params[1::2])                 # every B can learn
     with pytest.raises(ValueError, match="merge_lora"):
-        mmdit.add_lora(model.mmdit)
+        lora_module.add_lora(model.transformer)
     with pytest.raises(ValueError, match="at least 1"):
-        mmdit.add_lora(fresh(tiny_file).mmdit, rank=0)
-    again = mmdit.add_lora(fresh(tiny_file).mmdit, generator=torch.Generator().manual_seed(0))
+        lora_module.add_lora(fresh(tiny_file).transformer, rank=0)
+    again = lora_module.add_lora(fresh(tiny_file).transformer, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(p, q) for p, q in zip(params, again))             # the generator alone decides
 
 
@@ -97,14 +97,14 @@ def test_merged_is_the_adapter(tiny, tiny_file):
     model = trained(tiny_file)
     adapted = run(model)
     assert (adapted - run(tiny)).abs().max() > 0.01
-    mmdit.merge_lora(model.mmdit)
+    lora_module.merge_lora(model.transformer)
     torch.testing.assert_close(run(model), adapted, rtol=1e-4, atol=1e-5)
-    assert model.mmdit.state_dict().keys() == tiny.mmdit.state_dict().keys()
+    assert model.transformer.state_dict().keys() == tiny.transformer.state_dict().keys()
 
 
 def test_round_trip(tiny_file, tmp_path):
     model = trained(tiny_file)
-    mmdit.save_lora(model.mmdit, tmp_path / "lora.safetensors")
+    lora_module.save_lora(model.transformer, tmp_path / "lora.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {"lora.safetensors"}      # no half written file beside it
     sd = load_file(tmp_path / "lora.safetensors")
     assert len(sd) == DEPTH * 4 * 2 and sd["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"].shape == (RANK, WIDTH)
@@ -113,27 +113,27 @@ def test_round_trip(tiny_file, tmp_path):
     adapter, base = json.loads(meta["lora_adapter_metadata"]), json.loads(meta["base"])
     assert (adapter["transformer.r"], adapter["transformer.lora_alpha"], base["width"], base["depth"]) == (4, 8.0, 64, 3)
     other = fresh(tiny_file)
-    mmdit.load_lora(other.mmdit, tmp_path / "lora.safetensors")
+    lora_module.load_lora(other.transformer, tmp_path / "lora.safetensors")
     assert torch.equal(run(other), run(model))
-    mmdit.save_lora(other.mmdit, tmp_path / "again.safetensors")             # ours -> ours
+    lora_module.save_lora(other.transformer, tmp_path / "again.safetensors")             # ours -> ours
     with safe_open(tmp_path / "again.safetensors", framework="pt") as f:
         assert f.metadata() == meta and all(torch.equal(f.get_tensor(k), v) for k, v in sd.items())
     whole = fresh(tiny_file, lora=tmp_path / "lora.safetensors")
     torch.testing.assert_close(run(whole), run(model), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="add_lora first"):
-        mmdit.save_lora(whole.mmdit, tmp_path / "none.safetensors")
+        lora_module.save_lora(whole.transformer, tmp_path / "none.safetensors")
 
 
 def test_another_base_is_refused(tiny_file, tmp_path):
     model = trained(tiny_file)
-    mmdit.save_lora(model.mmdit, tmp_path / "lora.safetensors")
+    lora_module.save_lora(model.transformer, tmp_path / "lora.safetensors")
     half = seg4diff.load(tiny_file, device="cpu", dtype="bfloat16")          # the same base, rounded
-    mmdit.load_lora(half.mmdit, tmp_path / "lora.safetensors")
+    lora_module.load_lora(half.transformer, tmp_path / "lora.safetensors")
     other = fresh(tiny_file)
-    other.mmdit.joint_blocks[2].x_block.attn.qkv.weight.mul_(1.05)
+    other.transformer.joint_blocks[2].x_block.attn.qkv.weight.mul_(1.05)
     before = run(other)
     with pytest.raises(ValueError, match="another model"):
-        mmdit.load_lora(other.mmdit, tmp_path / "lora.safetensors")
+        lora_module.load_lora(other.transformer, tmp_path / "lora.safetensors")
     assert torch.equal(run(other), before)
 
 
@@ -145,22 +145,22 @@ def test_diffusers_layout(tiny, tiny_file, tmp_path, alpha):
     meta = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": alpha})} if alpha else None
     save_file({f"transformer.{k}": v for k, v in pairs.items()}, tmp_path / "l.safetensors", meta)
     assert_same(fresh(tiny_file, lora=tmp_path / "l.safetensors"),
-                merged_by_hand(tiny.mmdit.state_dict(), pairs, 1.0 if alpha is None else alpha / RANK))
+                merged_by_hand(tiny.transformer.state_dict(), pairs, 1.0 if alpha is None else alpha / RANK))
 
 
 def test_patterns_and_ranks_of_single_layers(tiny, tiny_file, tmp_path):
     q, v = peft_pairs(("to_q",), rank=2), peft_pairs(("to_v",), rank=6)
     meta = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"attn.to_v": 3}, "rank_pattern": {"attn.to_v": 6}}
     save_file(q | v, tmp_path / "l.safetensors", {"lora_adapter_metadata": json.dumps(meta)})
-    half_way = merged_by_hand(tiny.mmdit.state_dict(), q, 2.0)
+    half_way = merged_by_hand(tiny.transformer.state_dict(), q, 2.0)
     model = fresh(tiny_file)
-    mmdit.load_lora(model.mmdit, tmp_path / "l.safetensors")
-    mmdit.save_lora(model.mmdit, tmp_path / "ours.safetensors")              # which then has to say all that itself
+    lora_module.load_lora(model.transformer, tmp_path / "l.safetensors")
+    lora_module.save_lora(model.transformer, tmp_path / "ours.safetensors")              # which then has to say all that itself
     for name in ("l", "ours"):
         assert_same(fresh(tiny_file, lora=tmp_path / f"{name}.safetensors"), merged_by_hand(half_way, v, 0.5))
     save_file(q, tmp_path / "rs.safetensors", {"lora_adapter_metadata": json.dumps(meta | {"use_rslora": True})})
     assert_same(fresh(tiny_file, lora=tmp_path / "rs.safetensors"),
-                merged_by_hand(tiny.mmdit.state_dict(), q, 4 / 2 ** 0.5))
+                merged_by_hand(tiny.transformer.state_dict(), q, 4 / 2 ** 0.5))
 
 
 def test_the_authors_pth(tiny, tiny_file, tmp_path):
@@ -169,13 +169,13 @@ def test_the_authors_pth(tiny, tiny_file, tmp_path):
     stored["attn_mlp.attn_score_layer.0.weight"] = torch.zeros(64, 1, 3, 3)  # of training; not needed
     stored["backbone.transformer.transformer_blocks.0.attn.to_q.base_layer.weight"] = torch.zeros(WIDTH, WIDTH)
     torch.save({"model": stored, "iteration": 2999}, tmp_path / "lora_weights.pth")
-    assert_same(fresh(tiny_file, lora=tmp_path / "lora_weights.pth"), merged_by_hand(tiny.mmdit.state_dict(), pairs, 1.0))
+    assert_same(fresh(tiny_file, lora=tmp_path / "lora_weights.pth"), merged_by_hand(tiny.transformer.state_dict(), pairs, 1.0))
 
 
 def test_model_read_for_segmentation(tiny_file, tmp_path):
     """Pairs of blocks that were left on the disk are skipped, unless nothing is left; maps are the whole model's."""
     model = trained(tiny_file)
-    mmdit.save_lora(model.mmdit, tmp_path / "lora.safetensors")
+    lora_module.save_lora(model.transformer, tmp_path / "lora.safetensors")
     image = Image.fromarray(scenes.draw(0).image)
     maps = [seg4diff.segment(fresh(tiny_file, lora=tmp_path / "lora.safetensors", segment_only=only), image,
                              ["car", "sky"]).maps for only in (False, True)]
@@ -220,13 +220,13 @@ def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
     before = run(model)
     for file, says in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=says) as error:
-            mmdit.load_lora(model.mmdit, tmp_path / file)
+            lora_module.load_lora(model.transformer, tmp_path / file)
         assert file in str(error.value) and "\n" not in str(error.value), file
     assert torch.equal(run(model), before) and not Path("exploded").exists()
 
 
 def test_command_lines(command, tiny_file, tmp_path):
-    mmdit.save_lora(trained(tiny_file).mmdit, tmp_path / "sharp.safetensors")
+    lora_module.save_lora(trained(tiny_file).transformer, tmp_path / "sharp.safetensors")
     results, fixed = [], ("--limit", 2, "--model", tiny_file, "--device", "cpu", "--out", "same")
     for lora in ((), ("--lora", "sharp.safetensors")):
         code, out, err = command("evaluate.py", *fixed, *lora)

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import evaluate
-import full_size
+import lora as lora_module
 import magnet
 import mmdit
 import seg4diff
 import train_magnet
-from data import DATASETS, FACTS, TRAINING_SETS, Pair, TrainingSet
 from nano import scenes
+from support.data import DATASETS, FACTS, TRAINING_SETS, Pair, TrainingSet
+from tools import full_size
 
 HOW = magnet.How(block=1, candidates="tokens", by_name=False, normalise="minmax", sigma="logit-normal", mask_weight=1.0)
 
@@ -116,7 +117,7 @@ def pair_of(seed: int) -> Pair:
 def learner(tiny_file):
     """A model with a LoRA that does something already, its parameters, three pictures and their seeds."""
     model = seg4diff.load(tiny_file, device="cpu", dtype="float32")
-    params = mmdit.add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
+    params = lora_module.add_lora(model.transformer, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(1)
     for p in params[1::2]:
         p.data.copy_(0.05 * torch.randn(p.shape, generator=g))
@@ -158,7 +159,7 @@ def test_losses_of_a_batch_are_those_of_its_pictures(learner, change):
         s = torch.sigmoid(0.5 * torch.randn(1, generator=g))
         s = 3 * s / (1 + 2 * s)
         eps = torch.randn(f.z0.shape, generator=g)
-        vel, taps = model.mmdit(((1 - s) * f.z0 + s * eps)[None], s, f.ctx[None], f.pooled[None], capture={how.block})
+        vel, taps = model.transformer(((1 - s) * f.z0 + s * eps)[None], s, f.ctx[None], f.pooled[None], capture={how.block})
         attn = mmdit.joint_probs(taps[how.block])[0, :, :256, 256:256 + model.text.length]   # (H, N, L)
         if how.by_name:
             maps = torch.stack([attn[:, :, span].mean((0, 2)) for span in f.spans])
@@ -185,15 +186,15 @@ def test_gradient_reaches_the_taps_and_only_lora(learner):
     model, params, batch, seeds = learner
     (0.2 * magnet.batch_losses(model, batch, seeds, HOW)["dice"]).backward()
     blocks = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters())
-              for block in model.mmdit.joint_blocks]
+              for block in model.transformer.joint_blocks]
     assert blocks == [True, True, False]                                     # block 1 is read; block 2 comes after it
-    tap = model.mmdit.joint_blocks[1].x_block.attn.qkv.groups                # of block 1: q and k, not v
+    tap = model.transformer.joint_blocks[1].x_block.attn.qkv.groups                # of block 1: q and k, not v
     assert [g.B.grad.abs().max() > 0 for g in tap] == [True, True, False]
     for p in params:
         p.grad = None
     magnet.gradient(model, params, [(batch, seeds)], HOW)
     assert all(p.grad.abs().max() > 0 for p in params)
-    assert all(p.grad is None for p in model.mmdit.parameters() if not p.requires_grad)
+    assert all(p.grad is None for p in model.transformer.parameters() if not p.requires_grad)
 
 
 def test_mask_loss_falls_when_only_it_is_followed(learner):
@@ -216,9 +217,9 @@ def test_accumulation_and_checkpointing_change_no_gradient(learner):
     torch.testing.assert_close(grads(params), want, rtol=1e-3, atol=1e-6)
     assert three == pytest.approx(one, rel=1e-4)
     kept = {False: 0, True: 0}
-    for model.mmdit.checkpointing in (False, True):
+    for model.transformer.checkpointing in (False, True):
         def pack(x):
-            kept[model.mmdit.checkpointing] += x.numel()
+            kept[model.transformer.checkpointing] += x.numel()
             return x
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             loss = magnet.batch_losses(model, batch, seeds, HOW)["loss"]
@@ -498,7 +499,7 @@ def test_base_in_bf16(learner, tiny_file):
     model, params, batch, seeds = learner
     want = magnet.gradient(model, params, [(batch, seeds)], HOW)
     exact, half = grads(params), seg4diff.load(tiny_file, device="cpu", dtype="bfloat16")
-    own = mmdit.add_lora(half.mmdit, generator=torch.Generator().manual_seed(0))
+    own = lora_module.add_lora(half.transformer, generator=torch.Generator().manual_seed(0))
     for p, q in zip(own, params):
         assert p.dtype == torch.float32
         p.data.copy_(q)
@@ -507,7 +508,7 @@ def test_base_in_bf16(learner, tiny_file):
     assert torch.cosine_similarity(grads(own), exact, dim=0) > 0.9
     with torch.autocast("cpu", torch.bfloat16):
         z = torch.stack([f.z0 for f in batch]).bfloat16()
-        vel, _ = half.mmdit(z, torch.full((3,), 0.5), *(torch.stack(x) for x in list(zip(*batch))[1:3]))
+        vel, _ = half.transformer(z, torch.full((3,), 0.5), *(torch.stack(x) for x in list(zip(*batch))[1:3]))
     vel.float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in own)
 

@@ -5,8 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit import (JointQKV, MMDiT, MMDiTConfig, i2t, i2t_attention, i2t_scores, joint_attention, joint_probs, t2i,
-                   t2i_attention)
+from mmdit import (
+    JointQKV,
+    MMDiT,
+    MMDiTConfig,
+    i2t,
+    i2t_attention,
+    i2t_scores,
+    joint_attention,
+    joint_probs,
+    t2i,
+    t2i_attention,
+)
 
 # All lengths differ, so that a swapped pair shows. The second is SD3.5 Medium's kind.
 PLAIN = MMDiTConfig(width=64, depth=3, head_dim=32, patch=2, channels=4, pos_grid=7, ctx_dim=24, pooled_dim=12,
@@ -182,7 +192,7 @@ def test_bf16(model):
 
 def test_nano_kind_runs(tiny):
     cond = tiny.text.encode(["car sky", ""])
-    vel, taps = tiny.mmdit(torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1]), cond.ctx, cond.pooled, capture={1})
+    vel, taps = tiny.transformer(torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1]), cond.ctx, cond.pooled, capture={1})
     assert vel.shape == (2, 16, 16, 16) and vel.isfinite().all() and taps[1].q.shape == (2, 2, 256 + 56, 32)
 
 

@@ -74,7 +74,7 @@ def test_equation_7_by_hand(tiny):
     z, sigma = seg4diff.noise((16, 8, 8), [0, 1]), torch.full((2,), 0.7)
 
     def alone(c, edit=None):
-        return tiny.mmdit(z, sigma, c.ctx, c.pooled, edit=edit)[0]
+        return tiny.transformer(z, sigma, c.ctx, c.pooled, edit=edit)[0]
     worse = alone(cond, {1: blur_i2t})
     eps, empty = alone(cond), alone(uncond)
     assert (worse - eps).abs().max() > 1e-4

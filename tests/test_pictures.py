@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pictures
 from nano import scenes
+from support import pictures
 
 
 @pytest.mark.parametrize("n", [1, 2, 13, 20, 59, 150])

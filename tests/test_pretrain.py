@@ -9,10 +9,10 @@ from conftest import ARGS
 from PIL import Image
 
 import seg4diff
-import weights
-from data import DATASETS, toy_scenes
 from nano import pretrain, scenes
 from nano.pretrain import Muon
+from support import weights
+from support.data import DATASETS, toy_scenes
 
 FAST = ["--scenes", 40, "--minutes-vae", 0.02, "--batch-vae", 2, "--width", 64, "--depth", 2, "--batch", 4]
 
@@ -85,8 +85,8 @@ def test_grown_blocks_begin_as_the_identity(tiny):
     """The same velocity from more blocks; the old last block's attention is read as before, and all new weights learn."""
     z, sigma = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
     cond = tiny.text.encode(["a red car", "snow"])
-    grown = pretrain.grow(tiny.mmdit, 5).requires_grad_(True)
-    a, taps = tiny.mmdit(z, sigma, cond.ctx, cond.pooled, capture={2})
+    grown = pretrain.grow(tiny.transformer, 5).requires_grad_(True)
+    a, taps = tiny.transformer(z, sigma, cond.ctx, cond.pooled, capture={2})
     b, grown_taps = grown(z, sigma, cond.ctx, cond.pooled, capture={2})
     assert grown.config.depth == 5 and torch.allclose(a, b, atol=1e-5)
     assert torch.allclose(taps[2].q, grown_taps[2].q, atol=1e-5)
@@ -98,4 +98,4 @@ def test_grown_blocks_begin_as_the_identity(tiny):
     still = [k for k, p in grown.named_parameters() if "joint_blocks.3" in k and (p.grad is None or not p.grad.any())]
     assert not still
     with pytest.raises(ValueError, match="3 blocks cannot go on with 2"):
-        pretrain.grow(tiny.mmdit, 2)
+        pretrain.grow(tiny.transformer, 2)

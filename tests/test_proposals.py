@@ -88,7 +88,7 @@ def test_pad_maps_are_the_clip_columns_of_the_empty_prompt(tiny):
     assert cond.tokens[0] == ["<sos>", "<eos>"] + ["<pad>"] * 26 and maps.shape == (2, 28, 8, 8)
     for b in range(2):
         z = seg4diff.add_noise(z0[b:b + 1], seg4diff.noise((16, 8, 8), [1 + b]), 0.4)
-        _, taps = tiny.mmdit(z, torch.tensor([0.4]), cond.ctx, cond.pooled, capture={1}, stop_at=1)
+        _, taps = tiny.transformer(z, torch.tensor([0.4]), cond.ctx, cond.pooled, capture={1}, stop_at=1)
         own = seg4diff.i2t_attention(taps[1])[0].mean(0)                     # (N, M)
         torch.testing.assert_close(maps[b].flatten(1), own[:, :28].mT, atol=1e-6, rtol=1e-4)
         assert (maps[b].sum(0) < own.sum(1).view(8, 8)).all()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import seg4diff
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from nano import scenes
+from support import pictures
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_noise_depends_on_its_own_seed_alone():
 def test_guidance_by_hand(tiny, cfg):
     cond, uncond = tiny.text.encode(["car", "sky"]), tiny.text.encode(["", ""])
     z, sigma = seg4diff.noise((16, 8, 8), [0, 1]), torch.tensor([0.9, 0.3])
-    with_, without = (tiny.mmdit(z, sigma, c.ctx, c.pooled)[0] for c in (cond, uncond))
+    with_, without = (tiny.transformer(z, sigma, c.ctx, c.pooled)[0] for c in (cond, uncond))
     got = seg4diff.guided_velocity(tiny, cond, uncond, cfg)(z, sigma)
     torch.testing.assert_close(got, without + cfg * (with_ - without), atol=1e-4, rtol=0)
 
@@ -102,7 +103,7 @@ def test_generate_without_guidance_by_hand(tiny):
     cond, s = tiny.text.encode(["a red car"]), seg4diff.sigmas(2, 3.0)
     z = seg4diff.noise((16, 16, 16), [3])
     for i in range(2):
-        z = z + (s[i + 1] - s[i]) * tiny.mmdit(z, s[i:i + 1], cond.ctx, cond.pooled)[0]
+        z = z + (s[i + 1] - s[i]) * tiny.transformer(z, s[i:i + 1], cond.ctx, cond.pooled)[0]
         torch.testing.assert_close(latents[i], z, atol=1e-4, rtol=0)
     x = (tiny.vae.decode(z)[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
     assert np.abs(np.asarray(image) - x.numpy()).max() < 1
@@ -230,7 +231,7 @@ def test_segment_by_hand(tiny, picture):
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1               # 128 x 128 already
     z = seg4diff.add_noise(tiny.vae.encode(x), seg4diff.noise((16, 16, 16), [4]), 0.51507)
     cond = tiny.text.encode(["car teddy bear sky"])
-    _, taps = tiny.mmdit(z, torch.tensor([0.51507]), cond.ctx, cond.pooled, capture={1})
+    _, taps = tiny.transformer(z, torch.tensor([0.51507]), cond.ctx, cond.pooled, capture={1})
     columns = i2t_attention(taps[1])[0].mean(0).T.reshape(-1, 16, 16)        # (M, h, w)
     want = torch.stack([columns[1], (columns[2] + columns[3]) / 2, columns[4]])
     torch.testing.assert_close(seg.maps, want, atol=1e-6, rtol=1e-3)
@@ -288,7 +289,7 @@ def test_image_tensor_squashes_the_whole_picture():
 
 def save_and_open(image: Image.Image, path, **options) -> list[tuple]:
     image.save(path, **options)
-    got = seg4diff.open_image(path)
+    got = pictures.open_image(path)
     assert got.mode == "RGB" and got.size == image.size
     return [got.getpixel((x, 0)) for x in range(got.width)]
 
@@ -319,10 +320,10 @@ def test_open_image_errors(tmp_path, picture):
     for name, content in (("words.png", b"hello"), ("empty.png", b""), ("cut.png", whole[:len(whole) // 2])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="not a picture"):
-            seg4diff.open_image(tmp_path / name)
+            pictures.open_image(tmp_path / name)
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(ValueError, match="no picture can be opened"):
-            seg4diff.open_image(path)
+            pictures.open_image(path)
 
 
 def test_open_image_turns_photos_upright(tmp_path):
@@ -330,7 +331,7 @@ def test_open_image_turns_photos_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6                                                         # orientation: turn clockwise to show
     image.save(tmp_path / "phone.jpg", exif=exif)
-    assert seg4diff.open_image(tmp_path / "phone.jpg").size == (20, 40)
+    assert pictures.open_image(tmp_path / "phone.jpg").size == (20, 40)
 
 
 # ---------------------------------------------------------------------------- loading
@@ -339,7 +340,7 @@ def test_open_image_turns_photos_upright(tmp_path):
 def test_load(tiny, tiny_file):
     assert (tiny.name, tiny.device.type, tiny.dtype) == ("tiny", "cpu", torch.float32)
     assert tiny.preset == seg4diff.Preset(block=1, size=128, cfg=3.0, batch=16) and abs(tiny.preset.sigma - 0.5150721) < 1e-6
-    assert tiny.mmdit.config.head_dim == 32 and tiny.mmdit.config.heads == 2
+    assert tiny.transformer.config.head_dim == 32 and tiny.transformer.config.heads == 2
     assert seg4diff.Preset() == seg4diff.Preset(block=9, size=1024, steps=28, shift=3.0, noise_steps=8, cfg=7.5)
     half = seg4diff.load(str(tiny_file), device="cpu", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
@@ -350,7 +351,7 @@ def test_load(tiny, tiny_file):
 def test_segment_only(tiny, tiny_file, picture):
     """Without the blocks after the expert: the same labels; nothing that needs those blocks."""
     part = seg4diff.load(tiny_file, device="cpu", segment_only=True)
-    assert len(part.mmdit.joint_blocks) == 2 < len(tiny.mmdit.joint_blocks)
+    assert len(part.transformer.joint_blocks) == 2 < len(tiny.transformer.joint_blocks)
     for options in (dict(), dict(block=0)):
         seg, whole = (seg4diff.segment(m, picture, ["car", "sky"], **options) for m in (part, tiny))
         torch.testing.assert_close(seg.maps, whole.maps)

@@ -7,11 +7,11 @@ from PIL import Image
 from test_data import put
 
 import evaluate
-import pictures
 import seg4diff
-from data import DATASETS
 from evaluate import image_seed
-from report import PAPER
+from support import pictures
+from support.data import DATASETS
+from support.report import PAPER
 
 
 def noise(path, seed=0, size=(40, 56)):
@@ -127,7 +127,7 @@ def test_folder(command, tiny_file, tiny, tmp_path, folder):
     assert sorted(str(p.relative_to(written)) for p in written.rglob("*.*")) == [
         "labels/one.png", "labels/two.png", "overlays/one.png", "overlays/two.png"]
     for name in ("one.png", "two.jpg"):
-        image = seg4diff.open_image(folder / name)
+        image = pictures.open_image(folder / name)
         labels = Image.open(written / "labels" / f"{name[:3]}.png")
         want = seg4diff.segment(tiny, image, names, seed=image_seed(name, 0)).labels
         assert labels.mode == "P" and labels.size == image.size and (np.asarray(labels) == want).all()

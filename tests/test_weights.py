@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import seg4diff
-import weights
+from support import weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -62,7 +62,7 @@ def split(tiny_file, tmp_path):
 
 
 def same(a: seg4diff.Seg4Diff, b: seg4diff.Seg4Diff) -> None:
-    for x, y in ((a.mmdit, b.mmdit), (a.vae, b.vae), (a.text, b.text)):
+    for x, y in ((a.transformer, b.transformer), (a.vae, b.vae), (a.text, b.text)):
         assert all(torch.equal(x.state_dict()[k], v) for k, v in y.state_dict().items())
     assert a.text.tokenizer.get_vocab() == b.text.tokenizer.get_vocab() and a.preset == b.preset
 
@@ -90,7 +90,7 @@ def test_diffusers_folder(split, tiny, tmp_path_factory):
         save_file({k: 0 * sd[k] for k in keys}, folder / name / "model.fp16.safetensors")
     (split / "tokenizer").rename(folder / "tokenizer")
     model = seg4diff.load(folder, "cpu")
-    assert torch.equal(model.mmdit.pos_embed, tiny.mmdit.pos_embed) and model.preset == seg4diff.Preset(size=128)
+    assert torch.equal(model.transformer.pos_embed, tiny.transformer.pos_embed) and model.preset == seg4diff.Preset(size=128)
     for f in (folder / "vae").iterdir():
         f.unlink()
     with pytest.raises(ValueError, match="vae/ holds no"):
@@ -188,7 +188,7 @@ def test_only_the_blocks_that_segmentation_needs(tiny_file, tiny):
     whole = weights.read(files)["mmdit"]
     assert set(whole) - set(part) == {k for k in whole if k.startswith("joint_blocks.2.")} != set()
     short = seg4diff.load(tiny_file, "cpu", segment_only=True)  # the preset's expert is block 1
-    assert short.mmdit.config.depth == tiny.preset.block + 1 and not short.mmdit.config.whole and tiny.mmdit.config.whole
+    assert short.transformer.config.depth == tiny.preset.block + 1 and not short.transformer.config.whole and tiny.transformer.config.whole
 
 
 def test_tensors_are_cast_while_they_are_read(tiny_file):

@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.loaders.single_file_utils import (convert_ldm_vae_checkpoint,
-                                                 convert_sd3_transformer_checkpoint_to_diffusers)
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn

@@ -8,22 +8,23 @@ lazily, casts each tensor while it is read and returns one state dict per part i
 import hashlib
 import json
 import math
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx2                                            # the hub's own client, whose errors it lets through
+import httpx2  # the hub's own client, whose errors it lets through
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
+
+from support.checkpoint import count, shape
 
 PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
             "clip_l": "text_encoders.clip_l.transformer.", "clip_g": "text_encoders.clip_g.transformer."}
-NANO = Path(__file__).parent / "nano" / "nano.safetensors"
+NANO = Path(__file__).parent.parent / "nano" / "nano.safetensors"
 # The transformer and VAE of a name; its repository also holds the text towers, at ENCODERS.
 HUB = {"sd3": ("stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors"),
        "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors"),
@@ -32,41 +33,6 @@ NAMES = ["nano", *HUB]
 ENCODERS = {"clip_l": "text_encoders/clip_l.safetensors", "clip_g": "text_encoders/clip_g.safetensors"}
 TOKENIZER = ("openai/clip-vit-large-patch14", "merges.txt")
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}   # diffusers'
-
-# ---------------------------------------------------------------------------- state dict -> module
-
-
-def shape(sd: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
-    """Shape of one tensor that a config is read off; ValueError if it is not there or has another number of dimensions."""
-    if key not in sd:
-        raise ValueError(f"this state dict has no {key!r}, so it is not a network of the expected kind; "
-                         f"it holds {len(sd)} tensors, the first: {', '.join(sorted(sd)[:3]) or 'none'}")
-    if sd[key].ndim != ndim:
-        raise ValueError(f"{key!r} is misshapen: {tuple(sd[key].shape)}, where {ndim} dimensions are expected")
-    return tuple(sd[key].shape)
-
-
-def count(sd: dict[str, Tensor], stem: str) -> int:
-    """1 + the largest number N for which a key starts with `stem` + "N.", 0 if there is none."""
-    pattern = re.compile(re.escape(stem) + r"(\d+)\.")
-    return max((int(m[1]) + 1 for m in map(pattern.match, sd) if m), default=0)
-
-
-def assign(module: nn.Module, sd: dict[str, Tensor], what: str, device: str | torch.device | None,
-           dtype: torch.dtype | None) -> nn.Module:
-    """Fill a module built on the meta device with the tensors of `sd` themselves (no copy unless the device
-    or dtype changes), strictly. ValueError lists missing, surplus and misshapen keys."""
-    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    wrong = {"missing": sorted(want.keys() - sd.keys()), "surplus": sorted(sd.keys() - want.keys()),
-             "misshapen": [f"{k} {tuple(sd[k].shape)} instead of {want[k]}" for k in sorted(want.keys() & sd.keys())
-                           if tuple(sd[k].shape) != want[k]]}
-    if any(wrong.values()):
-        told = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-                         for kind, keys in wrong.items() if keys)
-        raise ValueError(f"the checkpoint does not fit the {what}: {told}")
-    module.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in sd.items()}, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
-
 
 # ---------------------------------------------------------------------------- diffusers' keys -> SD3's
 
@@ -273,56 +239,12 @@ def merges(files: Files) -> list[str]:
     return files.merges.read_text(encoding="utf-8").strip().split("\n")[1:]
 
 
-# ---------------------------------------------------------------------------- LoRA files
-
-
-LORA_KEY = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-
-
-class LoRAFile(NamedTuple):
-    pairs: dict[tuple[int, str], tuple[Tensor, Tensor, float]]   # (block, diffusers' name of a layer): A, B, scale; fp32
-    base: dict | None                       # what mmdit.save_lora noted of the model it was trained on
-
-
-def read_lora(path: str | Path) -> LoRAFile:
-    """A LoRA in diffusers' (peft) naming: .safetensors, or a PyTorch .pth (the authors'), whose pickle cannot run code.
-
-    The scale of a pair is alpha / rank with the file's alpha, 1 without one.
-    ValueError: no such file, broken, no LoRA in it, half a pair, another naming.
-    """
-    path, meta = Path(path), {}
-    if not path.is_file():
-        raise ValueError(f"there is no LoRA file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                sd, meta = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-        else:
-            sd = torch.load(path, map_location="cpu", weights_only=True)
-            sd = sd.get("model", sd)                                         # the authors' .pth keeps more beside it
-        adapter = {k.removeprefix("transformer."): v for k, v in json.loads(meta.get("lora_adapter_metadata", "{}")).items()}
-        base = json.loads(meta.get("base", "null"))
-    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, ValueError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} cannot be read as a LoRA (.safetensors, or a .pth of tensors alone): "
-                         f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key in (k for k in sd if "lora" in k):
-        if (m := LORA_KEY.fullmatch(key)) is None:
-            raise ValueError(f"{path} holds {key!r}, which is not diffusers' (peft) naming of a layer of SD3's transformer")
-        found.setdefault((int(m[1]), m[2]), {})[m[3]] = sd[key].float()
-    if not found:
-        raise ValueError(f"{path} is no LoRA: of its {len(sd)} tensors none has 'lora' in its name")
-    pairs = {}
-    for (i, layer), pair in found.items():
-        if len(pair) < 2:
-            raise ValueError(f"{path} is incomplete: {layer} of block {i} has lora_{next(iter(pair))} alone")
-        rank, key = len(pair["A"]), f"transformer_blocks.{i}.{layer}"
-        alpha = next((a for pattern, a in adapter.get("alpha_pattern", {}).items()
-                      if re.fullmatch(rf"(.*\.)?({pattern})", key)), adapter.get("lora_alpha", rank))
-        pairs[i, layer] = pair["A"], pair["B"], alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
-    return LoRAFile(pairs, base)
-
-
 def add_to_fingerprint(fingerprint: str, path: str | Path) -> str:
     """12 hex digits of a model together with a LoRA file."""
     return hashlib.sha256(fingerprint.encode() + Path(path).read_bytes()).hexdigest()[:12]
+
+
+def lora_name(path: str | Path) -> str:
+    """What a LoRA file is called: its own name, or its folder's where all are called alike."""
+    path = Path(path)
+    return path.resolve().parent.name if path.stem in ("lora", "lora_weights") else path.stem

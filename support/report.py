@@ -6,15 +6,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from seg4diff import SCALINGS, Seg4Diff
+SCALINGS = ("map", "token", "none")
 
 
-def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path: Path) -> None:
+def plot(task: str, variants: list, rows: dict[str, dict], model, path: Path) -> None:
     """The task's figure: mIoU against block, head, noise level or kind of score, with floor and ceiling."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     miou = [rows[v.name]["mIoU"] for v in variants]
     if task == "heads":
-        cfg = model.mmdit.config
+        cfg = model.transformer.config
         image = ax.imshow(np.reshape(miou, (cfg.depth, cfg.heads)).T, aspect="auto", cmap="viridis")
         for i, (v, y) in enumerate(zip(variants, miou)):
             if len(variants) <= 100:                     # SD3's 576 numbers would not be readable
@@ -35,7 +35,7 @@ def plot(task: str, variants: list, rows: dict[str, dict], model: Seg4Diff, path
         ax.legend()
     else:
         if task == "layers":
-            n = model.mmdit.config.depth
+            n = model.transformer.config.depth
             for name, ys, mark in (("image-to-text", miou[:n], "o-"), ("text-to-image", miou[n:], "s--")):
                 ax.plot(range(n), ys, mark, label=name)
             ax.set(xlabel="block", xticks=range(n), title="Segmentation performance across blocks (Fig. 8)")

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import IGNORE, Item
+from support.data import Item
+from support.metrics import IGNORE
 
 SHOWN = (512, 1024)                     # least and most pixels of the longer side of a picture of one's own
 
@@ -136,3 +137,23 @@ def small(picture: Image.Image, width: int, plot: bool = False) -> bytes:
     picture.thumbnail((width, 10 * width))
     (picture.quantize(128) if plot else picture).save(file := io.BytesIO(), "PNG" if plot else "JPEG", quality=82)
     return file.getvalue()
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.
+
+    ValueError: no such file, not a picture.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise ValueError(f"no picture can be opened at {str(path)!r}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{str(path)!r} is not a picture that PIL can read: {e}") from None
+    if image.mode[0] in "IF":                            # 16 or 32 bits, or floats: convert() would clip at 255
+        x = np.nan_to_num(np.asarray(image, float)).clip(0)
+        top = next((t for t in (1, 255, 65535) if x.max() <= t and (t > 1 or image.mode == "F")), x.max())
+        image = Image.fromarray((255 * x / top).round().astype(np.uint8))
+    rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

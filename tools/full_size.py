@@ -1,7 +1,7 @@
 """SD3 Medium at full size without its weights: random numbers in its exact layout, one 1024 x 1024 picture.
 
-    python tests/full_size.py                    # writes 6 GB to a temporary folder, prints seconds and peak memory
-    python tests/full_size.py --train            # a step of MAGNET, with and without checkpointing
+    python tools/full_size.py                    # writes 6 GB to a temporary folder, prints seconds and peak memory
+    python tools/full_size.py --train            # a step of MAGNET, with and without checkpointing
 
 Not a test that pytest collects: it takes minutes and 15 GB on a CPU.  Each way runs in a process of its own, so
 that its peak memory is its own: the blocks up to the expert alone, and all blocks run to the end.
@@ -25,13 +25,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import magnet                                            # noqa: E402
-import seg4diff                                          # noqa: E402
-import text                                              # noqa: E402
-import weights                                           # noqa: E402
-from bench import megabytes, seconds                     # noqa: E402
-from mmdit import add_lora, i2t_attention                # noqa: E402
-from report import peak_megabytes                        # noqa: E402
+import magnet  # noqa: E402
+import seg4diff  # noqa: E402
+import text  # noqa: E402
+from lora import add_lora  # noqa: E402
+from mmdit import i2t_attention  # noqa: E402
+from support import weights  # noqa: E402
+from support.report import peak_megabytes  # noqa: E402
+from tools.bench import megabytes, seconds  # noqa: E402
 
 LISTINGS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
 
@@ -40,7 +41,7 @@ def write(path: Path) -> None:
     """Random fp16 tensors under the published keys, and as many merges as CLIP's vocabulary has."""
     sd, gen = {}, torch.Generator().manual_seed(0)
     for part, listing in LISTINGS.items():
-        shapes = json.loads((Path(__file__).parent / "layouts" / f"{listing}.json").read_text())
+        shapes = json.loads((Path(__file__).parent.parent / "tests/layouts" / f"{listing}.json").read_text())
         for key, shape in shapes.items():
             scale = 1 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1
             sd[weights.PREFIXES[part] + key] = (scale * torch.randn(shape, generator=gen)).half()
@@ -64,11 +65,11 @@ def measure(path: Path, way: str, device: str) -> None:
         block = model.preset.block
         sigma = torch.full((1,), model.preset.sigma, device=model.device)
         stop = block if way == "early" else None
-        _, taps = model.mmdit(z0, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
+        _, taps = model.transformer(z0, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
         maps = i2t_attention(taps[block])
     assert maps.isfinite().all() and maps.sum(-1).max() <= 1.001       # shares of each pixel's attention
     ran = time.time()
-    print(f"{way:6s} {model.mmdit.config.depth} blocks loaded, maps {tuple(maps.shape)}: load {loaded - start:.0f} s, "
+    print(f"{way:6s} {model.transformer.config.depth} blocks loaded, maps {tuple(maps.shape)}: load {loaded - start:.0f} s, "
           f"VAE and text {encoded - loaded:.0f} s, MM-DiT {ran - encoded:.0f} s, "
           f"peak {peak_megabytes(model.device) / 1000:.1f} GB", flush=True)
 
@@ -79,18 +80,18 @@ def measure_training(path: Path, sizes: list[int], device: str) -> dict[bool, li
     Returns {checkpointing: [(image tokens, bytes kept), ...]}.
     """
     model = seg4diff.load(path, device)
-    params = add_lora(model.mmdit, generator=torch.Generator().manual_seed(0))
+    params = add_lora(model.transformer, generator=torch.Generator().manual_seed(0))
     cond = model.text.encode(["cat dog sky"])
     how = magnet.How(model.preset.block, "tokens", False, "minmax", "logit-normal", 1.0)
     print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters of the LoRA, {model.device}, {model.dtype}")
     found: dict[bool, list] = {False: [], True: []}
     for size in sizes:
-        side, cfg = size // model.vae.factor, model.mmdit.config
+        side, cfg = size // model.vae.factor, model.transformer.config
         N = (side // cfg.patch) ** 2
         masks = torch.rand(8, N, generator=torch.Generator().manual_seed(size)) < 0.3
         z0 = torch.randn(cfg.channels, side, side)
         batch = [magnet.Features(z0, cond.ctx[0].cpu(), cond.pooled[0].cpu(), masks, [])]
-        for model.mmdit.checkpointing in (False, True):
+        for model.transformer.checkpointing in (False, True):
             kept = {}
 
             def count(x: torch.Tensor) -> torch.Tensor:
@@ -99,20 +100,20 @@ def measure_training(path: Path, sizes: list[int], device: str) -> dict[bool, li
                 return x
             with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
                 loss = magnet.batch_losses(model, batch, [0], how)["loss"]
-            weights_of = {p.untyped_storage().data_ptr() for p in model.mmdit.parameters()}
+            weights_of = {p.untyped_storage().data_ptr() for p in model.transformer.parameters()}
             total = sum(n for at, n in kept.items() if at not in weights_of)
             del loss
             took = []
             peak = megabytes(lambda: took.append(seconds(lambda: magnet.gradient(model, params, [(batch, [0])], how),
                                                          model.device)), model.device)
-            found[model.mmdit.checkpointing].append((N, total))
-            print(f"{size:5d} px, {N:5d} image tokens, checkpointing {'on ' if model.mmdit.checkpointing else 'off'}: "
+            found[model.transformer.checkpointing].append((N, total))
+            print(f"{size:5d} px, {N:5d} image tokens, checkpointing {'on ' if model.transformer.checkpointing else 'off'}: "
                   f"{took[0]:6.1f} s, {total / 1e9:6.2f} GB kept for the backward pass, peak {peak / 1000:.1f} GB above the "
                   "weights", flush=True)
     for way, rows in found.items():
         (n0, b0), (n1, b1), (n2, b2) = rows
         slope = (b1 - b0) / (n1 - n0)
-        full = (model.preset.size // model.vae.factor // model.mmdit.config.patch) ** 2
+        full = (model.preset.size // model.vae.factor // model.transformer.config.patch) ** 2
         print(f"checkpointing {'on ' if way else 'off'}: {slope / 1e6:.3f} MB for each image token; the line says "
               f"{(b0 + slope * (n2 - n0)) / 1e9:.2f} GB for the third size (counted: {b2 / 1e9:.2f}) and "
               f"{(b0 + slope * (full - n0)) / 1e9:.1f} GB for {full} tokens at {model.preset.size} px")

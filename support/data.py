@@ -22,8 +22,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from nano import scenes
+from support.metrics import IGNORE
 
-IGNORE = 255                            # label of pixels that belong to no class and are never scored
 ROOT = Path(os.environ.get("SEG4DIFF_DATA", "data"))
 FACTS = json.loads((Path(__file__).parent / "classes.json").read_text())
 

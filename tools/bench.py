@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,11 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-import seg4diff
-import weights
-from mmdit import i2t, i2t_attention, joint_probs
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import seg4diff  # noqa: E402
+from mmdit import i2t, i2t_attention, joint_probs  # noqa: E402
+from support import weights  # noqa: E402
+from support.cli import command  # noqa: E402
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -73,18 +76,18 @@ def main(args: argparse.Namespace) -> None:
     if args.repeats < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--batch-size and --repeats must be at least 1")
     model = seg4diff.load(args.model, args.device)
-    cfg, block, B = model.mmdit.config, model.preset.block, args.batch_size or model.preset.batch
+    cfg, block, B = model.transformer.config, model.preset.block, args.batch_size or model.preset.batch
     side = model.preset.size // model.vae.factor
     z = seg4diff.noise((cfg.channels, side, side), range(B)).to(model.device, model.dtype)   # (B, C, side, side)
     sigma, cond = torch.full((B,), model.preset.sigma, device=model.device), model.text.encode([["car", "sky"]] * B)
     print(f"{model.name}, {cfg.depth} blocks, expert {block} · {B} x {model.preset.size} pixels · {model.device}, "
           f"{str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads · medians of {args.repeats}")
 
-    sizes = [sum(p.nbytes for p in b.parameters()) / 2**20 for b in model.mmdit.joint_blocks]
+    sizes = [sum(p.nbytes for p in b.parameters()) / 2**20 for b in model.transformer.joint_blocks]
     print(f"weights of the blocks: {sum(sizes[:block + 1]):.1f} of {sum(sizes):.1f} MB are all that segmentation loads")
 
     def forward(stop: int | None) -> tuple:
-        return model.mmdit(z, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
+        return model.transformer(z, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
 
     compare("MM-DiT", {f"up to block {block}": lambda: forward(block), f"all {cfg.depth} blocks": lambda: forward(None)},
             args.repeats, model.device)
@@ -99,4 +102,4 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--repeats", type=int, default=10)
-    seg4diff.command(main, parser.parse_args())
+    command(main, parser)

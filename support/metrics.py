@@ -2,12 +2,14 @@
 floor and the ceiling that each score stands between.
 """
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-import seg4diff
-from data import IGNORE
+IGNORE = 255                            # label of pixels that belong to no class and are never scored
+
+
+def classes_in(labels: np.ndarray) -> np.ndarray:
+    """The classes of a label map, in order, without IGNORE: (K,) of the map's dtype."""
+    return np.setdiff1d(labels, [IGNORE])
 
 
 def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
@@ -65,15 +67,3 @@ def scores(conf: np.ndarray) -> dict:
 def proposal_scores(counts: np.ndarray) -> dict:
     """`rates` of match_proposals' counts (K, 3)."""
     return rates(*counts.T)
-
-
-def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
-    """What the protocol gives for random maps: chance, given the classes that are present."""
-    maps = torch.rand(K, *grid, generator=torch.Generator().manual_seed(seed))               # (K, h, w)
-    return seg4diff.label_map(maps, size).numpy()
-
-
-def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """What the protocol gives for the truth itself, averaged over the cells of the patch grid."""
-    onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
-    return seg4diff.label_map(F.interpolate(onehot[None], size=grid, mode="area")[0], labels.shape).numpy()

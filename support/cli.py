@@ -1,0 +1,62 @@
+"""What every command line shares: the options that mean the same everywhere, and one sentence for bad input."""
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from support import weights
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints end like those of the rest of the program: see `command`."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """A `type` for add_argument: finite numbers from `least` up."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, not {text}")
+        return value
+    parse.__name__ = kind.__name__                       # argparse names it: "invalid int value: 'x'"
+    return parse
+
+
+def renamed(new: str) -> Callable[[str], None]:
+    """A `type` for an option of an older version: whatever its value, the answer is the new spelling."""
+    def parse(text: str) -> None:
+        raise argparse.ArgumentTypeError(f"this option is now {new}")
+    return parse
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str | None = "nano", lora: bool = True) -> None:
+    """--model, --lora, --seed, --device, --dtype, as seg4diff.load and the functions of the method take them."""
+    parser.add_argument("--model", default=default, help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
+    if lora:
+        parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
+                        "float16 (released code)")
+
+
+def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Run a script: bad input and too little memory end in one sentence and exit code 2, not in a traceback."""
+    try:
+        main(parser.parse_args())
+        return
+    except (ValueError, OSError) as e:
+        problem = str(e)
+    except torch.OutOfMemoryError:
+        problem = "the device has too little memory for this; smaller batches or pictures, or --device cpu, need less of it"
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
