@@ -1,5 +1,5 @@
-"""Reading the joint attention (Sec. 3.3, App. B): functions of q, k and v, and of a model's answers to a blur or a
-caption.  figures.py draws from them the figures of the paper, a command for each.
+"""What can be read off the joint attention (Sec. 3.3, App. B): functions of q, k and v, and of a model's answers to a
+blur or a caption.  figures.py draws from them the figures of the paper, a command for each.
 
     shares = analysis.attention_shares(taps[9])          # Fig. 2 (b, c), of what MMDiT.forward(capture=[9]) returned
 """
@@ -11,12 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import evaluate
 import seg4diff
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from seg4diff import Seg4Diff
-from support.data import IGNORE
-from support.metrics import scores
+from support.metrics import classes_in, scores
 from text import TextCond
 
 # ---------------------------------------------------------------------------- functions of q, k, v
@@ -33,24 +31,24 @@ def attention_shares(qkv: JointQKV) -> dict[str, Tensor]:
 
 
 def uniform_share(qkv: JointQKV) -> float:
-    """Share of the image keys among all keys, the dotted line of Fig. 2."""
+    """Share of the image keys among all keys, N / (N+M), the dotted line of Fig. 2."""
     return qkv.n_img / qkv.k.shape[2]
 
 
-def value_norms(qkv: JointQKV, prompt: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Fig. 4, 28: mean L2 norm of the values of image tokens, all text tokens and the prompt's own tokens.
+def value_norms(qkv: JointQKV, words: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fig. 4, 28: mean L2 norm of the values of "image" tokens, of all "text" tokens and of the "prompt"'s words.
 
-    prompt[b]: how many of sample b's text columns, after <sos>, are words. Returns for each kind the norm of the
+    words[b]: how many of sample b's text columns, after <sos>, are words. Returns for each kind the norm of the
     whole value, (B,), and of each head's part, (B, H).  A sample without words has nan for "prompt".
     """
-    v, N = qkv.v.float(), qkv.n_img                                          # (B, H, N+M, d)
-    heads = v.norm(dim=-1)                                                   # (B, H, N+M)
+    N = qkv.n_img
+    heads = qkv.v.float().norm(dim=-1)                                       # (B, H, N+M)
     whole = heads.square().sum(1).sqrt()                                     # (B, N+M)
-    words = [slice(N + 1, N + 1 + n) for n in prompt]
+    prompt = torch.stack([whole[b, N + 1:N + 1 + n].mean() for b, n in enumerate(words)])    # (B,)
+    prompt_heads = torch.stack([heads[b, :, N + 1:N + 1 + n].mean(1) for b, n in enumerate(words)])    # (B, H)
     return {"image": (whole[:, :N].mean(1), heads[:, :, :N].mean(2)),
             "text": (whole[:, N:].mean(1), heads[:, :, N:].mean(2)),
-            "prompt": (torch.stack([w[s].mean() for w, s in zip(whole, words)]),
-                       torch.stack([h[:, s].mean(1) for h, s in zip(heads, words)]))}
+            "prompt": (prompt, prompt_heads)}
 
 
 def pca_rgb(x: Tensor, grid: tuple[int, int]) -> np.ndarray:
@@ -68,7 +66,10 @@ def pca_rgb(x: Tensor, grid: tuple[int, int]) -> np.ndarray:
 
 
 def token_maps(qkv: JointQKV, columns: Sequence[int], kind: str = "softmax") -> Tensor:
-    """Fig. 16, 25, 26: attention of single text tokens head by head, (B, H, T, h, w), T the columns asked for."""
+    """Fig. 16, 25, 26: attention of single text tokens head by head, (B, H, T, h, w), T the columns asked for.
+
+    kind: a key of seg4diff.KINDS, "softmax" for I2T and "t2i" for T2I.
+    """
     return seg4diff.KINDS[kind](qkv)[..., list(columns)].mT.unflatten(-1, qkv.grid)          # (B, H, T, h, w)
 
 
@@ -78,67 +79,79 @@ def token_maps(qkv: JointQKV, columns: Sequence[int], kind: str = "softmax") -> 
 @torch.inference_mode()
 def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: int = 0
             ) -> tuple[list[Image.Image], TextCond, dict[int, dict[int, JointQKV]]]:
-    """Generate a batch, and at each t in `at` (steps that are left) run the prompt's branch once more, keeping all blocks.
+    """Generate a batch; at each t in `at` (steps that are left) run the prompts alone once more and capture all blocks.
 
     Returns pictures, the encoded prompts, {t: {block: JointQKV}}.  ValueError: a t that the sampler does not visit.
     """
-    p, depth = model.preset, model.transformer.config.depth
-    if not all(1 <= t <= p.steps for t in at):
-        raise ValueError(f"the sampler has steps 1 to {p.steps}, not {list(at)}")
-    schedule, side = seg4diff.sigmas(p.steps, p.shift).to(model.device), p.size // model.vae.factor
-    cond, uncond = model.text.encode(list(prompts)), model.text.encode([""] * len(prompts))
-    z = seg4diff.noise((model.transformer.config.channels, side, side), range(seed, seed + len(prompts))).to(model.device)
-    visited = {p.steps: z}
-    z = seg4diff.sample(seg4diff.guided_velocity(model, cond, uncond, p.cfg), z, schedule,
-                        lambda i, z: visited.update({p.steps - 1 - i: z}))
-    taps = {t: model.transformer(visited[t].to(model.dtype), schedule[p.steps - t].expand(len(z)), cond.ctx, cond.pooled,
-                           capture=range(depth))[1] for t in at}
-    return seg4diff.decode(model, z), cond, taps
+    steps = model.preset.steps
+    if not all(1 <= t <= steps for t in at):
+        raise ValueError(f"the sampler has steps 1 to {steps}, not {list(at)}")
+    latents = {}
+
+    def keep(i: int, z: Tensor) -> None:
+        latents[steps - 1 - i] = z                                           # (B, C, ., .)
+
+    images = seg4diff.generate(model, prompts, seed=seed, callback=keep)
+    B = len(prompts)
+    latents[steps] = seg4diff.noise(latents[0].shape[1:], range(seed, seed + B)).to(model.device)
+    cond = model.text.encode(list(prompts))
+    schedule = seg4diff.sigmas(steps, model.preset.shift).to(model.device)   # (S+1,)
+    taps = {}
+    for t in at:
+        _, taps[t] = model.transformer(latents[t].to(model.dtype), schedule[steps - t].expand(B), cond.ctx, cond.pooled,
+                                       capture=range(model.transformer.config.depth))
+    return images, cond, taps
 
 
 def words_of(cond: TextCond, b: int) -> list[int]:
-    """Text columns of the prompt's own tokens, between <sos> and <eos>."""
+    """Text columns of prompt b's words, between <sos> and <eos>."""
     return list(range(1, cond.tokens[b].index("<eos>")))
 
 
-# ---------------------------------------------------------------------------- an automatic judge of pictures
+# ---------------------------------------------------------------------------- how well captions explain pictures
 
 
-JUDGE_SIGMA, JUDGE_DRAWS = 0.8, 4       # where text matters; noise draws, the same for all captions of a picture
-CHOICES = 8                             # captions to choose from: a picture's own and the next ones in the list
+CAPTION_SIGMA = 0.8                     # a noise level where the text matters
+CAPTION_DRAWS = 4                       # noise draws, the same for all captions of a picture
+CHOICES = 8                             # captions to choose from: a picture's true one and the next ones in the list
 
 
 @torch.inference_mode()
 def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[Sequence[str]],
-                   level: float = JUDGE_SIGMA) -> np.ndarray:
-    """Flow-matching loss (Eq. 2) of picture i under each of captions[i], (n, C): how well the caption explains it.
+                   sigma: float = CAPTION_SIGMA) -> np.ndarray:
+    """Flow-matching loss (Eq. 2) of picture i under each of captions[i], equal lists: (pictures, captions).
 
-    The judge of perturbed pictures: the model as it is, not perturbed. It knows what it was trained on and nothing
-    else, so it is validated on true pairs and swapped captions. Its noise is never the noise that `generate` began
-    from, which a picture would be recognised by.
+    The lower, the better the caption explains the picture. The model scores perturbed pictures and is not perturbed
+    itself. It knows what it was trained on and nothing else, so the score is validated on true pairs and swapped
+    captions. Its noise is never the noise that `generate` began from, which a picture would be recognised by.
     """
     out = []
-    for i, (image, own) in enumerate(zip(images, captions)):
-        z0, cond, total = seg4diff.encode_image(model, image).float(), model.text.encode(list(own)), 0.0
-        for k in range(JUDGE_DRAWS):
+    size = model.preset.batch
+    for i, image in enumerate(images):
+        z0 = seg4diff.encode_image(model, image).float()                     # (1, C, ., .)
+        cond = model.text.encode(list(captions[i]))
+        loss = 0.0
+        for k in range(CAPTION_DRAWS):
             eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)
-            z, vel = seg4diff.add_noise(z0, eps, level).to(model.dtype), []
-            for ctx, pooled in zip(cond.ctx.split(model.preset.batch), cond.pooled.split(model.preset.batch)):
-                sigma = torch.full((len(ctx),), level, device=z.device)
-                vel.append(model.transformer(z.expand(len(ctx), -1, -1, -1), sigma, ctx, pooled)[0].float())
-            total = total + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))           # (C,)
-        out.append((total / JUDGE_DRAWS).cpu().numpy())
-    return np.stack(out)                                                     # (n, C)
+            z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)           # Eq. 1
+            vel = []
+            for ctx, pooled in zip(cond.ctx.split(size), cond.pooled.split(size), strict=True):
+                B = len(ctx)
+                level = torch.full((B,), sigma, device=z.device)
+                vel.append(model.transformer(z.expand(B, -1, -1, -1), level, ctx, pooled)[0].float())
+            loss = loss + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))             # Eq. 2, (captions,)
+        out.append((loss / CAPTION_DRAWS).cpu().numpy())
+    return np.stack(out)                                                     # (pictures, captions)
 
 
 def choices(captions: Sequence[str]) -> list[list[str]]:
-    """For each picture its own caption first, then those of the next pictures, CHOICES in all (or as many as there are)."""
+    """For each picture its true caption, then those of the next pictures: CHOICES in all, or as many as there are."""
     n = len(captions)
     return [[captions[(i + j) % n] for j in range(min(CHOICES, n))] for i in range(n)]
 
 
-def judge_accuracy(losses: np.ndarray) -> float:
-    """Share of pictures, in percent, that their own caption (the first column) explains best of all."""
+def caption_accuracy(losses: np.ndarray) -> float:
+    """Share of pictures, in percent, that their true caption, the first column, explains best of all."""
     return 100 * float((losses.argmin(1) == 0).mean())
 
 
@@ -149,31 +162,36 @@ def judge_accuracy(losses: np.ndarray) -> float:
 def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: float) -> np.ndarray:
     """How much the velocity changes, relative to its size, when I2T is blurred in one block: (n, depth), in percent.
 
-    Pictures (those with a label) under the names of their classes at one noise level; cheap, and the same for any model.
+    items: pictures of a data set (support.data.Item), n of them with a label, each prompted with the names of its
+    classes at one noise level.  Cheap, and the same for any model.
     """
-    depth, out = model.transformer.config.depth, []
-    for item in tqdm([item for item in items if (item.labels != IGNORE).any()], desc="sensitivity", unit="image"):
-        z0 = seg4diff.encode_image(model, item.image).float()
-        z = seg4diff.add_noise(z0, seg4diff.noise(z0.shape[1:], [evaluate.image_seed(item.name, 0)]).to(z0.device), sigma)
+    labelled = [item for item in items if len(classes_in(item.labels))]
+    out = []
+    for item in tqdm(labelled, desc="sensitivity", unit="image"):
+        z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
+        eps = seg4diff.noise(z0.shape[1:], [seg4diff.image_seed(item.name, 0)]).to(z0.device)
+        z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)               # Eq. 8
         cond = model.text.encode([seg4diff.names_of(model.text, item.labels, classes)])
-
-        def velocity(blocks: Sequence[int]) -> Tensor:
-            mix = seg4diff.perturbed_blocks(blocks, [True], cond.ctx.shape[1], z.device)
-            return model.transformer(z.to(model.dtype), torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled,
-                               mix=mix)[0].float()
-        plain = velocity([])
-        out.append([100 * ((velocity([i]) - plain).norm() / plain.norm()).item() for i in range(depth)])
+        inputs = (z, torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled)
+        plain = model.transformer(*inputs)[0].float()                        # (1, C, ., .)
+        blur = seg4diff.blur_matrix(cond.ctx.shape[1])[None].to(z.device)    # (1, M, M), A.3
+        changes = []
+        for block in range(model.transformer.config.depth):
+            blurred = model.transformer(*inputs, mix={block: blur})[0].float()
+            changes.append(100 * ((blurred - plain).norm() / plain.norm()).item())
+        out.append(changes)
     return np.array(out)                                                     # (n, depth)
 
 
 def bootstrap(counts: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """mIoU of each block when the pictures are drawn again with replacement.
 
-    counts (n, blocks, K, K): confusion matrices of each picture. Returns (draws, blocks) mIoU and, for each block, the
-    share of draws in which it is the best, (blocks,).
+    counts (n, blocks, K, K): confusion matrices of each picture. Returns (draws, blocks) mIoU in percent and, for each
+    block, the share of draws in which it is the best, (blocks,).
     """
-    rng, n = np.random.default_rng(seed), len(counts)
-    flat = counts.reshape(n, -1).astype(np.float64)
-    again = rng.multinomial(n, np.full(n, 1 / n), size=draws) @ flat         # (draws, blocks*K*K)
-    miou = np.array([[scores(c)["mIoU"] for c in x] for x in again.reshape(draws, *counts.shape[1:])])
-    return miou, np.bincount(miou.argmax(1), minlength=counts.shape[1]) / draws
+    n, blocks, K, _ = counts.shape
+    flat = counts.reshape(n, -1).astype(np.float64)                          # (n, blocks*K*K)
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)        # (draws, n)
+    again = (times @ flat).reshape(-1, K, K)                                 # (draws*blocks, K, K)
+    miou = np.array([scores(c)["mIoU"] for c in again]).reshape(draws, blocks)
+    return miou, np.bincount(miou.argmax(1), minlength=blocks) / draws

@@ -15,319 +15,162 @@
 
 Every run prints floor and ceiling beside the score: random maps, and the ground truth itself reduced to the
 patch grid, through the same protocol on the same pictures.  Results go to --out as results.json and PNGs; a run
-that is killed goes on where it stopped (ledger.py).
+that is killed goes on where it stopped (support/ledger.py).
 """
 import argparse
 import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import seg4diff
-from seg4diff import Seg4Diff
-from support import weights
-from support.cli import command
-from support.data import DATASETS, ROOT, Dataset, Item, centre_crop, read_ahead, subset
-from support.ledger import Counts, Ledger, world, write_json
-from support.metrics import IGNORE, confusion, match_proposals, proposal_scores, scores
+from protocol import TASKS, Evaluation, Protocol, add_up, evaluation
+from seg4diff import Seg4Diff, image_seed
+from support.cli import Parser, add_model_options, at_least, command
+from support.data import DATASETS, ROOT, Dataset, subset
+from support.ledger import Ledger, wait_for_all, world, write_json
+from support.metrics import table
 from support.pictures import open_image, overlay_grid, palette, panels
-from support.report import PAPER, paper_table, peak_megabytes, plot, table
+from support.report import PAPER, paper_table, peak_megabytes, plot
 
-# ---------------------------------------------------------------------------- tasks: what is compared
+# What the counts of a picture depend on. When one of these files changes, a run begins anew.
+CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.py", "lora.py", "support/checkpoint.py",
+        "support/weights.py", "support/data.py", "support/metrics.py", "support/ledger.py", "support/classes.json",
+        "nano/scenes.py")
 
-
-class Variant(NamedTuple):
-    """One way to read a segmentation off the attention; a task is a list of them, scored on the same pictures."""
-    name: str                           # of its row in the table
-    block: int
-    sigma: float
-    kind: str = "softmax"               # seg4diff.KINDS
-    minmax: bool = False
-    head: int | None = None
-    threshold: float | None = None      # of merging <pad> maps; None: names are given, nothing is merged
-    scaling: str | None = None          # seg4diff.SCALINGS
+# ---------------------------------------------------------------------------- a run: count, then report
 
 
-def ovss(m: Seg4Diff) -> list[Variant]:
-    return [Variant(m.name, m.preset.block, m.preset.sigma)]
+def identity_of(ev: Evaluation) -> dict:
+    """Everything that the counts depend on; the ledger keeps runs apart by it."""
+    model, data = ev.model, ev.data
+    code = "".join((Path(__file__).parent / file).read_text() for file in CODE)
+    exact = model.device.type == "cpu" and model.dtype == torch.float32      # there the batch size changes no number
+    return {"task": ev.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
+            "always": data.always, "variants": ev.variants, "protocol": ev.protocol._asdict(),
+            "model": [model.name, model.fingerprint, str(model.dtype), model.device.type],
+            "code": zlib.crc32(code.encode()), "batch": exact or ev.batch}
 
 
-def layers(m: Seg4Diff) -> list[Variant]:
-    return [Variant(f"block {i} {way}", i, m.preset.sigma, kind) for kind, way in (("softmax", "I2T"), ("t2i", "T2I"))
-            for i in range(m.transformer.config.depth)]
+def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
+    """What is printed above the table, a fact a line."""
+    model, protocol, first, last = ev.model, ev.protocol, ev.variants[0], ev.variants[-1]
+    facts = {"task": ev.task, "data": f"{ev.data.name}, {n} pictures, {len(ev.data.classes)} classes",
+             "model": f"{model.name} ({model.fingerprint}), {str(model.dtype).removeprefix('torch.')}",
+             "block": str(first.block) if first.block == last.block else f"{first.block} to {last.block}",
+             "sigma": f"{first.sigma:.3f}" if first.sigma == last.sigma else f"{first.sigma:.3f} to {last.sigma:.3f}",
+             "prompt": f"{protocol.prompt} classes" if first.threshold is None else "empty"}
+    if ev.task == "unsup":
+        facts["merging"] = f"maps scaled over: {first.scaling}, merged below KL {first.threshold:g}"
+    return facts | {"picture": protocol.resize, "noise": f"seed {protocol.seed}, draws {protocol.draws}"}
 
 
-def heads(m: Seg4Diff) -> list[Variant]:
-    return [Variant(f"block {i} head {h}", i, m.preset.sigma, head=h)
-            for i in range(m.transformer.config.depth) for h in range(m.transformer.config.heads)]
+def count_into(ledger: Ledger, ev: Evaluation, names: list[str], shape: tuple[int, int], silent: bool) -> None:
+    """Count the pictures that the ledger lacks, a line each, under a bar that shows the best mIoU so far."""
+    todo = [name for name in names if name not in ledger.done]
+    total = ledger.sum(names, shape)
+    with tqdm(total=len(names), initial=len(names) - len(todo), desc="evaluating", unit="image", disable=silent) as bar:
+        for name, counts in ev.count(todo):
+            bar.update()
+            if isinstance(counts, Exception):
+                ledger.skip(name, str(counts))
+                continue
+            ledger.add(name, counts, image_seed(name, ev.protocol.seed))
+            add_up(total, counts)
+            if total:
+                best, row = max((ev.scoring.score(total[v.name])["mIoU"], v.name) for v in ev.variants)
+                bar.set_postfix({f"mIoU {row}": f"{best:.1f}"})
 
 
-def timesteps(m: Seg4Diff) -> list[Variant]:
-    schedule = seg4diff.sigmas(m.preset.steps, m.preset.shift).tolist()
-    return [Variant(f"t = {n} of {m.preset.steps}", m.preset.block, schedule[m.preset.steps - n])
-            for n in range(2, m.preset.steps + 1, 2)]
-
-
-def normalization(m: Seg4Diff) -> list[Variant]:
-    return [Variant(f"{'after' if kind == 'softmax' else 'before'} softmax{', min-max' if minmax else ''}",
-                    m.preset.block, m.preset.sigma, kind, minmax)
-            for kind in ("logits", "softmax") for minmax in (False, True)]
-
-
-def unsup(m: Seg4Diff) -> list[Variant]:
-    return [Variant(m.name, m.preset.block, m.preset.sigma, threshold=m.preset.threshold, scaling=m.preset.scaling)]
-
-
-def thresholds(m: Seg4Diff) -> list[Variant]:
-    return [Variant(f"{scaling} {t:g}", m.preset.block, m.preset.sigma, threshold=t, scaling=scaling)
-            for scaling in seg4diff.SCALINGS for t in (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)]
-
-
-def floor_row(v: Variant, variants: list[Variant]) -> str:
-    """The row of a variant's floor: random maps, as many as it has itself, so one for each when nothing is named."""
-    return "floor" if v.threshold is None or len(variants) == 1 else f"{v.name} floor"
-
-
-def score_of(variants: list[Variant]) -> Callable[[np.ndarray], dict]:
-    """What turns the counts of these variants into a row of the table."""
-    return scores if variants[0].threshold is None else proposal_scores
-
-
-TASKS = {"ovss": ovss, "unsup": unsup, "thresholds": thresholds, "layers": layers, "heads": heads, "timesteps": timesteps,
-         "normalization": normalization}
-
-# ---------------------------------------------------------------------------- floor and ceiling
-
-
-def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
-    """What the protocol gives for random maps: chance, given the classes that are present."""
-    maps = torch.rand(K, *grid, generator=torch.Generator().manual_seed(seed))               # (K, h, w)
-    return seg4diff.label_map(maps, size).numpy()
-
-
-def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """What the protocol gives for the truth itself, averaged over the cells of the patch grid."""
-    onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
-    return seg4diff.label_map(F.interpolate(onehot[None], size=grid, mode="area")[0], labels.shape).numpy()
-
-# ---------------------------------------------------------------------------- the evaluation
-
-
-class Protocol(NamedTuple):
-    """Every choice beside model, data and variants that touches a number; stored with it and printed above it."""
-    seed: int = 0
-    prompt: str = "present"             # the classes of the picture, as in the paper, or "all" of the data set
-    resize: str = "squash"              # the whole picture to a square, or "crop" its centre, truth and all
-    draws: int = 1                      # noise draws whose maps are averaged
-
-
-def image_seed(name: str, seed: int) -> int:
-    """The seed of a picture's noise: its name and the run's seed, not its place in a batch."""
-    return zlib.crc32(f"{seed}/{name}".encode())
-
-
-def prepare(data: Dataset, name: str, how: Protocol) -> Item:
-    """A picture and its truth, cropped if the protocol says so."""
-    item = data.read(name)
-    return centre_crop(item) if how.resize == "crop" else item
-
-
-def average(draws: list[list[dict]]) -> list[dict]:
-    """Mean over noise draws of what attend returns."""
-    return [{key: torch.stack([d[b][key] for d in draws]).mean(0) for key in first} for b, first in enumerate(draws[0])]
-
-
-@torch.inference_mode()
-def predict(model: Seg4Diff, items: list[Item], data: Dataset, variants: list[Variant], how: Protocol
-            ) -> list[dict[str, np.ndarray]]:
-    """Label maps of each picture, by each variant, floor and ceiling: indices of classes, or of unnamed proposals.
-
-    With the prompt "all", every class of the data set is a candidate, over several prompts (seg4diff.attend).
-    """
-    z0 = torch.cat([seg4diff.encode_image(model, item.image) for item in items])             # (B, C, ., .)
-    present = [np.setdiff1d(np.unique(item.labels), [IGNORE]) for item in items]
-    ids = [np.union1d(p, data.always).astype(int) if how.prompt == "present" else np.arange(len(data.classes))
-           for p in present]
-    seeds = [image_seed(item.name, how.seed) for item in items]
-    grid = tuple(s // model.transformer.config.patch for s in z0.shape[-2:])
-    named = variants[0].threshold is None
-    out = [{"ceiling": p[ceiling_map(item.labels, p, grid)]} for item, p in zip(items, present)]
-    for sigma in dict.fromkeys(v.sigma for v in variants):
-        now = [v for v in variants if v.sigma == sigma]
-        classes = [[data.classes[k] for k in own] for own in ids] if named else None
-        attn = average([seg4diff.attend(model, z0, classes, sigma=sigma, seeds=[s + i for s in seeds],
-                                        blocks=sorted({v.block for v in now}), kinds=sorted({v.kind for v in now}))
-                        for i in range(how.draws)])
-        for b, v in ((b, v) for b in range(len(items)) for v in now):
-            maps, size = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax), items[b].labels.shape
-            if not named:
-                maps = seg4diff.merge_maps(maps, v.threshold, v.scaling)[0]  # (P, h, w)
-            table, floor = ids[b] if named else np.arange(len(maps)), floor_row(v, variants)
-            out[b][v.name] = table[seg4diff.label_map(maps, size).cpu().numpy()]
-            if floor not in out[b]:
-                out[b][floor] = table[floor_map(len(maps), grid, size, seeds[b])]
-    return out
-
-
-def tally(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Variant], how: Protocol, batch_size: int
-          ) -> Iterator[tuple[str, Counts | Exception]]:
-    """(name, counts of every row of the table) picture by picture; the exception of one that cannot be read.
-
-    Counts are a confusion matrix (K, K), or match_proposals' (K, 3); none for a picture without a labelled pixel.
-    """
-    K, batch = len(data.classes), []
-
-    def count(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:
-        return confusion(truth, pred, K) if variants[0].threshold is None else match_proposals(truth, pred, K)[0]
-
-    def finish() -> Iterator[tuple[str, Counts]]:
-        for item, labels in zip(batch, predict(model, batch, data, variants, how) if batch else ()):
-            yield item.name, {row: count(item.labels, pred) for row, pred in labels.items()}
-        batch.clear()
-
-    for name, item in read_ahead(lambda name: prepare(data, name, how), names, 2 * batch_size):
-        if isinstance(item, Exception):
-            yield name, item
-        elif (item.labels == IGNORE).all():                                  # nothing to prompt or score
-            yield name, {}
-        else:
-            batch.append(item)
-            if len(batch) == batch_size:
-                yield from finish()
-    yield from finish()
-
-
-def compare(model: Seg4Diff, data: Dataset, names: list[str], variants: list[Variant], how: Protocol = Protocol()
-            ) -> dict[str, dict]:
-    """The table's rows for a few pictures, without a ledger: scores of each variant, of floor and ceiling."""
-    total: dict[str, np.ndarray] = {}
-    for name, counts in tally(model, data, names, variants, how, model.preset.batch):
-        if isinstance(counts, Exception):
-            raise ValueError(f"{name} cannot be read: {counts}")
-        total = {row: total.get(row, 0) + c for row, c in counts.items()} or total
-    return {row: score_of(variants)(c) for row, c in total.items()}
-
-
-def examples(model: Seg4Diff, data: Dataset, names: list[str], variant: Variant, how: Protocol) -> Image.Image:
-    """Pictures beside truth and prediction; unnamed regions in the colour of the class they were matched to."""
+def examples(ev: Evaluation, names: list[str]) -> Image.Image:
+    """Pictures beside truth and prediction; unnamed regions in the colour of the class that they were matched to."""
     shown = []
     for name in names:
-        item = prepare(data, name, how)
-        pred = predict(model, [item], data, [variant], how)[0][variant.name]
-        named = pred if variant.threshold is None else match_proposals(item.labels, pred, len(data.classes))[1]
-        shown.append((item, named))
-    return overlay_grid(shown, data.classes)
+        item = ev.read(name)
+        (rows,) = ev.predict([item])
+        _, labels = ev.scoring.count(item.labels, rows[ev.variants[0].name], len(ev.data.classes))
+        shown.append((item.image, item.labels, labels))
+    return overlay_grid(shown, ev.data.classes)
 
 
-# ---------------------------------------------------------------------------- runs
-
-
-def wait_for_all() -> None:
-    """Until every process of torchrun is here."""
-    if world()[1] > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        torch.distributed.barrier()
-
-
-def caption(task: str, data: Dataset, n: int, model: Seg4Diff, variants: list[Variant], how: Protocol) -> str:
-    """Everything that touches the numbers, in a line."""
-    blocks, levels = sorted({v.block for v in variants}), sorted({v.sigma for v in variants})
-    merging = "" if variants[0].threshold is None else "empty prompt" if len(variants) > 1 else \
-        f"empty prompt, maps scaled over: {variants[0].scaling}, merged below KL {variants[0].threshold:g}"
-    return (f"{task} · {data.name}, {n} pictures, {len(data.classes)} classes · model {model.name} "
-            f"({model.fingerprint}, {str(model.dtype).removeprefix('torch.')}) · "
-            f"block {blocks[0] if len(blocks) == 1 else f'{blocks[0]} to {blocks[-1]}'} · "
-            f"sigma {levels[0]:.3f}{f' to {levels[-1]:.3f}' if len(levels) > 1 else ''} · "
-            f"{merging or f'prompt: {how.prompt} classes'} · {how.resize} · draws {how.draws} · seed {how.seed}")
+def report_broken(broken: dict[str, str], n: int) -> None:
+    """Say which pictures were left out.  ValueError: all of them."""
+    if broken and len(broken) == n:
+        name, why = next(iter(broken.items()))
+        raise ValueError(f"none of the {n} pictures could be read; the first: {name} ({why})")
+    if broken:
+        print(f"{len(broken)} of {n} pictures could not be read and are left out: "
+              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
 
 
 def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> dict[str, dict]:
-    """One task on one data set: count what the ledger has not, then everything from the ledger; rows of the table."""
-    start, (rank, processes) = time.time(), world()
-    names, variants = subset(data.names, args.limit), TASKS[args.task](model)
-    if args.task == "unsup":
-        variants = [v._replace(threshold=args.threshold or v.threshold, scaling=args.scaling or v.scaling) for v in variants]
-    how = Protocol(args.seed, args.prompt, args.resize, args.draws)
-    floors = list(dict.fromkeys(floor_row(v, variants) for v in variants))
-    size = args.batch_size or model.preset.batch         # changes no number in fp32 on the CPU, elsewhere it may
-    exact = model.device.type == "cpu" and model.dtype == torch.float32
-    here = Path(__file__).parent                         # what a changed program had counted does not count
-    code = "".join(p.read_text() for p in (*sorted(here.glob("*.py")), *sorted(here.glob("support/*.py")), here / "support/classes.json", here / "nano/scenes.py"))
-    protocol = {"task": args.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
-                "always": data.always,
-                "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "variants": variants,
-                "how": how._asdict(), "code": zlib.crc32(code.encode()), "batch": exact or size}
-    book = Ledger(out, protocol, rank)
-    todo = [name for name in names[rank::processes] if name not in book.done]
-    K = len(data.classes)
-    shape, score = (K, K) if variants[0].threshold is None else (K, 3), score_of(variants)
-    conf = book.sum(names, [v.name for v in variants], shape)                # for the progress bar only
-    with tqdm(total=len(names[rank::processes]), initial=len(names[rank::processes]) - len(todo), desc="evaluating",
-              unit="image", disable=rank > 0) as bar:
-        for name, counts in tally(model, data, todo, variants, how, size):
-            if isinstance(counts, Exception):
-                book.skip(name, str(counts))
-            else:
-                book.add(name, counts, image_seed(name, how.seed))
-                for row in conf.keys() & counts.keys():
-                    conf[row] += counts[row]
-            bar.update()
-            best = max(conf, key=lambda row: score(conf[row])["mIoU"] if conf[row].any() else 0)
-            if conf[best].any():
-                bar.set_postfix({f"mIoU {best}": f"{score(conf[best])['mIoU']:.1f}"})
+    """One task on one data set: count what the ledger lacks, then report all that it has; rows of the table."""
+    start = time.time()
+    rank, processes = world()
+    ev = evaluation(model, data, args.task, Protocol(args.seed, args.prompt, args.resize, args.draws), args.batch_size)
+    merging = {key: value for key, value in (("threshold", args.threshold), ("scaling", args.scaling)) if value is not None}
+    ev = ev._replace(variants=[v._replace(**merging) for v in ev.variants])
+    identity = identity_of(ev)
+    names = subset(data.names, args.limit)
+    shape = len(data.classes), ev.scoring.columns(len(data.classes))
+    count_into(Ledger(out, identity, rank), ev, names[rank::processes], shape, silent=rank > 0)
     wait_for_all()
     if rank > 0:
         return {}
-    book = Ledger(out, protocol)                                             # with what the other processes wrote
-    broken = {name: book.broken[name] for name in names if name not in book.done}
-    if len(broken) == len(names):
-        raise ValueError(f"none of the {len(names)} pictures of {data.name} could be read; the first: {broken[names[0]]}")
-    total = book.sum(names, [*(v.name for v in variants), *floors, "ceiling"], shape)
-    rows, seconds = {row: score(c) for row, c in total.items()}, time.time() - start
-    line = caption(args.task, data, len(names) - len(broken), model, variants, how)
-    print(line, table(rows), sep="\n")
-    if len(variants) == 1:
-        print("IoU per class:", ", ".join(
-            f"{c} {x:.0f}" for c, x in zip(data.classes, rows[model.name]["IoU"]) if x is not None))
-    if broken:
-        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
-              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
+
+    ledger = Ledger(out, identity)                                           # with what the other processes wrote
+    broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
+    report_broken(broken, len(names))
+    total = ledger.sum(names, shape)
+    if not total:
+        raise ValueError(f"no pixel was scored: the pictures of {data.name} have no labelled pixel")
+    rows = {row: ev.scoring.score(c) for row, c in total.items()}
+    facts = facts_of(ev, len(names) - len(broken))
+    seconds = time.time() - start
     megabytes = peak_megabytes(model.device)
-    result = {"task": args.task, "n": len(names) - len(broken), "caption": line, "protocol": protocol, "hash": book.hash,
-              "broken": broken, "arguments": {k: str(v) for k, v in vars(args).items()},
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}, "classes": data.classes,
-              "rows": rows, "variants": [v._asdict() for v in variants], "seconds": seconds, "peak_MB": megabytes}
-    write_json(out / "results.json", result)
-    picture = out / ("overlays.png" if len(variants) == 1 else f"{args.task}.png")
-    if len(variants) == 1:
-        examples(model, data, [name for name in names if book.done.get(name)][:12], variants[0], how).save(picture)
+    write_json(out / "results.json", {
+        "task": args.task, "n": len(names) - len(broken), "facts": facts, "protocol": identity, "hash": ledger.hash,
+        "broken": broken, "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": data.classes,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rows": rows,
+        "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})
+    for fact, value in facts.items():
+        print(f"{fact + ':':9s}{value}")
+    print(table(rows))
+    if len(ev.variants) == 1:
+        iou = zip(data.classes, rows[ev.variants[0].name]["IoU"])
+        print("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
+        picture = out / "overlays.png"
+        examples(ev, [name for name in names if ledger.done.get(name)][:12]).save(picture)
     else:
-        plot(args.task, variants, rows, model, picture)
+        picture = out / f"{args.task}.png"
+        plot(args.task, ev.variants, rows, model, picture)
     print(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
     return rows
 
 
-def run_folder(args: argparse.Namespace, model: Seg4Diff, classes: list[str], out: Path) -> None:
-    """Label maps (palette PNGs, value k the k-th class) and overlays of all pictures of a folder; no truth, no scores."""
-    start, kinds, (rank, processes) = time.time(), Image.registered_extensions(), world()
-    names = sorted(p.name for p in args.data_root.iterdir() if p.suffix.lower() in kinds)
-    if not names or len({Path(n).stem for n in names}) < len(names):
+# ---------------------------------------------------------------------------- pictures of one's own
+
+
+def run_folder(args: argparse.Namespace, model: Seg4Diff, out: Path) -> None:
+    """Label maps (palette PNGs, value k the k-th class) and overlays of a folder's pictures; no truth, no scores."""
+    start = time.time()
+    rank, processes = world()
+    classes = [name.strip() for name in args.classes.split(",") if name.strip()]
+    seg4diff.split_classes(model.text, classes)                              # raises now if a name does not fit
+    names = sorted(p.name for p in args.data_root.iterdir() if p.suffix.lower() in Image.registered_extensions())
+    if not names or len({Path(name).stem for name in names}) < len(names):
         raise ValueError(f"{args.data_root} must hold pictures, no two of them with the same name before the dot; "
                          f"it holds {len(names)} pictures")
     for folder in ("labels", "overlays"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    broken, names = {}, subset(names, args.limit)[rank::processes]
+    names = subset(names, args.limit)[rank::processes]
+    broken = {}
     for name in tqdm(names, desc="segmenting", unit="image", disable=rank > 0):
         try:
             image = open_image(args.data_root / name)
@@ -335,100 +178,97 @@ def run_folder(args: argparse.Namespace, model: Seg4Diff, classes: list[str], ou
             broken[name] = str(e)
             continue
         labels = seg4diff.segment(model, image, classes, seed=image_seed(name, args.seed)).labels
-        stem = Path(name).stem
         picture = Image.fromarray(labels.astype(np.uint8))
         picture.putpalette(palette(len(classes)).ravel().tolist())
-        picture.save(out / "labels" / f"{stem}.png")
-        panels(image, labels, classes).save(out / "overlays" / f"{stem}.png")
-    if names and len(broken) == len(names):
-        raise ValueError(f"none of the {len(names)} pictures of {args.data_root} can be read; the first: {broken[names[0]]}")
-    if broken:
-        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: {'; '.join(broken.values())}")
+        picture.save(out / "labels" / f"{Path(name).stem}.png")
+        panels(image, labels, classes).save(out / "overlays" / f"{Path(name).stem}.png")
+    report_broken(broken, len(names))
     print(f"{time.time() - start:.0f} s; wrote {out}/labels and {out}/overlays")
 
 
+# ---------------------------------------------------------------------------- command line
+
+
 def check(args: argparse.Namespace) -> None:
-    """ValueError: arguments that cannot be, one sentence each."""
-    sets = [*DATASETS, "all", "folder"]
-    for what, value, valid in (("data set", args.dataset, sets), ("task", args.task, TASKS),
-                               ("prompt", args.prompt, ("present", "all")), ("resize", args.resize, ("squash", "crop")),
-                               ("scaling", args.scaling or "map", seg4diff.SCALINGS)):
-        if value not in valid:
-            raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
-    if any(x is not None and x < 1 for x in (args.batch_size, args.limit, args.draws)):
-        raise ValueError("--batch-size, --limit and --draws must be at least 1")
+    """ValueError: options that do not go together, one sentence each."""
     if args.threshold is not None and not args.threshold > 0:
         raise ValueError(f"--threshold must be positive, not {args.threshold}")
-    if (args.threshold or args.scaling) and args.task != "unsup":
+    if (args.threshold is not None or args.scaling is not None) and args.task != "unsup":
         raise ValueError("--threshold and --scaling belong to --task unsup")
     if args.prompt == "all" and args.task in ("unsup", "thresholds"):
         raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
     if args.dataset == "all" and args.task not in PAPER:
-        raise ValueError(f"--dataset all is for the tables of the paper: --task {' or '.join(PAPER)}")
+        raise ValueError(f"--dataset all is for the tables of the paper: --task ovss or unsup")
     if (args.dataset == "folder") != (args.classes is not None):
         raise ValueError("--dataset folder and --classes cat,dog,... go together")
-    if args.dataset == "folder":
-        if args.task != "ovss" or not args.data_root.is_dir():
-            raise ValueError(f"--dataset folder segments the pictures of --data-root, which must be a folder, not "
-                             f"{args.data_root}, and knows --task ovss only")
-        if (args.prompt, args.resize, args.draws, args.batch_size) != ("present", "squash", 1, None):
-            raise ValueError("--dataset folder looks for all --classes in whole pictures, one at a time: "
-                             "--prompt, --resize, --draws and --batch-size do not go with it")
+    if args.dataset == "folder" and (args.task != "ovss" or not args.data_root.is_dir()):
+        raise ValueError("--dataset folder segments the pictures of --data-root, which must be a folder, not "
+                         f"{args.data_root}, and knows --task ovss only")
+    one_picture = (args.prompt, args.resize, args.draws, args.batch_size) == ("present", "squash", 1, None)
+    if args.dataset == "folder" and not one_picture:
+        raise ValueError("--dataset folder looks for all --classes in whole pictures, one at a time: "
+                         "--prompt, --resize, --draws and --batch-size do not go with it")
+
+
+def find_sets(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, str]]:
+    """The data sets that are asked for; of the paper's whole table, those that are there, and why others are not."""
+    if args.dataset != "all":
+        return [DATASETS[args.dataset](args.data_root)], {}
+    found = []
+    missing = {}
+    for name in PAPER[args.task]["columns"]:
+        try:
+            found.append(DATASETS[name](args.data_root))
+        except ValueError as e:
+            missing[name] = str(e)
+    if not found:
+        raise ValueError(f"none of the data sets {', '.join(missing)} was found; " + next(iter(missing.values())))
+    return found, missing
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    classes = [c.strip() for c in args.classes.split(",") if c.strip()] if args.classes is not None else None
-    sets, missing = [], {}
-    for name in PAPER[args.task][1] if args.dataset == "all" else [args.dataset] if classes is None else []:
-        try:
-            sets.append(DATASETS[name](args.data_root))
-        except ValueError as e:
-            if args.dataset != "all":
-                raise
-            missing[name] = str(e)
-    if missing and not sets:
-        raise ValueError(f"none of the data sets {', '.join(missing)} was found; " + next(iter(missing.values())))
+    folder = args.dataset == "folder"
+    sets, missing = ([], {}) if folder else find_sets(args)
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device != "cpu" and torch.cuda.is_available() and world()[1] > 1 \
-        else args.device                                                     # torchrun: a GPU for each process
+    device = args.device
+    if device != "cpu" and torch.cuda.is_available() and world()[1] > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"                          # torchrun: a GPU for each process
     model = seg4diff.load(name, device, args.dtype, segment_only=args.task not in ("layers", "heads"), lora=args.lora)
     if model.name in ("floor", "ceiling"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
-
-    def out(data: str) -> Path:
-        folder = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
-        return folder / data if args.dataset == "all" else folder
-    if classes is not None:
-        seg4diff.split_classes(model.text, classes)
-        return run_folder(args, model, classes, out("folder"))
-    found = {data.name: run(args, model, data, out(data.name)) for data in sets}
-    if args.dataset == "all" and world()[0] == 0:
-        print(paper_table(args.task, model.name, found))
-        if missing:
-            print(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the tree that is expected")
+    out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
+    if folder:
+        run_folder(args, model, out)
+    elif args.dataset != "all":
+        run(args, model, sets[0], out)
+    else:
+        results = {data.name: run(args, model, data, out / data.name) for data in sets}
+        if world()[0] == 0:
+            print(paper_table(args.task, model.name, results))
+        if world()[0] == 0 and missing:
+            print(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the tree that is "
+                  "expected")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="ovss", help=", ".join(TASKS))
-    parser.add_argument("--dataset", default="scenes", help=", ".join([*DATASETS, "all (of the paper's table), folder"]))
+    parser = Parser(description=__doc__)
+    parser.add_argument("--task", default="ovss", choices=TASKS)
+    parser.add_argument("--dataset", default="scenes", choices=[*DATASETS, "all", "folder"],
+                        help="a data set, all of the paper's table, or a folder of one's own")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--classes", help="for --dataset folder: names, separated by commas")
-    parser.add_argument("--model", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder (default: nano for "
-                        "scenes, sd3 for real pictures)")
-    parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
-    parser.add_argument("--limit", type=int, help="only so many pictures, always the same ones")
-    parser.add_argument("--prompt", default="present", help="present (the picture's classes, as the paper) or all")
-    parser.add_argument("--resize", default="squash", help="squash (as the released code), crop (as the paper says)")
-    parser.add_argument("--draws", type=int, default=1, help="noise draws whose maps are averaged")
-    parser.add_argument("--threshold", type=float, help="unsup: symmetric KL below which maps merge (default: the model's)")
-    parser.add_argument("--scaling", help=f"unsup: {', '.join(seg4diff.SCALINGS)} (default: the model's)")
-    parser.add_argument("--batch-size", type=int, help="pictures at once (default: the model's preset); in fp32 on the CPU "
-                        "it changes no number")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; each picture's own follows from it and its name")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
-                        "float16 (released code)")
+    parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
+    parser.add_argument("--prompt", default="present", choices=["present", "all"],
+                        help="the picture's classes, as the paper, or all of the data set")
+    parser.add_argument("--resize", default="squash", choices=["squash", "crop"],
+                        help="squash (as the released code), crop (as the paper says)")
+    parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
+    parser.add_argument("--threshold", type=float, help="unsup: KL below which maps merge (default: the model's)")
+    parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: what maps are scaled over (default: the "
+                        "model's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="pictures at once (default: the model's preset); in fp32 "
+                        "on the CPU it changes no number")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
+    add_model_options(parser, default=None)              # nano for scenes, sd3 for real pictures
     command(main, parser)

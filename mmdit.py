@@ -4,7 +4,7 @@ Module names are the published checkpoints' key names, so a state dict loads as 
 read off its shapes.  The forward returns the velocity and, for the blocks one asks for, the q, k, v of the
 joint attention; every attention map in this project is a pure function of those.
 
-    vel, taps = mmdit(z, sigma, ctx, pooled, capture={9})
+    vel, taps = transformer(z, sigma, ctx, pooled, capture={9})
     maps = i2t_attention(taps[9])                        # (B, H, N, M)
 
 Alphabet, used in the whole project:
@@ -30,7 +30,7 @@ from support.checkpoint import assign, count, shape
 
 
 class JointQKV(NamedTuple):
-    """Eq. 3: queries, keys and values of both modalities, concatenated; the q and k that enter the softmax."""
+    """Queries, keys and values of both modalities, concatenated (Eq. 3); q and k as they enter the softmax."""
     q: Tensor                       # (B, H, N+M, d), image tokens first
     k: Tensor                       # (B, H, N+M, d)
     v: Tensor                       # (B, H, N+M, d)
@@ -39,9 +39,10 @@ class JointQKV(NamedTuple):
 
 
 def joint_probs(qkv: JointQKV) -> Tensor:
-    """Eq. 4: A = softmax(Q K^T / sqrt(d)), (B, H, N+M, N+M) in fp32, rows are queries and sum to 1.
+    """A = softmax(Q K^T / sqrt(d)), (B, H, N+M, N+M) in fp32; rows are queries and sum to 1.
 
-    The whole matrix, for reading and analysis; a 1024 x 1024 picture takes 1.7 GB of it a block and sample.
+    This is Eq. 4 as a whole, for reading and analysis.  Segmentation and sampling never form it (i2t_attention,
+    joint_attention): with a 1024 x 1024 picture it takes 1.7 GB a block and sample.
     """
     logits = qkv.q.float() @ qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])   # (B, H, N+M, N+M)
     return logits.softmax(dim=-1)
@@ -80,17 +81,21 @@ def i2t_attention(qkv: JointQKV, chunk: int = 512) -> Tensor:
     The softmax runs over all N+M keys, for `chunk` image queries at a time; only text columns are kept (cloned,
     as a view would keep the whole chunk alive).  For the backward pass a chunk is computed again, not kept.
     """
-    def rows(q: Tensor, k: Tensor) -> Tensor:
-        return (q.float() @ k).softmax(dim=-1)[..., N:].clone()              # (B, H, chunk, M)
+    N = qkv.n_img
+    k = qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])                        # (B, H, d, N+M)
 
-    N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
-    run = partial(checkpoint, rows, use_reentrant=False) if qkv.q.requires_grad else rows
-    return torch.cat([run(q, k) for q in qkv.q[:, :, :N].split(chunk, dim=2)], dim=2)        # (B, H, N, M)
+    def text_columns(q: Tensor) -> Tensor:
+        probs = (q.float() @ k).softmax(dim=-1)                              # Eq. 4, (B, H, chunk, N+M)
+        return probs[..., N:].clone()                                        # (B, H, chunk, M)
+
+    run = partial(checkpoint, text_columns, use_reentrant=False) if qkv.q.requires_grad else text_columns
+    return torch.cat([run(q) for q in qkv.q[:, :, :N].split(chunk, dim=2)], dim=2)           # (B, H, N, M)
 
 
 def t2i_attention(qkv: JointQKV) -> Tensor:
     """A_T2I = t2i(joint_probs(qkv)), (B, H, M, N) in fp32: the few text rows are computed alone."""
-    N, k = qkv.n_img, qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])          # (B, H, d, N+M)
+    N = qkv.n_img
+    k = qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])                        # (B, H, d, N+M)
     return (qkv.q[:, :, N:].float() @ k).softmax(dim=-1)[..., :N]            # (B, H, M, N)
 
 
@@ -98,21 +103,22 @@ Edit = Callable[[Tensor, JointQKV], Tensor]       # (probs (B, H, N+M, N+M), qkv
 
 
 def joint_attention(qkv: JointQKV, edit: Edit | None = None, mix: Tensor | None = None) -> Tensor:
-    """Eq. 5, 6 up to the output projection: (B, N+M, D), heads side by side.
+    """O = A V, (B, N+M, D), heads side by side as the output projection of Eq. 6 takes them.
 
-    `edit` None takes PyTorch's fused attention; otherwise the softmax is formed, edited and applied.
-    `mix` (B, M, M): image queries see the text values mix @ V_T. As (A mix) V_T = A (mix V_T), this is the I2T
-    attention multiplied by mix from the right, without forming it; text queries see the values as they are.
+    PyTorch's fused attention is Eq. 4 and 5 at once.  With `edit` the softmax is formed, edited and applied.
+    With `mix` (B or 1, M, M) image queries see the text values mix @ V_T.  As (A mix) V_T = A (mix V_T), this is the
+    I2T attention multiplied by mix from the right, without forming it; text queries see the values as they are.
     """
+    q, k, v, N, _ = qkv
     if mix is not None:
-        N, v = qkv.n_img, qkv.v
-        seen = torch.cat([v[:, :, :N], mix[:, None].to(v.dtype) @ v[:, :, N:]], dim=2)       # (B, H, N+M, d)
-        out = torch.cat([F.scaled_dot_product_attention(q, qkv.k, x) for q, x in
-                         ((qkv.q[:, :, :N], seen), (qkv.q[:, :, N:], v))], dim=2)            # (B, H, N+M, d)
-    elif edit is None:
-        out = F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v)            # (B, H, N+M, d)
+        mixed = mix[:, None].to(v.dtype) @ v[:, :, N:]                       # (B, H, M, d)
+        image = F.scaled_dot_product_attention(q[:, :, :N], k, torch.cat([v[:, :, :N], mixed], dim=2))
+        text = F.scaled_dot_product_attention(q[:, :, N:], k, v)             # (B, H, M, d)
+        out = torch.cat([image, text], dim=2)                                # (B, H, N+M, d)
+    elif edit is not None:
+        out = edit(joint_probs(qkv), qkv).to(v.dtype) @ v                    # (B, H, N+M, d)
     else:
-        out = edit(joint_probs(qkv), qkv).to(qkv.v.dtype) @ qkv.v            # Eq. 5, (B, H, N+M, d)
+        out = F.scaled_dot_product_attention(q, k, v)                        # Eq. 5, (B, H, N+M, d)
     return out.transpose(1, 2).flatten(2)                                    # (B, N+M, D)
 
 
@@ -148,6 +154,9 @@ class MMDiTConfig:
         ValueError names the key that is missing. A head width leaves no trace in SD3's checkpoint: it is the
         family's; with q/k norm it is the length of the norm's weight.
         """
+        def holds(stem: str) -> bool:
+            return any(key.startswith(stem) for key in sd)
+
         width, channels, patch, _ = shape(sd, "x_embedder.proj.weight", 4)
         qk_norm = any(".attn.ln_q." in key for key in sd)
         depth = count(sd, "joint_blocks.")
@@ -159,10 +168,9 @@ class MMDiTConfig:
             pooled_dim=shape(sd, "y_embedder.mlp.0.weight", 2)[1],
             mlp=shape(sd, "joint_blocks.0.x_block.mlp.fc1.weight", 2)[0],
             time_dim=shape(sd, "t_embedder.mlp.0.weight", 2)[1],
-            dual_blocks=tuple(
-                i for i in range(depth) if any(k.startswith(f"joint_blocks.{i}.x_block.attn2.") for k in sd)),
+            dual_blocks=tuple(i for i in range(depth) if holds(f"joint_blocks.{i}.x_block.attn2.")),
             # only the very last block of a checkpoint has no MLP for the text
-            whole=not any(k.startswith(f"joint_blocks.{depth - 1}.context_block.mlp.") for k in sd))
+            whole=not holds(f"joint_blocks.{depth - 1}.context_block.mlp."))
 
 
 # ---------------------------------------------------------------------------- modules
@@ -213,7 +221,8 @@ class PatchEmbed(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -227,13 +236,17 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width) if proj else None
-        self.ln_q, self.ln_k = (RMSNorm(cfg.head_dim) if cfg.qk_norm else None for _ in range(2))
+        self.ln_q = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) -> q, k, v, each (B, H, L, d), q and k normed where the model does so."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # 3 x (B, H, L, d)
-                   for y in self.qkv(x).chunk(3, dim=-1))
-        return (q, k, v) if self.ln_q is None else (self.ln_q(q), self.ln_k(k), v)
+        y = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))                # (B, L, 3, H, d)
+        q, k, v = y.permute(2, 0, 3, 1, 4)                                   # 3 x (B, H, L, d)
+        return self.ln_q(q), self.ln_k(k), v
+
+
+Modulation = tuple[Tensor, ...]     # (B, D) each: shift, scale, gate; those of the MLP; those of a second attention
 
 
 class StreamBlock(nn.Module):
@@ -244,47 +257,51 @@ class StreamBlock(nn.Module):
         self.attn = Attention(cfg, proj=not pre_only)
         self.attn2 = Attention(cfg) if dual else None                        # image tokens among themselves
         self.mlp = None if pre_only else MLP(cfg.width, cfg.mlp)
-        chunks = 2 if pre_only else 9 if dual else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, chunks * cfg.width))
+        self.chunks = 2 if pre_only else 6 + 3 * dual                        # of the modulation
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, self.chunks * cfg.width))
 
-    def pre_attention(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v and its modulation, chunks of (B, D)."""
-        mod = self.adaLN_modulation(c).chunk(self.adaLN_modulation[1].out_features // c.shape[-1], dim=-1)
-        return self.attn.qkv_heads(modulate(x, mod[0], mod[1])), mod
+    def pre_attention(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Modulation]:
+        """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v (B, H, L, d) and its modulation."""
+        mod = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)            # 2, 6 or 9 x (B, D)
+        return self.attn.heads_of(modulate(x, mod[0], mod[1])), mod
 
-    def post_attention(self, x: Tensor, out: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
-        """Residual updates with the joint attention's output (B, L, D), Eq. 6, then with the MLP's."""
+    def post_attention(self, x: Tensor, out: Tensor, mod: Modulation) -> Tensor:
+        """Residual updates of x (B, L, D): with the joint attention's output (B, L, D), then with the MLP's."""
         gate, shift, scale, gate_mlp = mod[2:6]                              # 4 x (B, D)
-        y = x + gate[:, None] * self.attn.proj(out)
+        y = x + gate[:, None] * self.attn.proj(out)                          # Eq. 6, (B, L, D)
         if self.attn2 is not None:                  # SD3.5 Medium: from the block's input, not from y
-            q, k, v = self.attn2.qkv_heads(modulate(x, mod[6], mod[7]))
-            own = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)         # (B, N, D)
-            y = y + mod[8][:, None] * self.attn2.proj(own)
+            q, k, v = self.attn2.heads_of(modulate(x, mod[6], mod[7]))       # 3 x (B, H, N, d)
+            out2 = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)        # (B, N, D)
+            y = y + mod[8][:, None] * self.attn2.proj(out2)
         return y + gate_mlp[:, None] * self.mlp(modulate(y, shift, scale))
 
 
 class JointBlock(nn.Module):
-    def __init__(self, cfg: MMDiTConfig, dual: bool, last: bool):
-        super().__init__()
-        self.x_block = StreamBlock(cfg, dual=dual)
-        self.context_block = StreamBlock(cfg, pre_only=last)                 # the last block's text goes nowhere
+    """One block: two streams that meet in the joint attention."""
 
-    def qkv(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int]
-            ) -> tuple[JointQKV, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def __init__(self, cfg: MMDiTConfig, i: int):
+        super().__init__()
+        last = cfg.whole and i == cfg.depth - 1                              # its text goes nowhere
+        self.x_block = StreamBlock(cfg, dual=i in cfg.dual_blocks)
+        self.context_block = StreamBlock(cfg, pre_only=last)
+
+    def joint(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int]
+              ) -> tuple[JointQKV, Modulation, Modulation]:
         """x (B, N, D), text (B, M, D), conditioning c (B, D) -> both streams' q, k, v joined, and their modulations."""
-        (q_i, k_i, v_i), mod_i = self.x_block.pre_attention(x, c)                    # (B, H, N, d) each
-        (q_t, k_t, v_t), mod_t = self.context_block.pre_attention(text, c)           # (B, H, M, d) each
-        return JointQKV(torch.cat([q_i, q_t], 2), torch.cat([k_i, k_t], 2), torch.cat([v_i, v_t], 2),
-                        x.shape[1], grid), mod_i, mod_t                      # Eq. 3
+        image_qkv, image_mod = self.x_block.pre_attention(x, c)              # 3 x (B, H, N, d)
+        text_qkv, text_mod = self.context_block.pre_attention(text, c)       # 3 x (B, H, M, d)
+        q, k, v = (torch.cat(x, dim=2) for x in zip(image_qkv, text_qkv))    # Eq. 3, 3 x (B, H, N+M, d)
+        return JointQKV(q, k, v, x.shape[1], grid), image_mod, text_mod
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int], edit: Edit | None = None,
                 mix: Tensor | None = None) -> tuple[Tensor, Tensor, JointQKV]:
         """One block of both streams: x (B, N, D), text (B, M, D) after it, and the q, k, v of its attention."""
-        qkv, mod_i, mod_t = self.qkv(x, text, c, grid)
-        out, N = joint_attention(qkv, edit, mix), x.shape[1]                 # Eq. 4, 5: (B, N+M, D)
-        x = self.x_block.post_attention(x, out[:, :N], mod_i)                # Eq. 6: (B, N, D)
+        qkv, image_mod, text_mod = self.joint(x, text, c, grid)
+        out = joint_attention(qkv, edit, mix)                                # (B, N+M, D)
+        N = qkv.n_img
+        x = self.x_block.post_attention(x, out[:, :N], image_mod)            # (B, N, D)
         if self.context_block.mlp is not None:
-            text = self.context_block.post_attention(text, out[:, N:], mod_t)                # (B, M, D)
+            text = self.context_block.post_attention(text, out[:, N:], text_mod)             # (B, M, D)
         return x, text, qkv
 
 
@@ -306,10 +323,10 @@ class MMDiT(nn.Module):
         self.checkpointing = False      # True: activations of a block are computed again in the backward pass
         self.register_buffer("pos_embed", torch.zeros(1, cfg.pos_grid ** 2, cfg.width))
         self.x_embedder = PatchEmbed(cfg.channels, cfg.width, cfg.patch)
-        self.t_embedder, self.y_embedder = Embedder(cfg.time_dim, cfg.width), Embedder(cfg.pooled_dim, cfg.width)
+        self.t_embedder = Embedder(cfg.time_dim, cfg.width)
+        self.y_embedder = Embedder(cfg.pooled_dim, cfg.width)
         self.context_embedder = nn.Linear(cfg.ctx_dim, cfg.width)
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(cfg, dual=i in cfg.dual_blocks, last=cfg.whole and i == cfg.depth - 1) for i in range(cfg.depth))
+        self.joint_blocks = nn.ModuleList(JointBlock(cfg, i) for i in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
 
     @staticmethod
@@ -328,8 +345,24 @@ class MMDiT(nn.Module):
         side = self.config.pos_grid
         if max(h, w) > side:
             raise ValueError(f"a grid of {h} x {w} tokens is larger than the model's {side} x {side} positions")
-        top, left = (side - h) // 2, (side - w) // 2
+        top = (side - h) // 2
+        left = (side - w) // 2
         return self.pos_embed.view(1, side, side, -1)[:, top:top + h, left:left + w].flatten(1, 2)     # (1, N, D)
+
+    def check(self, z: Tensor, capture: Collection[int], stop_at: int | None, edit: Mapping, mix: Mapping) -> None:
+        """ValueError: blocks, or sides of the latent z, that do not fit this model."""
+        last = self.config.depth - 1
+        for i in {*capture, *edit, *mix, last if stop_at is None else stop_at}:
+            if not 0 <= i <= last:
+                raise ValueError(f"there is no block {i}: this model's blocks are 0 to {last}")
+        if edit.keys() & mix.keys():
+            raise ValueError(f"blocks {sorted(edit.keys() & mix.keys())} are in both edit and mix; choose one for each")
+        if stop_at is None and not self.config.whole:
+            raise ValueError(f"of this model only blocks 0 to {last} are loaded: it can segment, not generate")
+        p = self.config.patch
+        height, width = z.shape[-2:]
+        if height % p or width % p:
+            raise ValueError(f"a latent of {height} x {width} cannot be cut in patches of {p} x {p}")
 
     def forward(self, z: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, *, capture: Collection[int] = (),
                 stop_at: int | None = None, edit: Mapping[int, Edit] | None = None,
@@ -340,30 +373,28 @@ class MMDiT(nn.Module):
         pooled (B, pooled_dim).
         With `stop_at` the run ends as soon as that block's q, k, v exist, and the velocity is None.
         `edit` {block: function of (probs, qkv)} replaces the softmax of chosen blocks (Sec. 3.3), `mix` {block:
-        (B, M, M)} the text values that image queries see there (joint_attention).
+        (B or 1, M, M)} the text values that image queries see there (joint_attention).
         Returns vel of z's shape and {block: JointQKV}.  ValueError: sides or blocks that do not fit.
         """
-        cfg, p, edit, mix = self.config, self.config.patch, edit or {}, mix or {}
-        for i in {*capture, *edit, *mix, *(() if stop_at is None else (stop_at,))}:
-            if not 0 <= i < cfg.depth:
-                raise ValueError(f"there is no block {i}: this model's blocks are 0 to {cfg.depth - 1}")
-        if edit.keys() & mix.keys():
-            raise ValueError(f"blocks {sorted(edit.keys() & mix.keys())} are in both edit and mix; choose one for each")
-        if stop_at is None and not cfg.whole:
-            raise ValueError(f"of this model only blocks 0 to {cfg.depth - 1} are loaded: it can segment, not generate")
-        if z.shape[-2] % p or z.shape[-1] % p:
-            raise ValueError(f"a latent of {z.shape[-2]} x {z.shape[-1]} cannot be cut in patches of {p} x {p}")
-        h, w = z.shape[-2] // p, z.shape[-1] // p
-        x = self.x_embedder(z) + self.positions(h, w)                        # (B, N, D)
+        edit = edit or {}
+        mix = mix or {}
+        self.check(z, capture, stop_at, edit, mix)
+        p = self.config.patch
+        grid = z.shape[-2] // p, z.shape[-1] // p                            # (h, w)
+        x = self.x_embedder(z) + self.positions(*grid)                       # (B, N, D)
         text = self.context_embedder(ctx)                                    # (B, M, D)
-        c = self.t_embedder(sinusoids(1000 * sigma, cfg.time_dim)) + self.y_embedder(pooled)     # (B, D)
+        time = sinusoids(1000 * sigma, self.config.time_dim)                 # (B, time_dim)
+        c = self.t_embedder(time) + self.y_embedder(pooled)                  # (B, D)
         taps = {}
         for i, block in enumerate(self.joint_blocks):
             if i == stop_at:
-                return None, taps | ({i: block.qkv(x, text, c, (h, w))[0]} if i in capture else {})
+                if i in capture:
+                    taps[i], _, _ = block.joint(x, text, c, grid)
+                return None, taps
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
-            x, text, qkv = run(x, text, c, (h, w), edit.get(i), mix.get(i))
+            x, text, qkv = run(x, text, c, grid, edit.get(i), mix.get(i))
             if i in capture:
                 taps[i] = qkv
-        y = self.final_layer(x, c).unflatten(1, (h, w)).unflatten(-1, (p, p, -1))                # (B, h, w, p, p, C)
-        return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), taps                     # (B, C, h*p, w*p)
+        y = self.final_layer(x, c).unflatten(1, grid).unflatten(-1, (p, p, -1))                  # (B, h, w, p, p, C)
+        vel = y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                            # (B, C, h*p, w*p)
+        return vel, taps

@@ -5,6 +5,7 @@ place of the T5 encoder, which the paper leaves out (A.1).  Key names are those 
 
     cond = text.encode([["bicycle", "cat", "person"]])      # Eq. 9; cond.spans[0][1]: the columns of "cat"
 """
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,17 +25,19 @@ def byte_symbols() -> list[str]:
 
 
 def clip_tokenizer(merges: list[str]) -> Tokenizer:
-    """CLIP's lower-casing byte-level BPE. Its vocabulary follows from the merges ("a b" each) alone: bytes,
-    bytes at a word's end, one entry a merge, then start and end of text, the largest ids.
-    ValueError: not a list of merges."""
-    alphabet = byte_symbols()
+    """CLIP's lower-casing byte-level BPE.
+
+    Its vocabulary follows from the merges ("a b" each) alone: bytes, bytes at a word's end, one entry a merge, then
+    start and end of text, the largest ids.  ValueError: not a list of merges.
+    """
     if not isinstance(merges, list) or not all(isinstance(m, str) and m.count(" ") == 1 for m in merges):
         raise ValueError('the tokenizer\'s merges must be a list of texts such as "a b"')
+    alphabet = byte_symbols()
     pieces = alphabet + [s + "</w>" for s in alphabet] + [m.replace(" ", "") for m in merges]
-    vocab = {piece: i for i, piece in enumerate(pieces + ["<|startoftext|>", "<|endoftext|>"])}
-    unknown = [m for m in merges if not vocab.keys() >= set(m.split(" "))]
-    if unknown:
-        raise ValueError(f"the tokenizer's merges join pieces that no earlier merge makes: {unknown[0]!r}")
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    for merge in merges:
+        if not vocab.keys() >= set(merge.split(" ")):
+            raise ValueError(f"the tokenizer's merges join pieces that no earlier merge makes: {merge!r}")
     bpe = models.BPE(vocab, [tuple(m.split(" ")) for m in merges], end_of_word_suffix="</w>",
                      continuing_subword_prefix="", unk_token="<|endoftext|>")
     tokenizer = Tokenizer(bpe)
@@ -56,11 +59,14 @@ HEAD_DIM = 64                       # of every CLIP text tower; it leaves no tra
 class SelfAttention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)        # 3 x (B, heads, L, HEAD_DIM)
-                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)     # 3 x (B, heads, L, HEAD_DIM)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # no padding mask, as published
         return self.out_proj(y.transpose(1, 2).flatten(2))                   # (B, L, W)
 
@@ -68,7 +74,9 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, quick_gelu: bool):
         super().__init__()
-        self.fc1, self.fc2, self.quick_gelu = nn.Linear(width, hidden), nn.Linear(hidden, width), quick_gelu
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.quick_gelu = quick_gelu
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -78,8 +86,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, width: int, hidden: int, quick_gelu: bool):
         super().__init__()
-        self.layer_norm1, self.self_attn = nn.LayerNorm(width), SelfAttention(width)
-        self.layer_norm2, self.mlp = nn.LayerNorm(width), MLP(width, hidden, quick_gelu)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = SelfAttention(width)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, hidden, quick_gelu)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -89,24 +99,11 @@ class Layer(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, vocab: int, positions: int, width: int):
         super().__init__()
-        self.token_embedding, self.position_embedding = nn.Embedding(vocab, width), nn.Embedding(positions, width)
+        self.token_embedding = nn.Embedding(vocab, width)
+        self.position_embedding = nn.Embedding(positions, width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]     # (B, L, W)
-
-
-class Layers(nn.Module):
-    def __init__(self, layers: int, width: int, hidden: int, quick_gelu: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(width, hidden, quick_gelu) for _ in range(layers))
-
-
-class TextModel(nn.Module):
-    def __init__(self, vocab: int, positions: int, width: int, hidden: int, layers: int, quick_gelu: bool):
-        super().__init__()
-        self.embeddings = Embeddings(vocab, positions, width)
-        self.encoder = Layers(layers, width, hidden, quick_gelu)
-        self.final_layer_norm = nn.LayerNorm(width)
 
 
 class CLIPText(nn.Module):
@@ -115,23 +112,34 @@ class CLIPText(nn.Module):
     def __init__(self, vocab: int, positions: int, width: int, hidden: int, layers: int, quick_gelu: bool,
                  project: bool):
         super().__init__()
-        self.text_model = TextModel(vocab, positions, width, hidden, layers, quick_gelu)
+        self.vocab = vocab
+        self.positions = positions
+        self.width = width
+        self.text_model = nn.Module()                    # nothing but names: those of the published keys
+        self.text_model.embeddings = Embeddings(vocab, positions, width)
+        self.text_model.encoder = nn.Module()
+        self.text_model.encoder.layers = nn.ModuleList(Layer(width, hidden, quick_gelu) for _ in range(layers))
+        self.text_model.final_layer_norm = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, width, bias=False) if project else None
 
     @staticmethod
     def from_state_dict(sd: dict[str, Tensor], device: str | torch.device | None = None,
                         dtype: torch.dtype | None = None) -> "CLIPText":
-        """The tower of the shapes in `sd`. No projection, or an identity (SD3's folder layout), means CLIP-L and
-        its quick GELU.  ValueError names missing, surplus and misshapen keys."""
+        """The tower of the shapes in `sd`, holding those very tensors.
+
+        No projection, or an identity (SD3's folder layout), means CLIP-L and its quick GELU.
+        ValueError names missing, surplus and misshapen keys.
+        """
         if "text_model.final_layer_norm.weight" not in sd and "final_layer_norm.weight" in sd:
             sd = {k if k.startswith("text_projection") else "text_model." + k: v for k, v in sd.items()}
         proj = sd.get("text_projection.weight")
-        is_l = proj is None or not proj.is_meta and torch.equal(proj.float().cpu(), torch.eye(*proj.shape))
+        is_l = proj is None or (not proj.is_meta and torch.equal(proj.float().cpu(), torch.eye(*proj.shape)))
         vocab, width = shape(sd, "text_model.embeddings.token_embedding.weight", 2)
+        positions, _ = shape(sd, "text_model.embeddings.position_embedding.weight", 2)
+        hidden, _ = shape(sd, "text_model.encoder.layers.0.mlp.fc1.weight", 2)
+        layers = count(sd, "text_model.encoder.layers.")
         with torch.device("meta"):
-            tower = CLIPText(vocab, shape(sd, "text_model.embeddings.position_embedding.weight", 2)[0], width,
-                             shape(sd, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-                             count(sd, "text_model.encoder.layers."), is_l, proj is not None)
+            tower = CLIPText(vocab, positions, width, hidden, layers, quick_gelu=is_l, project=proj is not None)
         return assign(tower, sd, "CLIP text tower", device, dtype)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,10 +147,13 @@ class CLIPText(nn.Module):
         layer's row at the first end-of-text token (the largest id), normed and projected."""
         x = self.text_model.embeddings(ids)                                  # (B, L, W)
         for layer in self.text_model.encoder.layers:
-            hidden, x = x, layer(x)
+            hidden = x
+            x = layer(x)
         x = self.text_model.final_layer_norm(x)
         pooled = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]            # (B, W)
-        return hidden, pooled if self.text_projection is None else self.text_projection(pooled)
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)                            # (B, P)
+        return hidden, pooled
 
 
 # ---------------------------------------------------------------------------- both towers
@@ -160,51 +171,91 @@ class TextEncoders(nn.Module):
         super().__init__()
         if clip_g.text_projection is None:
             raise ValueError("the CLIP-G tower has no text_projection.weight: it is incomplete, or a CLIP-L tower")
-        self.clip_l, self.clip_g, self.tokenizer, self.ctx_dim = clip_l, clip_g, tokenizer, ctx_dim
-
-    @property
-    def length(self) -> int:
-        """Rows of a CLIP tower: start, up to length - 2 tokens, end, padding."""
-        return len(self.clip_l.text_model.embeddings.position_embedding.weight)
+        self.clip_l = clip_l
+        self.clip_g = clip_g
+        self.tokenizer = tokenizer
+        self.ctx_dim = ctx_dim
+        self.vocab = clip_l.vocab                        # tokens that have a row in the embedding
+        self.length = clip_l.positions                   # rows of a tower: start, up to length - 2 tokens, end, padding
+        self.width = clip_l.width + clip_g.width         # columns of the context that text fills
+        self.pooled_dim = clip_l.width + clip_g.text_projection.out_features
 
     def n_tokens(self, name: str) -> int:
         """How many tokens a text takes, start and end not counted."""
         return len(self.tokenizer.encode(name).ids)
 
     def tokenize(self, prompt: str | list[str]) -> tuple[list[int], list[str], list[slice]]:
-        """A prompt, or class names that become one ("a", "b c" -> "a b c") -> ids padded to `length` as for
-        CLIP-L, token strings, and for each name (of a plain prompt: each word) the columns of its tokens, found
-        by character offsets.  A name that was cut off keeps the tokens
-        that are left, or gets an empty slice."""
+        """A prompt, or class names that become one ("a", "b c" -> "a b c") -> ids, token strings, spans.
+
+        ids are padded to `length` as for CLIP-L.  A span holds the columns of a name's tokens (of a plain prompt: of
+        each word's), found by character offsets.  A name that was cut off keeps the tokens that are left, or gets an
+        empty slice.
+        """
         names = prompt.split() if isinstance(prompt, str) else prompt
-        text = " ".join(names)
-        enc = self.tokenizer.encode(text)
-        sot, eot = (self.tokenizer.token_to_id(f"<|{x}oftext|>") for x in ("start", "end"))
         room = self.length - 2
-        starts = [a for a, _ in enc.offsets[:room]]
-        spans, at = [], 0
+        encoding = self.tokenizer.encode(" ".join(names))
+        ids = encoding.ids[:room]
+        pieces = [piece.removesuffix("</w>") for piece in encoding.tokens[:room]]
+        spans = []
+        at = 0                                                               # the character at which a name starts
         for name in names:
-            inside = [i for i, a in enumerate(starts) if at <= a < at + len(name)]
-            spans.append(slice(1 + inside[0], 2 + inside[-1]) if inside else slice(0, 0))    # column 0 is <sos>
+            inside = [i for i, (a, _) in enumerate(encoding.offsets[:room], 1) if at <= a < at + len(name)]
+            spans.append(slice(inside[0], inside[-1] + 1) if inside else slice(0, 0))        # column 0 is <sos>
             at += len(name) + 1
-        n_pad = self.length - 2 - len(enc.ids[:room])
-        ids = [sot, *enc.ids[:room], eot] + [eot] * n_pad
-        tokens = ["<sos>", *(t.removesuffix("</w>") for t in enc.tokens[:room]), "<eos>"] + ["<pad>"] * n_pad
-        return ids, tokens, spans
+        pad = room - len(ids)
+        start = self.tokenizer.token_to_id("<|startoftext|>")
+        end = self.tokenizer.token_to_id("<|endoftext|>")
+        return [start, *ids, end] + [end] * pad, ["<sos>", *pieces, "<eos>"] + ["<pad>"] * pad, spans
 
     def encode(self, prompts: list[str] | list[list[str]]) -> TextCond:
-        """Eq. 9: B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
+        """B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
 
         A prompt that is too long is cut after `length` - 2 tokens, as published; callers that must not lose a
         name count with n_tokens first.
         """
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
-        ids = torch.tensor(ids, device=self.clip_l.text_model.final_layer_norm.weight.device)
-        end = ids.argmax(-1, keepdim=True)
-        after_end = torch.arange(self.length, device=ids.device) > end                       # (B, L)
+        ids = torch.tensor(ids, device=self.clip_l.text_model.final_layer_norm.weight.device)    # (B, L)
+        end = ids.argmax(-1, keepdim=True)                                   # (B, 1)
+        after_end = torch.arange(self.length, device=ids.device) > end       # (B, L)
         hidden_l, pooled_l = self.clip_l(ids)                                # (B, L, W_l), (B, W_l)
         hidden_g, pooled_g = self.clip_g(ids.masked_fill(after_end, 0))      # CLIP-G pads with 0, CLIP-L with the end
         clip = torch.cat([hidden_l, hidden_g], dim=-1)                       # (B, L, W_l+W_g)
         # zero columns up to ctx_dim on the right, L zero rows below in T5's place
-        ctx = F.pad(clip, (0, self.ctx_dim - clip.shape[-1], 0, self.length))                # (B, 2L, ctx_dim)
+        ctx = F.pad(clip, (0, self.ctx_dim - self.width, 0, self.length))    # Eq. 9, (B, 2L, ctx_dim)
         return TextCond(ctx, torch.cat([pooled_l, pooled_g], dim=-1), list(tokens), list(spans))
+
+
+# ---------------------------------------------------------------------------- class names -> prompts
+
+
+def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]:
+    """Class names -> as few prompts as hold them all, equally full as far as order allows; no name is cut.
+
+    ValueError: no names, a name without tokens, a name longer than a prompt.
+    """
+    if not classes:
+        raise ValueError("the list of classes is empty; name at least one thing to segment")
+    limit = text.length - 2
+    sizes = [text.n_tokens(name) for name in classes]
+    for name, n in zip(classes, sizes):
+        if n == 0:
+            raise ValueError(f"the class name {name!r} has no token; give it letters or digits")
+        if n > limit:
+            raise ValueError(f"the class name {name[:40]!r}... takes {n} tokens; a prompt has room for {limit}")
+
+    def fill(room: int) -> list[list[str]]:
+        prompts = []
+        left = 0
+        for name, n in zip(classes, sizes):
+            if n > left:
+                prompts.append([])
+                left = room
+            prompts[-1].append(name)
+            left -= n
+        return prompts
+
+    # The least room that needs no more prompts: a last prompt of one name would have little competition for attention.
+    for room in range(max(sizes), limit + 1):
+        prompts = fill(room)
+        if len(prompts) == len(fill(limit)):
+            return prompts

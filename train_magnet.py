@@ -1,12 +1,13 @@
 """MAGNET (Sec. 3.5): a LoRA that aligns the image-to-text maps of the expert block with masks.
 
     python train_magnet.py                                        # nano on scenes of the toy world, on a laptop
-    python train_magnet.py --dataset coco --match tokens          # SD3 on ./data/coco
+    python train_magnet.py --dataset coco --match name            # SD3 on ./data/coco
     torchrun --nproc-per-node=2 train_magnet.py --dataset sa1b --captions cogvlm.json
     python train_magnet.py --measure out/magnet-scenes-nano-0/lora.safetensors         # before and after, in numbers
 
-A run writes lora.safetensors, log.json and loss.png to --out; killed, the same command goes on where it stopped and
-ends with the same weights (on a GPU nearly the same: its sums are not always in one order).  magnet.py has the losses.
+A run writes lora.safetensors, log.json and loss.png to --out. After a kill the same command goes on where it stopped
+and ends with the same weights (on a GPU nearly the same: its sums are not always in one order).  The losses stand in
+magnet.py.
 """
 import argparse
 import math
@@ -16,62 +17,82 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
 import evaluate
 import seg4diff
+from loading import Seg4Diff
 from lora import add_lora, read_lora, save_lora
-from magnet import (
-    CLIP,
-    DECAY,
-    LORA_ALPHA,
-    MASK_WEIGHT,
-    NORMALISATIONS,
-    PICTURES,
-    RANK,
-    Features,
-    How,
-    features,
-    gradient,
-)
-from seg4diff import Seg4Diff
-from support import weights
-from support.cli import command
+from magnet import NORMALISATIONS, Features, Settings, features, flow_matching, gradient
+from support.cli import Parser, add_model_options, at_least, command, renamed
 from support.data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, Pair, TrainingSet, read_ahead, subset
 from support.ledger import world, write_json, write_tensors
 from support.report import peak_megabytes, plot_losses
 
-# ---------------------------------------------------------------------------- what differs between data sets
+RECIPES = {                                 # what differs between data sets; that of scenes is ours
+    "scenes": Settings("nano", "scenes-dev", steps=200, warmup=20, lr=5e-4, batch=16, sigma="uniform", mask_weight=0.2),
+    "coco": Settings(val="coco-object", steps=3000),
+    "sa1b": Settings(maps="heads"),
+}
+PICTURES = 10_000                           # of the training: Sec. 4.1
+STEP = 16                                   # pictures a step, of all processes: 2 GPUs x 4 x 2, Sec. 4.1
+DECAY, CLIP = 1e-4, 0.01                    # weight decay, largest gradient norm: released code
+
+# ---------------------------------------------------------------------------- before and after
 
 
-class Recipe(NamedTuple):
-    """What differs between data sets; each has an option of the same name."""
-    model: str
-    val: str                                # data set of evaluate.py that progress is measured on, or "none"
-    steps: int
-    warmup: int
-    lr: float
-    batch: int                              # pictures at once and process
-    effective: int                          # pictures a step, of all processes: what is missing is accumulated
-    candidates: str                         # "tokens": mean over heads, or "heads": each head's own (Sec. 4.1)
-    sigma: str                              # noise levels: "uniform" (Eq. 2), or "logit-normal"
-    mask_weight: float                      # lambda_mask of Eq. 13
+@torch.inference_mode()
+def flow_loss(model: Seg4Diff, data: Dataset, names: Sequence[str], seed: int) -> float:
+    """Eq. 2 at fixed noise and noise levels (1/8, 3/8, ...), prompted with the class names; mean over the pictures."""
+    sigma = torch.tensor([0.125, 0.375, 0.625, 0.875], device=model.device)
+    total = 0.0
+    for name in names:
+        item = data.read(name)
+        z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
+        seeds = [seg4diff.image_seed(name, seed + i) for i in range(len(sigma))]
+        eps = seg4diff.noise(z0.shape[1:], seeds).to(model.device)           # (4, C, ., .)
+        prompt = seg4diff.names_of(model.text, item.labels, data.classes)
+        cond = model.text.encode([prompt] * len(sigma))
+        loss, _ = flow_matching(model, z0, eps, sigma, cond.ctx, cond.pooled)
+        total += loss.item() / len(names)
+    return total
 
 
-RECIPES = {"scenes": Recipe("nano", "scenes-dev", 200, 20, 5e-4, 16, 16, "tokens", "uniform", 0.2),       # ours
-           "coco": Recipe("sd3", "coco-object", 3000, 500, 1e-5, 4, 16, "tokens", "logit-normal", MASK_WEIGHT),
-           "sa1b": Recipe("sd3", "none", 1000, 500, 1e-5, 4, 16, "heads", "logit-normal", MASK_WEIGHT)}
-# of the last two: rate, batch and candidates are Sec. 4.1's, the rest is the released code's
+def measure(model: Seg4Diff, data: Dataset, names: list[str], seed: int) -> dict[str, float]:
+    """What MAGNET should raise, mIoU in percent with names and without, and what it should not spoil, the flow loss."""
+    numbers = {}
+    for key, task in (("mIoU", "ovss"), ("unsup mIoU", "unsup")):
+        rows = evaluate.measure(model, data, names, task, protocol=evaluate.Protocol(seed))
+        numbers[key] = rows[model.name]["mIoU"]
+    return numbers | {"flow loss": flow_loss(model, data, names, seed)}
 
-# ---------------------------------------------------------------------------- pictures, read once
+
+def before_and_after(args: argparse.Namespace, base: str, data: Dataset, names: list[str]) -> None:
+    """A row of numbers without LoRA and with each; mean and spread of the change over several (say, seeds)."""
+    for path in args.measure:
+        read_lora(path)                                                      # a wrong one is named before the work
+    rows = []
+    for path in tqdm([None, *args.measure], desc="measuring", unit="model"):
+        model = seg4diff.load(base, args.device, args.dtype, lora=path)
+        rows.append(measure(model, data, names, args.seed))
+    print(f"{data.name}, {len(names)} pictures, seed {args.seed}: {', '.join(rows[0])}")
+    values = np.array([list(row.values()) for row in rows])                  # (1 + LoRAs, 3)
+    for row, name in zip(values, [base, *args.measure], strict=True):
+        print("  ".join(f"{x:9.4f}" for x in row), name, sep="  ")
+    change = values[1:] - values[0]                                          # (LoRAs, 3)
+    spread = change.std(0, ddof=1) if len(change) > 1 else np.full(3, np.nan)
+    columns = [f"{mean:+9.4f} (sd {sd:.4f})" for mean, sd in zip(change.mean(0), spread, strict=True)]
+    print(*columns, "change, mean and spread", sep="  ")
+
+
+# ---------------------------------------------------------------------------- what a step learns from
 
 
 def readable(data: TrainingSet, names: Sequence[str]) -> Callable[[str], Pair]:
@@ -79,241 +100,215 @@ def readable(data: TrainingSet, names: Sequence[str]) -> Callable[[str], Pair]:
 
     ValueError: none of them can be read.
     """
-    place, told = {name: i for i, name in enumerate(names)}, set()
+    reported = set()
 
     def read(name: str) -> Pair:
-        for other in (*names[place[name]:], *names[:place[name]]):
+        start = names.index(name)
+        for candidate in (*names[start:], *names[:start]):
             try:
-                return data.read(other)
+                return data.read(candidate)
             except BROKEN as e:
-                if other not in told:
-                    told.add(other)
-                    tqdm.write(f"picture {other} of {data.name} cannot be read and is left out: {e}", file=sys.stderr)
+                if candidate not in reported:
+                    reported.add(candidate)
+                    tqdm.write(f"picture {candidate} of {data.name} cannot be read and is left out: {e}", file=sys.stderr)
         raise ValueError(f"none of the {len(names)} pictures of {data.name} can be read")
     return read
 
 
-def featured(model: Seg4Diff, read: Callable[[str], Pair], names: Sequence[str], by_name: bool, room: float
-             ) -> Iterator[Features]:
-    """Features of the pictures in order, read ahead; kept in memory until `room` bytes are full."""
-    kept, used = {}, 0
-    for name, pair in read_ahead(lambda name: None if name in kept else read(name), names):
+def batches(model: Seg4Diff, data: TrainingSet, names: list[str], settings: Settings, accumulate: int, done: int
+            ) -> Iterator[tuple[list[Features], list[int]]]:
+    """What this process learns from after `done` steps: pictures and seeds of their noise, settings.batch at a time.
+
+    The g-th picture of a run and its noise are the same for any number of processes and after any kill.
+    """
+    rank, processes = world()
+    share = settings.batch * accumulate                  # pictures of a process in a step
+    size = share * processes
+    order = []                                           # the g-th picture's name
+    for epoch in range(math.ceil(settings.steps * size / len(names))):
+        order += np.random.default_rng([settings.seed, epoch]).permutation(names).tolist()
+    mine = [g for g in range(done * size, settings.steps * size) if g // share % processes == rank]
+    pairs = read_ahead(readable(data, names), [order[g] for g in mine])
+    batch = []
+    seeds = []
+    for g, (_, pair) in zip(mine, pairs, strict=True):
         if isinstance(pair, Exception):
             raise pair
-        now = kept[name] if name in kept else features(model, pair, by_name)
-        if name not in kept and used < room:
-            kept[name] = now
-            used += sum(x.numel() * x.element_size() for x in now if isinstance(x, Tensor))
-        yield now
-
-
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the full learning rate: a straight line up, then half a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# ---------------------------------------------------------------------------- before and after
-
-
-def miou(model: Seg4Diff, data: Dataset, names: Sequence[str], task: str, seed: int) -> float:
-    """What evaluate.py's table says for a task (ovss, unsup) on these pictures."""
-    rows = evaluate.compare(model, data, list(names), evaluate.TASKS[task](model), evaluate.Protocol(seed))
-    return rows[model.name]["mIoU"]
-
-
-@torch.inference_mode()
-def flow_loss(model: Seg4Diff, data: Dataset, names: Sequence[str], seed: int, levels: int = 4) -> float:
-    """Eq. 2 at fixed noise and noise levels (1/8, 3/8, ...), prompted with the class names; mean over the pictures."""
-    sigma, total = ((torch.arange(levels) + 0.5) / levels).to(model.device), 0.0
-    for name in names:
-        item = data.read(name)
-        z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
-        eps = seg4diff.noise(z0.shape[1:], [evaluate.image_seed(name, seed + i) for i in range(levels)]).to(z0.device)
-        cond = model.text.encode([seg4diff.names_of(model.text, item.labels, data.classes)] * levels)
-        z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])          # (levels, C, ., .)
-        vel, _ = model.transformer(z.to(model.dtype), sigma, cond.ctx, cond.pooled)
-        total += F.mse_loss(vel.float(), eps - z0).item() / len(names)
-    return total
-
-
-def measure(model: Seg4Diff, data: Dataset, names: Sequence[str], seed: int) -> dict[str, float]:
-    """What MAGNET should raise, and what it should not spoil."""
-    return {"mIoU": miou(model, data, names, "ovss", seed), "unsup mIoU": miou(model, data, names, "unsup", seed),
-            "flow loss": flow_loss(model, data, names, seed)}
-
-
-def compare(args: argparse.Namespace, data: Dataset, names: Sequence[str]) -> None:
-    """A row of numbers without LoRA and with each; mean and spread of the change over several (say, seeds)."""
-    for path in args.measure:
-        read_lora(path)                                              # a wrong one is told of before the work
-    rows = [measure(seg4diff.load(args.model, args.device, lora=lora), data, names, args.seed)
-            for lora in tqdm([None, *args.measure], desc="measuring", unit="model")]
-    print(f"{data.name}, {len(names)} pictures, seed {args.seed}: " + ", ".join(rows[0]))
-    for name, row in zip([args.model, *args.measure], rows):
-        print(f"{'  '.join(f'{x:9.4f}' for x in row.values())}  {name}")
-    change = np.array([list(row.values()) for row in rows[1:]]) - list(rows[0].values())         # (LoRAs, numbers)
-    spread = change.std(0, ddof=1) if len(change) > 1 else np.full(change.shape[1], np.nan)
-    print("  ".join(f"{m:+9.4f} (sd {s:.4f})" for m, s in zip(change.mean(0), spread)) + "  change, mean and spread")
+        batch.append(features(model, pair, settings.match == "name"))
+        seeds.append(seg4diff.image_seed(str(g), settings.seed))
+        if len(batch) == settings.batch:
+            yield batch, seeds
+            batch = []
+            seeds = []
 
 
 # ---------------------------------------------------------------------------- the run
 
 
-def train(args: argparse.Namespace, model: Seg4Diff, data: TrainingSet, val: Dataset | None, out: Path) -> None:
-    (rank, processes), start = world(), time.time()
-    names, size = subset(data.names, args.limit), args.batch * args.accumulate * processes
-    how = How(model.preset.block, args.candidates, args.match == "tokens", args.normalise, args.sigma, args.mask_weight)
-    params = add_lora(model.transformer, args.rank, args.rank * LORA_ALPHA / RANK, torch.Generator().manual_seed(args.seed))
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the full learning rate: a straight line up, then half a cosine down to zero (released code)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def resume(path: Path, identity: dict, params: Sequence[nn.Parameter], opt: torch.optim.Optimizer
+           ) -> tuple[int, list[dict]]:
+    """What a killed run has saved, into params and opt -> steps done and log; 0 and an empty log if there is nothing.
+
+    ValueError: the file is broken, or another run's.
+    """
+    if not path.exists():
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} is broken ({e}); remove it, or name another --out") from None
+    saved = state["run"]
+    other = [f"{key} {saved.get(key)} instead of {value}" for key, value in identity.items() if saved.get(key) != value]
+    if other:
+        raise ValueError(f"{path.parent} holds a run with {'; '.join(other)}; name another --out, or remove it")
+    opt.load_state_dict(state["opt"])
+    with torch.no_grad():
+        for p, values in zip(params, state["lora"], strict=True):
+            p.copy_(values)
+    return state["step"], state["log"]
+
+
+def check_finite(losses: dict[str, float], step: int, out: Path) -> None:
+    """ValueError: a loss or the gradient is not finite, and must not reach the weights."""
+    if not all(map(math.isfinite, losses.values())):
+        values = ", ".join(f"{key} {value:g}" for key, value in losses.items())
+        kept = f"what was good is in {out}" if (out / "state.pt").exists() else "nothing was saved yet"
+        raise ValueError(f"step {step} gave {values}, not finite numbers, and the run ends; {kept}; a smaller --lr may help")
+
+
+def train(args: argparse.Namespace, settings: Settings, model: Seg4Diff, data: TrainingSet, val: Dataset | None, out: Path
+          ) -> None:
+    """A LoRA by settings.steps steps of AdamW; validation and saving are the first process's work."""
+    start = time.time()
+    rank, processes = world()
+    names = subset(data.names, args.limit)
+    accumulate = args.accumulate or math.ceil(STEP / (settings.batch * processes))
+    size = settings.batch * accumulate * processes
+    identity = settings._asdict() | {
+        "model": [model.name, model.fingerprint, str(model.dtype), model.device.type],
+        "data": [data.name, len(names), str(args.captions)], "batch": size, "val": None}
+    generator = torch.Generator().manual_seed(settings.seed)
+    params = add_lora(model.transformer, settings.rank, settings.rank, generator)      # alpha = rank: released code
     model.transformer.checkpointing = args.checkpointing
-    opt = torch.optim.AdamW(params, args.lr, weight_decay=DECAY)
-    this = {"model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "how": list(how),
-            "data": [data.name, len(names)], "size": size,
-            "captions": str(args.captions), **{k: getattr(args, k) for k in ("steps", "warmup", "lr", "rank", "seed")}}
-    done, log = 0, []
-    if (out / "state.pt").exists():
-        try:
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{out}/state.pt is broken ({e}); remove it, or name another --out") from None
-        if other := [f"{k} {state['run'].get(k)} instead of {this[k]}" for k in this if state["run"].get(k) != this[k]]:
-            raise ValueError(f"{out} holds a run with {'; '.join(other)}; name another --out, or remove it")
-        done, log = state["step"], state["log"]
-        opt.load_state_dict(state["opt"])
-        with torch.no_grad():
-            for p, saved in zip(params, state["lora"]):
-                p.copy_(saved)
+    opt = torch.optim.AdamW(params, settings.lr, weight_decay=DECAY)
+    done, log = resume(out / "state.pt", identity, params, opt)
 
     def validate(step: int) -> None:
         if val is not None and rank == 0:
-            log.append({"step": step, "val": measure(model, val, subset(val.names, args.val_limit), args.seed)})
+            log.append({"step": step, "val": measure(model, val, subset(val.names, args.val_limit), settings.seed)})
 
-    def keep(step: int) -> None:
+    def save(step: int) -> None:
         if rank == 0:
             save_lora(model.transformer, out / "lora.safetensors")
             write_json(out / "log.json", log)
             plot_losses(log, out / "loss.png")
             lora = [p.detach() for p in params]
-            write_tensors(out / "state.pt", dict(step=step, log=log, run=this, opt=opt.state_dict(), lora=lora))
+            write_tensors(out / "state.pt", dict(step=step, log=log, run=identity, opt=opt.state_dict(), lora=lora))
 
-    # the g-th sample of the whole run, its picture and its noise, is the same for any number of processes and kills
-    epochs = range(-(-args.steps * size // len(names)))
-    order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(len(names)) for e in epochs])
-    own = args.batch * args.accumulate
-    mine = [s * size + rank * own + j for s in range(done, args.steps) for j in range(own)]
-    stream = featured(model, readable(data, names), [names[order[g]] for g in mine], how.by_name, args.cache * 1e9)
-    seeds = iter([evaluate.image_seed(str(g), args.seed) for g in mine])
     if not log:
         validate(0)
-    with tqdm(total=args.steps, initial=done, desc="MAGNET", unit="step", disable=rank > 0) as bar:
-        for step in range(done, args.steps):
-            opt.param_groups[0]["lr"] = args.lr * rate(step, args.steps, args.warmup)
-            opt.zero_grad()
-            batches = [([next(stream) for _ in range(args.batch)], [next(seeds) for _ in range(args.batch)])
-                       for _ in range(args.accumulate)]
-            losses = gradient(model, params, batches, how)
-            losses["norm"] = torch.nn.utils.clip_grad_norm_(params, CLIP).item()
-            if not all(map(math.isfinite, losses.values())):
-                kept = f"what was good is in {out}" if (out / "state.pt").exists() else "nothing was saved yet"
-                raise ValueError(f"step {step + 1} gave {', '.join(f'{k} {x:g}' for k, x in losses.items())}, not finite "
-                                 f"numbers, and the run ends; {kept}; a smaller --lr may help")
-            opt.step()
-            log.append({"step": step + 1, "lr": opt.param_groups[0]["lr"], **losses})
-            bar.update()
-            bar.set_postfix({k: f"{losses[k]:.4f}" for k in ("flow", "focal", "dice")})
-            if (step + 1) % args.val_every == 0 or step + 1 == args.steps:
-                validate(step + 1)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                keep(step + 1)
+    stream = batches(model, data, names, settings, accumulate, done)
+    bar = tqdm(range(done, settings.steps), "MAGNET", settings.steps, initial=done, unit="step", disable=rank > 0)
+    for step in bar:
+        opt.param_groups[0]["lr"] = settings.lr * rate(step, settings.steps, settings.warmup)
+        opt.zero_grad()
+        losses = gradient(model, params, list(islice(stream, accumulate)), settings)
+        losses["norm"] = nn.utils.clip_grad_norm_(params, CLIP).item()
+        check_finite(losses, step + 1, out)
+        opt.step()
+        log.append({"step": step + 1, "lr": opt.param_groups[0]["lr"], **losses})
+        bar.set_postfix({key: f"{losses[key]:.4f}" for key in ("flow", "focal", "dice")})
+        last = step + 1 == settings.steps
+        if last or (step + 1) % args.val_every == 0:
+            validate(step + 1)
+        if last or (step + 1) % args.save_every == 0:
+            save(step + 1)
     if rank == 0:
-        gigabytes, seconds = peak_megabytes(model.device) / 1000, time.time() - start
-        measured = [x["val"] for x in log if "val" in x]
-        for key in measured[0] if measured else ():
-            print(f"{key:12s} {measured[0][key]:8.4f} -> {measured[-1][key]:8.4f}")
-        print(f"{args.steps - done} steps of {size} pictures, {seconds:.0f} s, {gigabytes:.1f} GB; wrote {out}/"
-              "lora.safetensors, log.json and loss.png")
+        print_change(log)
+        print(f"{settings.steps - done} steps of {size} pictures, {time.time() - start:.0f} s, "
+              f"{peak_megabytes(model.device) / 1000:.1f} GB; wrote {out}/lora.safetensors, log.json and loss.png")
 
 
-def check(args: argparse.Namespace) -> None:
-    """ValueError: arguments that cannot be, one sentence each."""
-    for what, value, valid in (("training set", args.dataset, RECIPES), ("match", args.match, ("hungarian", "tokens")),
-                               ("kind of candidates", args.candidates or "tokens", ("tokens", "heads")),
-                               ("normalisation", args.normalise, NORMALISATIONS),
-                               ("noise level", args.sigma or "uniform", ("uniform", "logit-normal")),
-                               ("validation set", args.val or "none", ("none", *DATASETS))):
-        if value not in valid:
-            raise ValueError(f"there is no {what} {value!r}; choose one of {', '.join(valid)}")
-    for key, value in vars(args).items():
-        least = {"warmup": 0, "mask_weight": 0, "cache": 0, "seed": 0}.get(key, 1)
-        if key == "lr" and value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--lr must be positive and finite, not {value}")
-        if key != "lr" and type(value) in (int, float) and not least <= value < math.inf:
-            raise ValueError(f"--{key.replace('_', '-')} must be finite and at least {least}, not {value}")
-    if args.match == "tokens" and (args.dataset == "sa1b" or args.candidates == "heads"):
-        raise ValueError("--match tokens reads each mask off the tokens of its name, mean over heads; sa1b's masks have no "
-                         "names, and --candidates heads has nothing to choose")
-    if args.captions and args.match == "tokens":
-        raise ValueError("--match tokens prompts with the masks' names, so --captions would not be read")
+def print_change(log: list[dict]) -> None:
+    """What was measured before the first step and after the last, a line for each number."""
+    measured = [entry["val"] for entry in log if "val" in entry]
+    if measured:
+        for key, before in measured[0].items():
+            print(f"{key:12s} {before:8.4f} -> {measured[-1][key]:8.4f}")
+
+
+def check(args: argparse.Namespace, settings: Settings) -> None:
+    """ValueError: options that do not go together, one sentence each."""
+    if settings.match == "name" and (args.dataset == "sa1b" or settings.maps == "heads"):
+        raise ValueError("--match name gives each mask the map of its name, mean over heads; sa1b's masks have no names, "
+                         "and --maps heads has nothing to choose")
+    if settings.match == "name" and args.captions:
+        raise ValueError("--match name prompts with the masks' names, so --captions would not be read")
+    if args.measure and settings.val == "none":
+        raise ValueError("--measure needs pictures with label maps: choose them with --val")
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
-    processes, recipe = world()[1], RECIPES[args.dataset]
-    for key in ("model", "val", "steps", "warmup", "lr", "batch", "candidates", "sigma", "mask_weight"):
-        if getattr(args, key) is None:
-            setattr(args, key, getattr(recipe, key))
-    if args.accumulate is None:
-        args.accumulate = -(-recipe.effective // (args.batch * processes))   # so many or more
-    val = DATASETS[args.val](args.data_root) if args.val != "none" else None
+    given = {key: value for key, value in vars(args).items() if key in Settings._fields and value is not None}
+    settings = RECIPES[args.dataset]._replace(**given)
+    check(args, settings)
+    val = None if settings.val == "none" else DATASETS[settings.val](args.data_root)
     if args.measure:
-        if val is None:
-            raise ValueError("--measure needs pictures with label maps: choose them with --val")
-        return compare(args, val, subset(val.names, args.val_limit))
+        before_and_after(args, settings.model, val, subset(val.names, args.val_limit))
+        return
     data = TRAINING_SETS[args.dataset](args.data_root, args.captions)
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if processes > 1:                                    # torchrun: a GPU for each process
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-    model = seg4diff.load(args.model, args.device)       # it says so if there is no such GPU
+    processes = world()[1]
+    device = args.device
+    if device != "cpu" and torch.cuda.is_available() and processes > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"                          # torchrun: a GPU for each process
+    model = seg4diff.load(settings.model, device, args.dtype)
     if processes > 1:
-        if cuda:
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))       # rank 0 validates alone
-    out = args.out or Path("out") / f"magnet-{args.dataset}-{model.name}-{args.seed}"
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)
+        backend = "nccl" if model.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))          # as long as the first process may validate
+    out = args.out or Path("out") / f"magnet-{args.dataset}-{model.name}-{settings.seed}"
     out.mkdir(parents=True, exist_ok=True)
-    train(args, model, data, val, out)
+    train(args, settings, model, data, val, out)
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="scenes", help=", ".join(RECIPES) + "; what is not given follows from it")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--dataset", default="scenes", choices=RECIPES, help="what is not given follows from it")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--captions", type=Path, help="JSON {image id: caption} for coco or sa1b")
-    parser.add_argument("--limit", type=int, default=PICTURES, help="training pictures, always the same ones")
-    parser.add_argument("--model", help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder (nano; else sd3)")
-    parser.add_argument("--match", default="hungarian", help="hungarian (the paper), tokens (released code, COCO)")
-    parser.add_argument("--candidates", help="maps that are matched: tokens (mean over heads), heads (default of sa1b)")
-    parser.add_argument("--normalise", default="minmax", help=", ".join(NORMALISATIONS))
-    parser.add_argument("--sigma", help="noise level: uniform (Eq. 2; default of scenes), logit-normal (released code)")
-    parser.add_argument("--mask-weight", type=float, help="lambda_mask of Eq. 13 (0.2; 1 as in the released code)")
-    parser.add_argument("--rank", type=int, default=RANK, help="of the LoRA")
-    parser.add_argument("--steps", type=int, help="of the optimiser (200; coco 3000, sa1b 1000)")
-    parser.add_argument("--warmup", type=int, help="steps until the full rate (20; 500)")
-    parser.add_argument("--lr", type=float, help="learning rate (5e-4; 1e-5)")
-    parser.add_argument("--batch", type=int, help="pictures at once and process (16; 4)")
-    parser.add_argument("--accumulate", type=int, help="batches a step (default: 16 pictures of all processes, or more)")
+    parser.add_argument("--limit", type=at_least(1), default=PICTURES, help="training pictures, always the same ones")
+    add_model_options(parser, default=None, lora=False)
+    parser.add_argument("--match", choices=["hungarian", "name"], help="the paper; the released code on COCO")
+    parser.add_argument("--candidates", type=renamed("--maps mean or --maps heads"), help=argparse.SUPPRESS)
+    parser.add_argument("--maps", choices=["mean", "heads"], help="what is matched: means over heads (default; sa1b: heads)")
+    parser.add_argument("--normalise", choices=NORMALISATIONS, help="what scales the maps to [0, 1]")
+    parser.add_argument("--sigma", choices=["uniform", "logit-normal"], help="noise levels: Eq. 2 (default of scenes); "
+                        "released code")
+    parser.add_argument("--mask-weight", type=at_least(0, float), help="lambda_mask of Eq. 13 (0.2; coco, sa1b: 1)")
+    parser.add_argument("--rank", type=at_least(1), help="of the LoRA (16)")
+    parser.add_argument("--steps", type=at_least(1), help="of the optimiser (200; coco 3000, sa1b 1000)")
+    parser.add_argument("--warmup", type=at_least(0), help="steps until the full rate (20; 500)")
+    parser.add_argument("--lr", type=at_least(1e-12, float), help="learning rate (5e-4; 1e-5)")
+    parser.add_argument("--batch", type=at_least(1), help="pictures at once and process (16; 4)")
+    parser.add_argument("--accumulate", type=at_least(1), help="batches a step and process (so many that a step has at "
+                        f"least {STEP} pictures)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory: activations are computed twice")
-    parser.add_argument("--cache", type=float, default=8, help="GB of memory for latents and text features")
-    parser.add_argument("--val", help="data set of evaluate.py measured before, during and after (scenes-dev; coco: "
-                        "coco-object; sa1b: none)")
-    parser.add_argument("--val-limit", type=int, default=100, help="its pictures")
-    parser.add_argument("--val-every", type=int, default=100, help="steps between measurements")
-    parser.add_argument("--save-every", type=int, default=25, help="steps between saved states")
+    parser.add_argument("--val", choices=["none", *DATASETS], help="data set of evaluate.py measured before, during and "
+                        "after (scenes-dev; coco: coco-object; sa1b: none)")
+    parser.add_argument("--val-limit", type=at_least(1), default=100, help="its pictures")
+    parser.add_argument("--val-every", type=at_least(1), default=100, help="steps between measurements")
+    parser.add_argument("--save-every", type=at_least(1), default=25, help="steps between saved states")
     parser.add_argument("--measure", type=Path, nargs="+", metavar="LORA", help="no training: numbers without and with")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of the run (default: out/magnet-DATASET-MODEL-SEED)")
     command(main, parser)

@@ -18,6 +18,9 @@ SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE 
 class Norm(nn.GroupNorm):
     """GroupNorm in fp32 whatever the weights' dtype: its sums over a 1024 x 1024 map overflow fp16."""
 
+    def __init__(self, groups: int, c: int):
+        super().__init__(groups, c, eps=1e-6)
+
     def forward(self, x: Tensor) -> Tensor:
         w, b = self.weight.float(), self.bias.float()
         return F.group_norm(x.float(), self.num_groups, w, b, self.eps).to(x.dtype)
@@ -26,14 +29,16 @@ class Norm(nn.GroupNorm):
 class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1, self.conv1 = Norm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = Norm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.norm1 = Norm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = Norm(groups, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return y + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -41,16 +46,18 @@ class AttnBlock(nn.Module):
 
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.norm = Norm(groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.norm = Norm(groups, c)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, h, w = x.shape
-        y = self.norm(x)
+        y = self.norm(x)                                # (B, c, height, width), L = height * width
         # contiguous, or no fused kernel takes them and 1024 x 1024 pixels cost a matrix of 16384 x 16384
-        q, k, v = (f(y).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))   # 3 x (B, 1, h*w, C)
-        y = F.scaled_dot_product_attention(q, k, v)                                # (B, 1, h*w, C)
-        return x + self.proj_out(y[:, 0].mT.reshape(B, C, h, w))                   # (B, C, h, w)
+        q, k, v = (f(y).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))   # 3 x (B, 1, L, c)
+        y = F.scaled_dot_product_attention(q, k, v)                                # (B, 1, L, c)
+        return x + self.proj_out(y[:, 0].mT.reshape(x.shape))                      # (B, c, height, width)
 
 
 class Downsample(nn.Module):
@@ -72,7 +79,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then a change of resolution."""
+    """The residual blocks of one resolution; what changes the resolution after them is set by encoder and decoder."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
         super().__init__()
@@ -87,7 +94,9 @@ class Level(nn.Module):
 class Middle(nn.Module):
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)
+        self.block_1 = ResBlock(c, c, groups)
+        self.attn_1 = AttnBlock(c, groups)
+        self.block_2 = ResBlock(c, c, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -100,20 +109,17 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[max(i - 1, 0)], c, blocks, groups)
-            if i < len(widths) - 1:
-                level.downsample = Downsample(c)
+            level.downsample = Downsample(c) if i < len(widths) - 1 else nn.Identity()
             self.down.append(level)
         self.mid = Middle(widths[-1], groups)
-        self.norm_out = Norm(groups, widths[-1], eps=1e-6)
+        self.norm_out = Norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, px, px) -> (B, 2C, px/8, px/8): mean and log-variance of the latent."""
         x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            x = level(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
+        for level in self.down:
+            x = level.downsample(level(x))
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -125,19 +131,16 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, c in enumerate(widths):                  # up[0] is the finest level, run last
             level = Level(widths[min(i + 1, len(widths) - 1)], c, blocks, groups)
-            if i > 0:
-                level.upsample = Upsample(c)
+            level.upsample = Upsample(c) if i > 0 else nn.Identity()
             self.up.append(level)
-        self.norm_out = Norm(groups, widths[0], eps=1e-6)
+        self.norm_out = Norm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, C, px/8, px/8) -> (B, 3, px, px)."""
         x = self.mid(self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            x = self.up[i](x)
-            if i > 0:
-                x = self.up[i].upsample(x)
+        for level in reversed(self.up):
+            x = level.upsample(level(x))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -147,7 +150,8 @@ class VAE(nn.Module):
         # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
         # levels cannot be cut in 32 and use 4.
         groups = 32 if widths[0] % 32 == 0 else 4
-        self.channels, self.factor = latent, 2 ** (len(widths) - 1)        # factor: pixels per latent, 8
+        self.channels = latent                          # C
+        self.factor = 2 ** (len(widths) - 1)            # pixels per latent and side, 8
         self.encoder = Encoder(widths, enc_blocks, latent, groups)
         self.decoder = Decoder(widths, dec_blocks, latent, groups)
 
@@ -167,11 +171,12 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
-        assert x.shape[-1] % self.factor == 0 == x.shape[-2] % self.factor, \
-            f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
-        mean, _logvar = self.encoder(x).chunk(2, dim=1)  # 2 x (B, C, px/8, px/8)
+        sides = tuple(x.shape[-2:])
+        assert not any(side % self.factor for side in sides), \
+            f"image {sides} must have sides that are multiples of {self.factor}"
+        mean, _ = self.encoder(x).chunk(2, dim=1)       # mean, log-variance: (B, C, px/8, px/8) each
         return (mean - SHIFT) * SCALE
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (B, C, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1]; clamp before showing it."""
+        """Latent (B, C, px/8, px/8) -> picture (B, 3, px, px), about [-1, 1]; clamp before showing it."""
         return self.decoder(z / SCALE + SHIFT)

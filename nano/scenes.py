@@ -16,9 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-STUFF = ["sky", "sunset", "night", "grass", "sand", "water", "snow"]
-THINGS = ["car", "house", "tree", "boat", "mushroom", "flower", "teddy bear", "air balloon"]
-CLASSES = STUFF + THINGS                       # label map value = index in this list; every pixel has one
 COLOURS = {"red": (214, 48, 49), "orange": (240, 132, 28), "yellow": (246, 210, 50),
            "green": (52, 160, 72), "blue": (44, 92, 214), "purple": (138, 62, 184)}
 SKIES = {"sky": ((92, 160, 236), (190, 224, 250)), "sunset": ((226, 130, 168), (252, 216, 196)),
@@ -36,8 +33,12 @@ PATTERNS = {
     "teddy bear": ((104, 66, 36), lambda x, y: 1 - bars(8 * (x + y), 0.8) * bars(8 * (x - y), 0.8)),   # fur
     "air balloon": ((250, 236, 190), lambda x, y: bars(8 * x, 0.5)),                          # panels
 }
+STUFF = [*SKIES, *GROUNDS]
+THINGS = [*PATTERNS]
+CLASSES = STUFF + THINGS                       # label map value = index in this list; every pixel has one
 SIDE = 128                                     # pixels; drawn at twice that, then shrunk, for smooth edges
-TRAIN_SEEDS, VAL_SEEDS = range(1_000_000, 2_000_000), range(0, 10_000)   # disjoint by construction
+TRAIN_SEEDS = range(1_000_000, 2_000_000)
+VAL_SEEDS = range(10_000)                      # disjoint from TRAIN_SEEDS
 
 
 class Thing(NamedTuple):
@@ -62,8 +63,8 @@ def shade(rgb: tuple, k: float) -> tuple:
 
 def paint_sky(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
     """Vertical gradient with soft clouds, or with stars by night.  (Y, X) grids in [0, 1] -> (Y, X, 3)."""
-    top, low = (np.array(c, float) for c in SKIES[name])
-    sky = top + (low - top) * np.clip(yy / 0.6, 0, 1)[..., None]
+    top, low = np.array(SKIES[name], float)
+    sky = top + (low - top) * np.clip(yy / 0.6, 0, 1)[..., None]         # (Y, X, 3)
     if name == "night":
         for x, y in rng.uniform(0, 1, (40, 2)):
             sky[(xx - x) ** 2 + (yy - 0.6 * y) ** 2 < 9e-5] = 235
@@ -81,7 +82,8 @@ def bars(t: np.ndarray, width: float = 0.6) -> np.ndarray:
 
 def paint_ground(yy: np.ndarray, xx: np.ndarray, name: str, rng: np.random.Generator) -> np.ndarray:
     """One flat colour under a texture of its own: stripes, dunes, waves or drifts.  (Y, X) -> (Y, X, 3)."""
-    p, base = rng.uniform(0, 2 * np.pi, 3), np.array(GROUNDS[name], float)
+    p = rng.uniform(0, 2 * np.pi, 3)
+    base = np.array(GROUNDS[name], float)
     if name == "grass":                        # upright blades
         t = 16 * np.sin(2 * np.pi * 24 * xx + 3 * np.sin(2 * np.pi * 9 * yy + p[0]) + p[1])
     elif name == "sand":                       # slanted ripples
@@ -98,7 +100,10 @@ def paint_thing(image: Image.Image, labels: Image.Image, name: str, rgb: tuple,
                 cx: float, base: float, s: float) -> None:
     """Draw one thing of height s (pixels) standing on y = base around x = cx, and the same shapes into
     the label picture. Few, bold parts; what has the named colour gets its kind's pattern."""
-    dark, lite, brown, cream = shade(rgb, 0.68), shade(rgb, 1.35), (112, 74, 46), (244, 232, 208)
+    dark = shade(rgb, 0.68)
+    lite = shade(rgb, 1.35)
+    brown = (112, 74, 46)
+    cream = (244, 232, 208)
     coat = Image.new("L", image.size)          # where the named colour is seen
     pens = [ImageDraw.Draw(im) for im in (image, labels, coat)]
 
@@ -151,7 +156,8 @@ def paint_thing(image: Image.Image, labels: Image.Image, name: str, rgb: tuple,
         poly((44, 120, 50), (0, .08), (.3, .3), (.04, .28))
         poly((44, 120, 50), (0, .08), (-.3, .3), (-.04, .28))
         for a in np.arange(6) * np.pi / 3:
-            x, y = .2 * np.cos(a), .68 + .2 * np.sin(a)
+            x = .2 * np.cos(a)
+            y = .68 + .2 * np.sin(a)
             ellipse(x - .15, y - .15, x + .15, y + .15, rgb)
         ellipse(-.12, .56, .12, .80, (92, 54, 30))
     elif name == "teddy bear":
@@ -185,28 +191,32 @@ def draw(seed: int, side: int = SIDE) -> Scene:
     grounds = list(rng.choice(list(GROUNDS), size=1 + int(rng.random() < 0.45), replace=False))
     horizon = rng.uniform(0.36, 0.56)
     edges = [horizon] if len(grounds) == 1 else [horizon, horizon + rng.uniform(0.17, 0.26)]
-    canvas, ids = paint_sky(yy, xx, sky, rng), np.full((big, big), CLASSES.index(sky), np.uint8)
+    canvas = paint_sky(yy, xx, sky, rng)                                 # (big, big, 3)
+    ids = np.full((big, big), CLASSES.index(sky), np.uint8)
     for name, edge in zip(grounds, edges):
         line = edge + rng.uniform(0.0, 0.03) * np.sin(2 * np.pi * rng.uniform(0.4, 1.2) * xx + rng.uniform(0, 6.3))
         below = yy > line
-        canvas[below], ids[below] = paint_ground(yy, xx, name, rng)[below], CLASSES.index(name)
-    image, labels = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.fromarray(ids)
+        canvas[below] = paint_ground(yy, xx, name, rng)[below]
+        ids[below] = CLASSES.index(name)
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    labels = Image.fromarray(ids)
     # things: one in each of n columns, far ones first so that near ones cover them
     n = int(rng.choice([1, 2], p=[0.4, 0.6]))
-    todo = []
+    placed = []                                # (foot, thing, height)
     for col, name in zip(rng.permutation(n), rng.choice(THINGS, size=n, replace=False)):
-        size, colour = str(rng.choice(["big", "small"])), str(rng.choice(list(COLOURS)))
+        size = str(rng.choice(["big", "small"]))
+        colour = str(rng.choice(list(COLOURS)))
         s = {"big": rng.uniform(0.56, 0.68), "small": rng.uniform(0.38, 0.46)}[size] * (0.8 if name == "car" else 1.0)
         cx = (col + rng.uniform(0.35, 0.65)) / n
         base = rng.uniform(max(horizon + 0.08, s + 0.01), 0.97)          # whole, and on the ground
         if name == "air balloon":              # in the air: its foot may hang above the horizon
             base = rng.uniform(s + 0.02, max(s + 0.03, horizon + 0.1))
-        todo.append((base, Thing(str(name), colour, size, float(cx)), s))
-    for base, thing, s in sorted(todo, key=lambda t: t[0]):
+        placed.append((base, Thing(str(name), colour, size, float(cx)), s))
+    for base, thing, s in sorted(placed, key=lambda t: t[0]):
         rgb = tuple(int(c) for c in np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 7, 3), 0, 255))
         paint_thing(image, labels, thing.name, rgb, thing.x * big, base * big, s * big)
     ids = np.asarray(labels)[1::2, 1::2].copy()                          # (side, side)
-    things = sorted((thing for _, thing, _ in todo), key=lambda t: t.x)
+    things = sorted((thing for _, thing, _ in placed), key=lambda t: t.x)
     stuff = [name for name in [sky, *map(str, grounds)] if (ids == CLASSES.index(name)).any()]
     return Scene(np.asarray(image.resize((side, side), Image.Resampling.BOX)), ids, stuff, things)
 
@@ -221,31 +231,39 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         return " ".join(items[i] for i in rng.permutation(len(items)))
 
     def noun(t):
-        return f"a {t.size + ' ' if rng.random() < 0.5 else ''}{t.colour + ' ' if rng.random() < 0.8 else ''}{t.name}"
+        size = f"{t.size} " if rng.random() < 0.5 else ""
+        colour = f"{t.colour} " if rng.random() < 0.8 else ""
+        return f"a {size}{colour}{t.name}"
 
-    things = list(scene.things)
-    if len(things) == 2 and rng.random() < 0.6:
-        words = f"{noun(things[0])} left of {noun(things[1])}" if rng.random() < 0.5 else \
-            f"{noun(things[1])} right of {noun(things[0])}"
+    things = scene.things
+    if len(things) < 2 or rng.random() >= 0.6:
+        sentence = " and ".join(noun(things[i]) for i in rng.permutation(len(things)))
+    elif rng.random() < 0.5:
+        sentence = f"{noun(things[0])} left of {noun(things[1])}"
     else:
-        words = " and ".join(noun(things[i]) for i in rng.permutation(len(things)))
-    above = [name for name in scene.stuff if name in SKIES]
-    below = " and ".join(name for name in scene.stuff if name not in SKIES)
-    return f"{words} with {below}{f' under the {above[0]}' if above else ''}"
+        sentence = f"{noun(things[1])} right of {noun(things[0])}"
+    sentence += " with " + " and ".join(name for name in scene.stuff if name not in SKIES)
+    for sky in scene.stuff:
+        if sky in SKIES:
+            sentence += f" under the {sky}"
+    return sentence
 
 
 def words() -> list[str]:
     """Every word a caption can hold; nano's tokenizer is made of them."""
-    fixed = "a and with under the left right of big small an on in above below next to photo".split()
-    return sorted({w for name in CLASSES for w in name.split()} | set(COLOURS) | set(fixed))
+    sentence = "a and with under the left right of big small an on in above below next to photo"
+    return sorted(set(" ".join([*CLASSES, *COLOURS, sentence]).split()))
 
 
 def main(args: argparse.Namespace) -> None:
-    from support import pictures  # here, because it stands on data.py, which stands on this file
+    from support import pictures  # not above: nothing that draws a scene needs it
+
     pictures.check_out(args.out)
     if not 0 <= args.first < len(VAL_SEEDS):
         raise ValueError(f"--first must be from 0 to {len(VAL_SEEDS) - 1}, not {args.first}")
-    colours, cells, captions = pictures.palette(len(CLASSES)), [], []
+    colours = pictures.palette(len(CLASSES))
+    cells = []
+    captions = []
     for seed in VAL_SEEDS[args.first:args.first + 12]:
         scene = draw(seed)
         image = Image.fromarray(scene.image)
@@ -257,9 +275,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from support.cli import Parser, command
+
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("scenes.png"))
     parser.add_argument("--first", type=int, default=0, help="first validation scene of the sheet")
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from support.cli import command
     command(main, parser)

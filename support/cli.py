@@ -45,8 +45,8 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None = "na
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, "
-                        "float16 (released code)")
+    parser.add_argument("--dtype", default="auto",
+                        help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, float16 (released code)")
 
 
 def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,7 @@ def command(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
     except (ValueError, OSError) as e:
         problem = str(e)
     except torch.OutOfMemoryError:
-        problem = "the device has too little memory for this; smaller batches or pictures, or --device cpu, need less of it"
+        problem = ("the device has too little memory for this; smaller batches or pictures, or --device cpu, need less "
+                   "of it")
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)

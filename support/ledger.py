@@ -9,6 +9,7 @@ Several processes (torchrun) write a file each in one folder; whoever opens a le
 import hashlib
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,14 @@ def write_tensors(path: Path, value: dict) -> None:
 def world() -> tuple[int, int]:
     """This process's number and how many there are: torchrun says so in the environment."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_all() -> None:
+    """Until every process of torchrun is here."""
+    if world()[1] > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.barrier()
 
 
 def digest(protocol: dict) -> str:
@@ -96,11 +105,12 @@ class Ledger:
         self.write(line)
         self.take(line)
 
-    def sum(self, names: list[str], rows: list[str], shape: tuple[int, int]) -> Counts:
-        """Counts of these pictures (those that are done) added up, (K, C) for each row of the table."""
-        total = {row: np.zeros(shape, np.int64) for row in rows}
+    def sum(self, names: list[str], shape: tuple[int, int]) -> Counts:
+        """Counts of these pictures (those that are done) added up, int64 of this shape for each row of the table."""
+        total: Counts = {}
         for name in names:
-            for row in rows:
-                for i, j, n in self.done.get(name, {}).get(row, ()):
+            for row, counts in self.done.get(name, {}).items():
+                total.setdefault(row, np.zeros(shape, np.int64))
+                for i, j, n in counts:
                     total[row][i, j] += n
         return total

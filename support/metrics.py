@@ -15,8 +15,9 @@ def classes_in(labels: np.ndarray) -> np.ndarray:
 def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
     """Pixel counts (K, K), rows the truth, columns the prediction; pixels whose truth is IGNORE are left out."""
     valid = truth != IGNORE
-    if valid.any() and max(truth[valid].max(), pred[valid].max()) >= K:
-        raise ValueError(f"a label map holds class {max(truth[valid].max(), pred[valid].max())}, but there are {K} classes")
+    largest = max(truth[valid].max(initial=0), pred[valid].max(initial=0))
+    if largest >= K:
+        raise ValueError(f"a label map holds class {largest}, but there are {K} classes")
     pairs = truth[valid].astype(np.int64) * K + pred[valid]
     return np.bincount(pairs, minlength=K * K).reshape(K, K)
 
@@ -67,3 +68,13 @@ def scores(conf: np.ndarray) -> dict:
 def proposal_scores(counts: np.ndarray) -> dict:
     """`rates` of match_proposals' counts (K, 3)."""
     return rates(*counts.T)
+
+
+def table(rows: dict[str, dict]) -> str:
+    """mIoU, mACC, pACC, a row to a variant; floor and ceiling last."""
+    width = max(map(len, rows))
+    last = {"floor": 1, "ceiling": 2}
+    rows = dict(sorted(rows.items(), key=lambda row: last.get(row[0], 0)))
+    lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
+    lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Pictures to look at: label maps in colour, legends, sheets.  Plots are made where their numbers are."""
 import colorsys
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,55 +9,91 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from support.data import Item
 from support.metrics import IGNORE
 
-SHOWN = (512, 1024)                     # least and most pixels of the longer side of a picture of one's own
-
-
-# 19 colours that are easily told apart; the first 15 suit the toy world (sky, sunset, night, grass, sand, water, snow, ...)
-DISTINCT = ("42d4f4 fabed4 000075 3cb44b ffe119 4363d8 dcbeff e6194b 9a6324 bfef45 f58231 469990 f032e6 800000 911eb4 "
-            "aaffc3 808000 ffd8b1 a9a9a9").split()
+SHOWN = (512, 1024)                     # `panels` brings the longer side of a picture between these, in pixels
+# 19 colours that a person can tell apart; the first 15 suit the toy world (sky, sunset, night, grass, sand, ...)
+DISTINCT = np.frombuffer(bytes.fromhex(
+    "42d4f4 fabed4 000075 3cb44b ffe119 4363d8 dcbeff e6194b 9a6324 bfef45 f58231 469990 f032e6 800000 911eb4 aaffc3 "
+    "808000 ffd8b1 a9a9a9"), np.uint8).reshape(-1, 3)    # (19, 3)
 STRENGTH = 0.6                          # of a label's colour over the grey picture
 
 
 def palette(n: int) -> np.ndarray:
-    """n colours, (n, 3) uint8. More than DISTINCT has: hues a golden section apart, so that neighbours differ most, in
-    three strengths."""
+    """n colours, (n, 3) uint8.
+
+    More than DISTINCT has: hues a golden section apart, so that neighbours differ most, in three strengths.
+    """
     if n <= len(DISTINCT):
-        return np.array([list(bytes.fromhex(x)) for x in DISTINCT[:n]], np.uint8).reshape(n, 3)
-    strengths = [(0.55, 1.0), (0.85, 0.9), (0.8, 0.6)]                        # saturation, value
+        return DISTINCT[:n]
+    strengths = [(0.55, 1.0), (0.85, 0.9), (0.8, 0.6)]                       # saturation, value
     rgb = [colorsys.hsv_to_rgb((0.57 + 0.618034 * i) % 1, *strengths[i % 3]) for i in range(n)]
-    return np.array([[round(255 * c) for c in x] for x in rgb], np.uint8)
+    return (255 * np.array(rgb)).round().astype(np.uint8)                    # (n, 3)
 
 
 def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """The picture, greyed, under its label map in colour; label IGNORE stays uncoloured."""
-    grey = np.asarray(image.convert("L").convert("RGB"), float)
-    table = np.concatenate([colours, np.zeros((256 - len(colours), 3), np.uint8)])
-    mixed = np.where((labels == IGNORE)[..., None], grey, (1 - STRENGTH) * grey + STRENGTH * table[labels])
+    """The picture, greyed, under its label map (height, width) in colour; label IGNORE stays uncoloured."""
+    grey = np.asarray(image.convert("L").convert("RGB"), float)              # (height, width, 3)
+    ignored = labels == IGNORE
+    colour = colours[np.where(ignored, 0, labels)]                           # (height, width, 3)
+    mixed = np.where(ignored[..., None], grey, (1 - STRENGTH) * grey + STRENGTH * colour)
     return Image.fromarray(mixed.astype(np.uint8))
 
 
 def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
     """Colour patches with their names, as many to a row as fit into `width` pixels; each as it is over middle grey."""
     font = ImageFont.load_default(14)
-    rows, x, widest = [[]], 0, width
-    for name, colour in zip(names, colours):
-        w = 34 + int(font.getlength(name))
-        if x + w > width and rows[-1]:
-            rows.append([])
+    x = y = 0
+    widest = width
+    corners = []
+    for name in names:
+        room = 34 + int(font.getlength(name))
+        if x > 0 and x + room > width:
             x = 0
-        rows[-1].append((x, name, tuple(int(STRENGTH * c + (1 - STRENGTH) * 128) for c in colour)))
-        x += w
+            y += 22
+        corners.append((x, y))
+        x += room
         widest = max(widest, x)
-    strip = Image.new("RGB", (widest, 22 * len(rows) + 4), "white")
+    strip = Image.new("RGB", (widest, y + 26), "white")
     pen = ImageDraw.Draw(strip)
-    for i, row in enumerate(rows):
-        for x, name, colour in row:
-            pen.rectangle([x + 4, 22 * i + 5, x + 18, 22 * i + 19], fill=colour, outline="black")
-            pen.text((x + 23, 22 * i + 3), name, fill="black", font=font)
+    over_grey = (STRENGTH * colours + (1 - STRENGTH) * 128).astype(int)      # (K, 3)
+    for (x, y), name, colour in zip(corners, names, over_grey, strict=True):
+        pen.rectangle([x + 4, y + 5, x + 18, y + 19], fill=tuple(colour), outline="black")
+        pen.text((x + 23, y + 3), name, fill="black", font=font)
     return strip
+
+
+def tile(pictures: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.Image:
+    """Pictures of one size in rows of `columns` at most, with `gap` pixels of white between them."""
+    columns = min(columns, len(pictures))
+    w = pictures[0].width + gap
+    h = pictures[0].height + gap
+    out = Image.new("RGB", (columns * w - gap, math.ceil(len(pictures) / columns) * h - gap), "white")
+    for i, picture in enumerate(pictures):
+        out.paste(picture, (i % columns * w, i // columns * h))
+    return out
+
+
+def stack(*rows: Image.Image) -> Image.Image:
+    """Pictures below each other on white."""
+    out = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    y = 0
+    for row in rows:
+        out.paste(row, (0, y))
+        y += row.height
+    return out
+
+
+def wrap(caption: str, font: ImageFont.ImageFont, width: int) -> str:
+    """A caption with line ends where it would be wider than `width` pixels."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, side: int | None = None
@@ -65,59 +102,40 @@ def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int =
 
     side: height of a picture; without it as they are, but no smaller than captions need.
     """
-    font, zoom = ImageFont.load_default(13), side / images[0].height if side else max(1.0, 192 / images[0].height)
-    w, h = round(zoom * images[0].width), round(zoom * images[0].height)
-    wrapped = []
-    for caption in captions:
-        lines = [""]
-        for word in caption.split():
-            if font.getlength(f"{lines[-1]} {word}") > w - 6 and lines[-1]:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        wrapped.append("\n".join(lines))
-    cell_h = h + 18 * max(x.count("\n") + 1 for x in wrapped) + 8
-    columns = min(columns, len(images))
-    out = Image.new("RGB", (columns * (w + 6), -(-len(images) // columns) * cell_h), "white")
-    for i, (image, caption) in enumerate(zip(images, wrapped)):
-        x, y = i % columns * (w + 6), i // columns * cell_h
-        out.paste(image.resize((w, h), Image.Resampling.BICUBIC), (x, y))
-        ImageDraw.Draw(out).multiline_text((x + 2, y + h + 2), caption, fill="black", font=font)
-    return out
-
-
-def stack(*rows: Image.Image) -> Image.Image:
-    """Pictures below each other on white."""
-    out = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
-    for i, row in enumerate(rows):
-        out.paste(row, (0, sum(r.height for r in rows[:i])))
-    return out
+    font = ImageFont.load_default(13)
+    zoom = (side or max(192, images[0].height)) / images[0].height
+    w = round(zoom * images[0].width)
+    h = round(zoom * images[0].height)
+    wrapped = [wrap(caption, font, w - 6) for caption in captions]
+    lines = max(caption.count("\n") + 1 for caption in wrapped)
+    cells = []
+    for image, caption in zip(images, wrapped, strict=True):
+        cell = Image.new("RGB", (w + 6, h + 18 * lines + 8), "white")
+        cell.paste(image.resize((w, h), Image.Resampling.BICUBIC))
+        ImageDraw.Draw(cell).multiline_text((2, h + 2), caption, fill="black", font=font)
+        cells.append(cell)
+    return tile(cells, columns)
 
 
 def panels(image: Image.Image, labels: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """A picture beside its label map, above the legend; the longer side brought into SHOWN, so that it can be read."""
-    colours, longest = palette(len(classes)), max(image.size)
+    colours = palette(len(classes))
+    longest = max(image.size)
     shown = min(max(longest, SHOWN[0]), SHOWN[1])
-    width, height = (max(1, round(x * shown / longest)) for x in image.size)
-    pair = Image.new("RGB", (2 * width + 4, height), "white")
-    for i, x in enumerate([image, overlay(image, labels, colours)]):
-        pair.paste(x.resize((width, height), Image.Resampling.BILINEAR), (i * (width + 4), 0))
-    return stack(pair, legend(classes, colours, pair.width))
+    size = [max(1, round(x * shown / longest)) for x in image.size]
+    pair = [x.resize(size, Image.Resampling.BILINEAR) for x in (image, overlay(image, labels, colours))]
+    both = tile(pair, 2, gap=4)
+    return stack(both, legend(classes, colours, both.width))
 
 
-def overlay_grid(shown: list[tuple[Item, np.ndarray]], classes: list[str], side: int = 192) -> Image.Image:
-    """picture | truth | prediction, two pictures to a row, with a legend."""
+def overlay_grid(shown: list[tuple[Image.Image, np.ndarray, np.ndarray]], classes: list[str]) -> Image.Image:
+    """Triples of picture, truth and prediction in squares side by side, two triples to a row, above the legend."""
     colours = palette(len(classes))
     cells = []
-    for item, pred in shown:
-        cell = Image.new("RGB", (3 * side + 12, side + 6), "white")
-        for j, x in enumerate([item.image, overlay(item.image, item.labels, colours),
-                               overlay(item.image, pred, colours)]):
-            cell.paste(x.resize((side, side), Image.Resampling.BILINEAR), (j * (side + 2), 0))
-        cells.append(cell)
-    columns = min(2, len(cells))
-    grid = Image.new("RGB", (columns * cells[0].width, -(-len(cells) // columns) * cells[0].height), "white")
-    for i, cell in enumerate(cells):
-        grid.paste(cell, (i % columns * cell.width, i // columns * cell.height))
+    for image, truth, prediction in shown:
+        triple = [image, overlay(image, truth, colours), overlay(image, prediction, colours)]
+        cells.append(tile([x.resize((192, 192), Image.Resampling.BILINEAR) for x in triple], 3, gap=2))
+    grid = tile(cells, 2, gap=8)
     title = Image.new("RGB", (grid.width, 24), "white")
     ImageDraw.Draw(title).text((2, 3), "picture | truth | prediction", fill="black", font=ImageFont.load_default(14))
     return stack(title, grid, legend(classes, colours, grid.width))
@@ -135,7 +153,11 @@ def small(picture: Image.Image, width: int, plot: bool = False) -> bytes:
     """A picture as a file small enough for a notebook, at most `width` wide: JPEG, or PNG of 128 colours for a plot."""
     picture = picture.convert("RGB")
     picture.thumbnail((width, 10 * width))
-    (picture.quantize(128) if plot else picture).save(file := io.BytesIO(), "PNG" if plot else "JPEG", quality=82)
+    file = io.BytesIO()
+    if plot:
+        picture.quantize(128).save(file, "PNG")
+    else:
+        picture.save(file, "JPEG", quality=82)
     return file.getvalue()
 
 
@@ -153,7 +175,10 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{str(path)!r} is not a picture that PIL can read: {e}") from None
     if image.mode[0] in "IF":                            # 16 or 32 bits, or floats: convert() would clip at 255
         x = np.nan_to_num(np.asarray(image, float)).clip(0)
-        top = next((t for t in (1, 255, 65535) if x.max() <= t and (t > 1 or image.mode == "F")), x.max())
-        image = Image.fromarray((255 * x / top).round().astype(np.uint8))
+        white = x.max()                                  # the value that is shown white: the next usual one
+        for usual in (65535, 255, 1) if image.mode == "F" else (65535, 255):
+            if x.max() <= usual:
+                white = usual
+        image = Image.fromarray((255 * x / white).round().astype(np.uint8))
     rgba = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -1,4 +1,5 @@
-"""What an evaluation prints and draws: tables, the paper's own numbers beside ours, one plot for each task."""
+"""What an evaluation draws and measures of itself: the paper's own numbers beside ours, one plot for each task."""
+import json
 import sys
 from pathlib import Path
 
@@ -6,49 +7,74 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-SCALINGS = ("map", "token", "none")
+# mIoU in percent as the paper prints it; never ours
+PAPER = json.loads((Path(__file__).parent / "paper_miou.json").read_text())
+
+
+def miou_of(variants: list, rows: dict, suffix: str = "") -> list[float]:
+    return [rows[v.name + suffix]["mIoU"] for v in variants]
+
+
+def plot_layers(ax, variants: list, rows: dict, model) -> None:
+    """Fig. 8."""
+    depth = model.transformer.config.depth
+    miou = miou_of(variants, rows)
+    ax.plot(range(depth), miou[:depth], "o-", label="image-to-text")
+    ax.plot(range(depth), miou[depth:], "s--", label="text-to-image")
+    ax.set(xlabel="block", xticks=range(depth), title="Segmentation performance across blocks (Fig. 8)")
+
+
+def plot_timesteps(ax, variants: list, rows: dict, model) -> None:
+    """Fig. 15."""
+    p = model.preset
+    ax.plot([v.sigma for v in variants], miou_of(variants, rows), "o-", label=f"block {p.block}")
+    ax.axvline(p.sigma, color="grey", lw=0.8, label=f"{p.noise_steps} of {p.steps} left, sigma {p.sigma:.3f}")
+    ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
+
+
+def plot_normalization(ax, variants: list, rows: dict, model) -> None:
+    """Table 5."""
+    ax.bar([v.name.replace(", ", ",\n") for v in variants], miou_of(variants, rows), width=0.6)
+    ax.set(title="Which score is compared (Table 5)")
+
+
+def plot_thresholds(ax, variants: list, rows: dict, model) -> None:
+    for scaling in dict.fromkeys(v.scaling for v in variants):
+        chosen = [v for v in variants if v.scaling == scaling]
+        x = [v.threshold for v in chosen]
+        label = "not scaled" if scaling == "none" else f"scaled over: {scaling}"
+        (line,) = ax.semilogx(x, miou_of(chosen, rows), "o-", label=label)
+        ax.semilogx(x, miou_of(chosen, rows, " floor"), ":", color=line.get_color())
+    ax.set(xlabel="threshold on the symmetric KL",
+           title="Proposals of the empty prompt's tokens; dotted: as many random ones")
+
+
+def plot_heads(ax, variants: list, rows: dict, model) -> None:
+    """Fig. 17."""
+    cfg = model.transformer.config
+    miou = miou_of(variants, rows)
+    image = ax.imshow(np.reshape(miou, (cfg.depth, cfg.heads)).T, aspect="auto")
+    if len(variants) <= 100:                             # SD3's 576 numbers would not be readable
+        for v, y in zip(variants, miou):
+            bright = y > (min(miou) + max(miou)) / 2
+            ax.text(v.block, v.head, f"{y:.0f}", ha="center", va="center", color="black" if bright else "white")
+    ax.set(xlabel="block", ylabel="head", title="mIoU of each head (Fig. 17)")
+    ax.locator_params(integer=True)
+    ax.figure.colorbar(image, label="mIoU [%]")
+
+
+PLOTS = {"layers": plot_layers, "timesteps": plot_timesteps, "normalization": plot_normalization,
+         "thresholds": plot_thresholds, "heads": plot_heads}
 
 
 def plot(task: str, variants: list, rows: dict[str, dict], model, path: Path) -> None:
-    """The task's figure: mIoU against block, head, noise level or kind of score, with floor and ceiling."""
+    """The task's figure: mIoU against block, head, noise level, threshold or kind of score, with floor and ceiling."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    miou = [rows[v.name]["mIoU"] for v in variants]
-    if task == "heads":
-        cfg = model.transformer.config
-        image = ax.imshow(np.reshape(miou, (cfg.depth, cfg.heads)).T, aspect="auto", cmap="viridis")
-        for i, (v, y) in enumerate(zip(variants, miou)):
-            if len(variants) <= 100:                     # SD3's 576 numbers would not be readable
-                bright = y > (min(miou) + max(miou)) / 2
-                ax.text(i // cfg.heads, v.head, f"{y:.0f}", ha="center", va="center", color="black" if bright else "white")
-        ax.set(xlabel="block", ylabel="head", title="mIoU of each head (Fig. 17)")
-        ax.locator_params(integer=True)
-        fig.colorbar(image, label="mIoU [%]")
-    elif task == "thresholds":
-        for scaling in SCALINGS:
-            own = [v for v in variants if v.scaling == scaling]
-            x, y = [v.threshold for v in own], [rows[v.name]["mIoU"] for v in own]
-            line, = ax.semilogx(x, y, "o-", label="not scaled" if scaling == "none" else f"scaled over: {scaling}")
-            ax.semilogx(x, [rows[f"{v.name} floor"]["mIoU"] for v in own], ":", color=line.get_color())
-        ax.set(xlabel="threshold on the symmetric KL", ylabel="mIoU [%]", ylim=(0, 100),
-               title="Proposals of the empty prompt's tokens; dotted: as many random ones")
-        ax.axhline(rows["ceiling"]["mIoU"], color="black", ls="-.", lw=1, label="ceiling")
-        ax.legend()
-    else:
-        if task == "layers":
-            n = model.transformer.config.depth
-            for name, ys, mark in (("image-to-text", miou[:n], "o-"), ("text-to-image", miou[n:], "s--")):
-                ax.plot(range(n), ys, mark, label=name)
-            ax.set(xlabel="block", xticks=range(n), title="Segmentation performance across blocks (Fig. 8)")
-        elif task == "timesteps":
-            ax.plot([v.sigma for v in variants], miou, "o-", label=f"block {model.preset.block}")
-            ax.axvline(model.preset.sigma, color="grey", lw=0.8,
-                       label=f"{model.preset.noise_steps} of {model.preset.steps} left, sigma {model.preset.sigma:.3f}")
-            ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
-        else:
-            ax.bar([v.name.replace(", ", ",\n") for v in variants], miou, width=0.6)
-            ax.set(title="Which score is compared (Table 5)")
+    PLOTS[task](ax, variants, rows, model)
+    if task != "heads":
         for name, style in (("floor", ":"), ("ceiling", "-.")):
-            ax.axhline(rows[name]["mIoU"], color="black", ls=style, lw=1, label=name)
+            if name in rows:
+                ax.axhline(rows[name]["mIoU"], color="black", ls=style, lw=1, label=name)
         ax.set(ylabel="mIoU [%]", ylim=(0, 100))
         ax.legend()
     fig.savefig(path, dpi=110)
@@ -65,59 +91,32 @@ def peak_megabytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
 
 
-# What the paper prints, in percent of mIoU; never ours.
-PAPER = {
-    "ovss": ("Table 1", ["voc", "coco-object", "context59", "ade20k", "cityscapes"], {
-        "ProxyCLIP": [83.3, 49.8, 39.6, 24.2, 42.0], "CorrCLIP": [91.8, 52.7, 47.9, 28.8, 49.9],
-        "DiffSegmter": [66.4, 40.0, 45.9, 24.2, 12.4], "iSeg": [82.9, 37.3, 39.2, 24.2, 24.8],
-        "SD3": [89.2, 62.0, 49.0, 34.2, 26.5], "SD3.5": [86.1, 57.8, 43.4, 30.7, 23.8],
-        "Flux.1-dev": [83.1, 50.6, 38.2, 23.9, 17.1], "SD3 + MAGNET (SA-1B)": [89.1, 62.0, 49.1, 34.7, 25.4],
-        "SD3 + MAGNET (COCO)": [89.8, 62.9, 51.2, 35.2, 26.0]}),
-    "unsup": ("Table 2", ["voc21", "context60", "coco-object81", "stuff27", "cityscapes", "ade20k"], {
-        "ReCO": [25.1, 19.9, 15.7, 26.3, 19.3, 11.2], "MaskCLIP": [38.8, 23.6, 20.6, 19.6, 10.0, 9.8],
-        "MaskCut": [53.8, 43.4, 30.1, 41.7, 18.7, 35.7], "DiffSeg": [49.8, 48.8, 23.2, 44.2, 16.8, 37.7],
-        "DiffCut": [62.0, 54.1, 32.0, 46.1, 28.4, 42.4],
-        "SD3": [54.9, 52.6, 38.5, 49.7, 24.2, 44.9], "SD3.5": [52.3, 52.9, 36.8, 47.1, 24.2, 41.5],
-        "SD3 + MAGNET (SA-1B)": [55.1, 52.8, 39.0, 50.8, 24.2, 45.0],
-        "SD3 + MAGNET (COCO)": [56.1, 53.5, 38.8, 53.5, 24.4, 45.4]})}
-
-
-def table(rows: dict[str, dict]) -> str:
-    """mIoU, mACC, pACC, a row to a variant; floor and ceiling last."""
+def paper_table(task: str, name: str, results: dict[str, dict[str, dict]]) -> str:
+    """Our rows of each data set that was evaluated below the paper's, in the shape of its Table 1 or 2."""
+    title, columns = PAPER[task]["title"], PAPER[task]["columns"]
+    rows = {f"{method}, the paper's": values for method, values in PAPER[task]["mIoU"].items()}
+    for row in (name, "floor", "ceiling"):
+        rows[f"{row}, ours"] = [results[c][row]["mIoU"] if c in results else None for c in columns]
     width = max(map(len, rows))
-    last = {"floor": 1, "ceiling": 2}
-    rows = dict(sorted(rows.items(), key=lambda row: last.get(row[0], 0)))
-    lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
-    lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
-    return "\n".join(lines)
-
-
-def paper_table(task: str, name: str, found: dict[str, dict[str, dict]]) -> str:
-    """Our rows of each data set that was found below the paper's, in the shape of its Table 1 or 2."""
-    title, columns, paper = PAPER[task]
-    rows = {f"{method}, the paper's": values for method, values in paper.items()}
-    for row, label in ((name, f"{name}, ours"), ("floor", "floor, ours"), ("ceiling", "ceiling, ours")):
-        rows[label] = [found[c][row]["mIoU"] if c in found else None for c in columns]
-    width, cell = max(map(len, rows)), max(map(len, columns)) + 2
+    cell = max(map(len, columns)) + 2
     lines = [f"{title + ', mIoU':{width}s}" + "".join(f"{c:>{cell}s}" for c in columns)]
-    lines += [f"{row:{width}s}" + "".join(f"{'-' if x is None else f'{x:.1f}':>{cell}s}" for x in values)
-              for row, values in rows.items()]
+    for row, values in rows.items():
+        numbers = ["-" if x is None else f"{x:.1f}" for x in values]
+        lines.append(f"{row:{width}s}" + "".join(f"{x:>{cell}s}" for x in numbers))
     return "\n".join(lines)
 
 
 def plot_losses(log: list[dict], path: Path) -> None:
     """train_magnet.py's log: each loss against the step, and what was measured on the validation pictures."""
-    steps, checks = [x for x in log if "flow" in x], [x for x in log if "val" in x]
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for ax, keys in zip(axes, (["flow"], ["focal", "dice"])):
-        for key in keys:
-            ax.plot([x["step"] for x in steps], [x[key] for x in steps], lw=0.8, label=key)
-        ax.set(xlabel="step", title="flow matching, Eq. 2" if keys == ["flow"] else "mask losses, Eq. 12")
-        ax.legend()
+    steps = [x for x in log if "flow" in x]
+    checks = [x for x in log if "val" in x]
+    for ax, key in ((axes[0], "flow"), (axes[1], "focal"), (axes[1], "dice")):
+        ax.plot([x["step"] for x in steps], [x[key] for x in steps], lw=0.8, label=key)
     for key in ("mIoU", "unsup mIoU"):
-        seen = [x for x in checks if key in x["val"]]
-        axes[2].plot([x["step"] for x in seen], [x["val"][key] for x in seen], "o-", label=key)
-    axes[2].set(xlabel="step", ylabel="%", title="validation")
-    axes[2].legend()
+        axes[2].plot([x["step"] for x in checks], [x["val"][key] for x in checks], "o-", label=key)
+    for ax, title in zip(axes, ("flow matching, Eq. 2", "mask losses, Eq. 12", "validation, %")):
+        ax.set(xlabel="step", title=title)
+        ax.legend()
     fig.savefig(path, dpi=100)
     plt.close(fig)

@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_where_it_stopped(run, monkeypatch, tmp_path, task)
         seen = stop_after(m, 99, KeyboardInterrupt())
         code, _, err, resumed = run("killed", "--task", task)
     names = [line["name"] for line in lines(tmp_path / "whole") if "counts" in line]
-    assert seen[:2] == [evaluate.image_seed(name, 0) for name in names[2:]] and len(seen) == 2 + 4     # 4 examples drawn
+    assert seen[:2] == [seg4diff.image_seed(name, 0) for name in names[2:]] and len(seen) == 2 + 4     # 4 examples drawn
     assert code == 0 and resumed["rows"] == whole["rows"] and resumed["n"] == 4
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 

@@ -339,9 +339,9 @@ def test_open_image_turns_photos_upright(tmp_path):
 
 def test_load(tiny, tiny_file):
     assert (tiny.name, tiny.device.type, tiny.dtype) == ("tiny", "cpu", torch.float32)
-    assert tiny.preset == seg4diff.Preset(block=1, size=128, cfg=3.0, batch=16) and abs(tiny.preset.sigma - 0.5150721) < 1e-6
+    assert tiny.preset == loading.Preset(block=1, size=128, cfg=3.0, batch=16) and abs(tiny.preset.sigma - 0.5150721) < 1e-6
     assert tiny.transformer.config.head_dim == 32 and tiny.transformer.config.heads == 2
-    assert seg4diff.Preset() == seg4diff.Preset(block=9, size=1024, steps=28, shift=3.0, noise_steps=8, cfg=7.5)
+    assert loading.Preset() == loading.Preset(block=9, size=1024, steps=28, shift=3.0, noise_steps=8, cfg=7.5)
     half = seg4diff.load(str(tiny_file), device="cpu", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
     seg = seg4diff.segment(half, Image.new("RGB", (40, 30)), ["car", "sky"])
@@ -400,7 +400,7 @@ def test_headers_that_do_not_fit(contents, tmp_path, meta, told):
 
 def test_presets_travel_in_the_header(contents, tmp_path):
     model = load_changed(contents, tmp_path / "m.safetensors", presets='{"block": 2, "size": 64, "noise_steps": 14}')
-    assert model.preset == seg4diff.Preset(block=2, size=64, noise_steps=14) and model.preset.sigma > 0.7
+    assert model.preset == loading.Preset(block=2, size=64, noise_steps=14) and model.preset.sigma > 0.7
     assert seg4diff.segment(model, Image.new("RGB", (9, 9)), ["car"]).maps.shape == (1, 8, 8)
 
 

@@ -8,7 +8,7 @@ from test_data import put
 
 import evaluate
 import seg4diff
-from evaluate import image_seed
+from seg4diff import image_seed
 from support import pictures
 from support.data import DATASETS
 from support.report import PAPER

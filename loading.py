@@ -1,0 +1,129 @@
+"""A model ready to use: its networks, what the paper fixes for it, and the schedule of its noise levels.
+
+    model = loading.load("sd3")                          # seg4diff.load is the same function
+    model.preset.sigma                                   # 0.515: where segmentation looks
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora import load_lora, merge_lora
+from mmdit import MMDiT
+from support import weights
+from support.checkpoint import pick_device, pick_dtype
+from text import CLIPText, TextEncoders, clip_tokenizer
+from vae import VAE
+
+# ---------------------------------------------------------------------------- noise levels, Sec. 3.2
+
+
+def shifted(s: float | Tensor, shift: float) -> float | Tensor:
+    """a s / (1 + (a-1) s): noise levels in [0, 1] moved towards noise, which large pictures need (a: 3 for SD3)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of the Euler sampler, (steps+1,) from 1 down to 0; those of SD3's scheduler.
+
+    The shift is applied to the ends of the line and then to the line itself, as the published scheduler does; its
+    table has 1000 entries, so the last level above 0 comes from 1/1000.
+    """
+    line = torch.linspace(1.0, shifted(1 / 1000, shift), steps, dtype=torch.float64)         # (S,)
+    return torch.cat([shifted(line, shift), line.new_zeros(1)]).float()      # (S+1,)
+
+
+# ---------------------------------------------------------------------------- a model and its presets
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the paper fixes for a model; nano carries its own in its file's header. Defaults: SD3 (A.1, Sec. 4.1)."""
+    block: int = 9                  # the semantic grounding expert, counted from 0
+    size: int = 1024                # side of the square a picture is squashed to, pixels
+    steps: int = 28                 # of the Euler sampler
+    shift: float = 3.0              # of the sigma schedule
+    noise_steps: int = 8            # segmentation sees a latent this many steps before clean ("t = 8 of 28")
+    cfg: float = 7.5                # classifier-free guidance scale
+    batch: int = 1                  # pictures evaluated at once
+    threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
+    scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
+
+    @staticmethod
+    def from_header(meta: dict[str, str]) -> "Preset":
+        """SD3's presets, but for those that a file carries as JSON under "presets".  ValueError: unknown ones."""
+        presets = json.loads(meta.get("presets", "{}"))
+        if not isinstance(presets, dict) or not presets.keys() <= set(Preset.__dataclass_fields__):
+            known = ", ".join(Preset.__dataclass_fields__)
+            raise ValueError(f"the file's header has presets {presets}; known are {known}")
+        return Preset(**presets)
+
+    @property
+    def sigma(self) -> float:
+        """Noise level of segmentation: 0.515 for 8 of 28 steps at shift 3."""
+        return sigmas(self.steps, self.shift)[self.steps - self.noise_steps].item()
+
+
+@dataclass
+class Seg4Diff:
+    transformer: MMDiT
+    vae: VAE
+    text: TextEncoders
+    preset: Preset
+    name: str
+    fingerprint: str                    # of its files (weights.fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.pos_embed.dtype
+
+
+def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
+         segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
+    """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
+
+    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA (NOTE(official): fp16), fp32 on the CPU.  With
+    segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
+    file of train_magnet.py's or another LoRA of SD3 (lora.load_lora), merged into the weights.
+    ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
+    """
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    files = weights.find(name_or_path)
+    preset = Preset.from_header(weights.header(files))
+    sd = weights.read(files, preset.block if segment_only else None, device, dtype)
+    transformer = MMDiT.from_state_dict(sd["mmdit"])
+    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]),
+                        clip_tokenizer(weights.merges(files)), transformer.config.ctx_dim)
+    name = Path(name_or_path).name.removesuffix(".safetensors")
+    model = Seg4Diff(transformer, VAE.from_state_dict(sd["vae"]), text, preset, name, weights.fingerprint(files))
+    check_fit(model, segment_only)
+    if lora is not None:
+        load_lora(transformer, lora)
+        merge_lora(transformer)
+        model.name = f"{name}+{weights.lora_name(lora)}"
+        model.fingerprint = weights.add_to_fingerprint(model.fingerprint, lora)
+    return model
+
+
+def check_fit(model: Seg4Diff, segment_only: bool) -> None:
+    """ValueError: parts that are not of one model."""
+    cfg, vae, text, size = model.transformer.config, model.vae, model.text, model.preset.size
+    if not (cfg.whole or segment_only):
+        raise ValueError(f"{model.name} is incomplete: its block {cfg.depth - 1} is not a last block")
+    grid = size // vae.factor // cfg.patch
+    for what, found, wanted in (
+            ("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
+            ("channels in the MM-DiT's latent", cfg.channels, vae.channels),
+            ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
+            ("text columns that do not fit the context", max(0, text.width - cfg.ctx_dim), 0),
+            ("patches of a side beyond the model's positions", max(0, grid - cfg.pos_grid), 0),
+            ("pixels beyond whole patches", size % (vae.factor * cfg.patch), 0)):
+        if found != wanted:
+            raise ValueError(f"the parts of {model.name} do not fit each other: {found} {what}, not {wanted}")

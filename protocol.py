@@ -1,0 +1,293 @@
+"""What is compared, and how it is scored (Sec. 4.1, A.4): variants, predictions, floor and ceiling, counts of pixels.
+
+evaluate.py is the command for it.  A few pictures without a command:
+
+    rows = protocol.measure(seg4diff.load(), DATASETS["scenes"](), ["0", "1"], "ovss")
+    rows["nano"]["mIoU"], rows["floor"]["mIoU"], rows["ceiling"]["mIoU"]
+"""
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import seg4diff
+from seg4diff import Seg4Diff, image_seed
+from support.data import Dataset, Item, centre_crop, read_ahead
+from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
+
+Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
+
+# ---------------------------------------------------------------------------- variants
+
+
+class Variant(NamedTuple):
+    """One choice of what is read off the attention; a task is a list of them, scored on the same pictures."""
+    name: str                           # of its row in the table
+    block: int
+    sigma: float
+    kind: str = "softmax"               # seg4diff.KINDS
+    minmax: bool = False
+    head: int | None = None
+    threshold: float | None = None      # of merging <pad> maps
+    scaling: str | None = None          # seg4diff.SCALINGS
+
+
+def ovss(m: Seg4Diff) -> list[Variant]:
+    """Table 1."""
+    return [Variant(m.name, m.preset.block, m.preset.sigma)]
+
+
+def layers(m: Seg4Diff) -> list[Variant]:
+    """Fig. 8: every block, I2T and T2I."""
+    blocks = range(m.transformer.config.depth)
+    i2t = [Variant(f"block {i} I2T", i, m.preset.sigma) for i in blocks]
+    t2i = [Variant(f"block {i} T2I", i, m.preset.sigma, kind="t2i") for i in blocks]
+    return i2t + t2i
+
+
+def heads(m: Seg4Diff) -> list[Variant]:
+    """Fig. 17: every head of every block."""
+    variants = []
+    for i in range(m.transformer.config.depth):
+        for h in range(m.transformer.config.heads):
+            variants.append(Variant(f"block {i} head {h}", i, m.preset.sigma, head=h))
+    return variants
+
+
+def timesteps(m: Seg4Diff) -> list[Variant]:
+    """Fig. 15: noise levels, by the number of steps that are left."""
+    steps = m.preset.steps
+    schedule = seg4diff.sigmas(steps, m.preset.shift).tolist()
+    return [Variant(f"t = {n} of {steps}", m.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
+
+
+def normalization(m: Seg4Diff) -> list[Variant]:
+    """Table 5: scores before and after the softmax, each map as it is or scaled to [0, 1]."""
+    block, sigma = m.preset.block, m.preset.sigma
+    return [Variant("before softmax", block, sigma, "logits"),
+            Variant("before softmax, min-max", block, sigma, "logits", minmax=True),
+            Variant("after softmax", block, sigma),
+            Variant("after softmax, min-max", block, sigma, minmax=True)]
+
+
+def unsup(m: Seg4Diff) -> list[Variant]:
+    """Table 2."""
+    p = m.preset
+    return [Variant(m.name, p.block, p.sigma, threshold=p.threshold, scaling=p.scaling)]
+
+
+def thresholds(m: Seg4Diff) -> list[Variant]:
+    """How <pad> maps are merged: what Table 2's presets are chosen from."""
+    variants = []
+    for scaling in seg4diff.SCALINGS:
+        for t in (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
+            variants.append(Variant(f"{scaling} {t:g}", m.preset.block, m.preset.sigma, threshold=t, scaling=scaling))
+    return variants
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+class Protocol(NamedTuple):
+    """Every choice beside model, data and variants that touches a number; stored with it and printed above it."""
+    seed: int = 0
+    prompt: str = "present"             # the classes of the picture, as in the paper, or "all" of the data set
+    resize: str = "squash"              # the whole picture to a square, or "crop" its centre, truth and all
+    draws: int = 1                      # noise draws whose maps are averaged
+
+
+class Prompted(NamedTuple):
+    """A picture, the classes that it is prompted with, and the seed of its noise."""
+    item: Item
+    ids: np.ndarray                     # (K,) int
+    names: list[str]
+    seed: int
+
+
+class Prediction(NamedTuple):
+    labels: np.ndarray                  # (height, width): classes of the data set, or numbers of proposals
+    values: np.ndarray                  # what labels can be: one value for each map that competed
+
+
+def prompted(item: Item, data: Dataset, protocol: Protocol) -> Prompted:
+    ids = np.arange(len(data.classes))
+    if protocol.prompt == "present":
+        ids = np.union1d(classes_in(item.labels), data.always).astype(int)
+    return Prompted(item, ids, [data.classes[k] for k in ids], image_seed(item.name, protocol.seed))
+
+
+Predictions = list[dict[str, Prediction]]                # for each picture {variant: prediction}
+
+
+def predict_named(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+    """One variant: what seg4diff.segment says."""
+    (v,) = variants
+    segmentations = seg4diff.segment(model, [p.item.image for p in batch], [p.names for p in batch], block=v.block,
+                                     sigma=v.sigma, seed=[p.seed for p in batch], draws=draws)
+    return [{v.name: Prediction(p.ids[s.labels], p.ids)} for p, s in zip(batch, segmentations)]
+
+
+def predict_unnamed(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+    """One variant: what seg4diff.propose says."""
+    (v,) = variants
+    found = seg4diff.propose(model, [p.item.image for p in batch], block=v.block, sigma=v.sigma,
+                             seed=[p.seed for p in batch], threshold=v.threshold, scaling=v.scaling, draws=draws)
+    return [{v.name: Prediction(proposals.labels, np.arange(len(proposals.maps)))} for proposals in found]
+
+
+@torch.inference_mode()
+def sweep_named(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+    """Many variants off the same passes, by the functions that `segment` is made of."""
+    z0 = seg4diff.encode_image(model, [p.item.image for p in batch])         # (B, C, ., .)
+    out = [{} for _ in batch]
+    for sigma in dict.fromkeys(v.sigma for v in variants):
+        chosen = [v for v in variants if v.sigma == sigma]
+        attn = seg4diff.attend(model, z0, [p.names for p in batch], blocks=sorted({v.block for v in chosen}),
+                               sigma=sigma, seeds=[p.seed for p in batch], kinds=sorted({v.kind for v in chosen}),
+                               draws=draws)
+        for p, scores_of, row in zip(batch, attn, out):
+            for v in chosen:
+                maps = seg4diff.class_maps(scores_of[v.block, v.kind], v.head, v.minmax)     # (K, h, w)
+                labels = seg4diff.label_map(maps, p.item.labels.shape).cpu().numpy()
+                row[v.name] = Prediction(p.ids[labels], p.ids)
+    return out
+
+
+@torch.inference_mode()
+def sweep_unnamed(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+    """The same <pad> maps merged in many ways, by the functions that `propose` is made of."""
+    z0 = seg4diff.encode_image(model, [p.item.image for p in batch])         # (B, C, ., .)
+    pads = seg4diff.pad_maps(model, z0, block=variants[0].block, sigma=variants[0].sigma,
+                             seeds=[p.seed for p in batch], draws=draws)     # (B, L, h, w)
+    out = [{} for _ in batch]
+    for p, tokens, row in zip(batch, pads, out):
+        for v in variants:
+            maps, _ = seg4diff.merge_maps(tokens, v.threshold, v.scaling)    # (P, h, w)
+            labels = seg4diff.label_map(maps, p.item.labels.shape).cpu().numpy()
+            row[v.name] = Prediction(labels, np.arange(len(maps)))
+    return out
+
+
+def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
+    """What the protocol gives for K random maps, chance: labels of shape `size`."""
+    maps = torch.rand(K, *grid, generator=torch.Generator().manual_seed(seed))               # (K, h, w)
+    return seg4diff.label_map(maps, size).numpy()
+
+
+def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """What the protocol gives for the truth itself, averaged over the cells of the patch grid."""
+    onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
+    maps = F.interpolate(onehot[None], size=grid, mode="area")[0]                            # (K, h, w)
+    return seg4diff.label_map(maps, labels.shape).numpy()
+
+
+# ---------------------------------------------------------------------------- tasks and their scores
+
+
+class Scoring(NamedTuple):
+    count: Callable                     # truth, labels, K -> pixel counts (K, .), and the labels under classes' names
+    score: Callable                     # counts, added up -> mIoU, mACC, pACC, IoU of each class
+    columns: Callable                   # K -> width of the counts
+
+
+class Task(NamedTuple):
+    variants: Callable[[Seg4Diff], list[Variant]]
+    predict: Callable[[Seg4Diff, list[Prompted], list[Variant], int], Predictions]
+    scoring: Scoring
+
+
+# With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
+NAMED = Scoring(lambda truth, labels, K: (confusion(truth, labels, K), labels), scores, lambda K: K)
+UNNAMED = Scoring(match_proposals, proposal_scores, lambda K: 3)
+TASKS = {"ovss": Task(ovss, predict_named, NAMED), "unsup": Task(unsup, predict_unnamed, UNNAMED),
+         "thresholds": Task(thresholds, sweep_unnamed, UNNAMED), "layers": Task(layers, sweep_named, NAMED),
+         "heads": Task(heads, sweep_named, NAMED), "timesteps": Task(timesteps, sweep_named, NAMED),
+         "normalization": Task(normalization, sweep_named, NAMED)}
+
+
+class Evaluation(NamedTuple):
+    """What is evaluated, on what, and how."""
+    model: Seg4Diff
+    data: Dataset
+    task: str                           # of TASKS
+    variants: list[Variant]
+    protocol: Protocol
+    batch: int                          # pictures at once
+
+    @property
+    def scoring(self) -> Scoring:
+        return TASKS[self.task].scoring
+
+    def read(self, name: str) -> Item:
+        """A picture and its truth, cropped if the protocol says so."""
+        item = self.data.read(name)
+        return centre_crop(item) if self.protocol.resize == "crop" else item
+
+    def predict(self, items: list[Item]) -> list[dict[str, np.ndarray]]:
+        """For each picture {row of the table: label map (height, width)}: variants, floor and ceiling."""
+        model = self.model
+        side = model.preset.size // model.vae.factor // model.transformer.config.patch
+        batch = [prompted(item, self.data, self.protocol) for item in items]
+        predictions = TASKS[self.task].predict(model, batch, self.variants, self.protocol.draws)
+        out = []
+        for p, found in zip(batch, predictions):
+            truth = p.item.labels
+            rows = {}
+            for name, (labels, values) in found.items():
+                rows[name] = labels
+                floor = f"{name} floor" if self.task == "thresholds" else "floor"      # each merges to its own number
+                if floor not in rows:
+                    rows[floor] = values[floor_map(len(values), (side, side), truth.shape, p.seed)]
+            present = classes_in(truth)
+            rows["ceiling"] = present[ceiling_map(truth, present, (side, side))]
+            out.append(rows)
+        return out
+
+    def count(self, names: list[str]) -> Iterator[tuple[str, Counts | Exception]]:
+        """(name, counts of every row) picture by picture; the exception of one that cannot be read.
+
+        Counts are a confusion matrix (K, K), or match_proposals' (K, 3); none for a picture without a labelled pixel.
+        """
+        waiting = []
+        for n, (name, item) in enumerate(read_ahead(self.read, names, 2 * self.batch), 1):
+            if isinstance(item, Exception):
+                yield name, item
+            elif (item.labels == IGNORE).all():                              # nothing to prompt or score
+                yield name, {}
+            else:
+                waiting.append(item)
+            if waiting and (len(waiting) == self.batch or n == len(names)):
+                for picture, rows in zip(waiting, self.predict(waiting)):
+                    counts = {}
+                    for row, labels in rows.items():
+                        counts[row], _ = self.scoring.count(picture.labels, labels, len(self.data.classes))
+                    yield picture.name, counts
+                waiting = []
+
+
+def evaluation(model: Seg4Diff, data: Dataset, task: str, protocol: Protocol | None = None,
+               batch: int | None = None) -> Evaluation:
+    """A task of TASKS with the variants that the model's preset gives it."""
+    variants = TASKS[task].variants(model)
+    return Evaluation(model, data, task, variants, protocol or Protocol(), batch or model.preset.batch)
+
+
+def add_up(total: Counts, counts: Counts) -> None:
+    for row, c in counts.items():
+        total[row] = total.get(row, 0) + c
+
+
+def measure(model: Seg4Diff, data: Dataset, names: list[str], task: str, variants: list[Variant] | None = None,
+            protocol: Protocol | None = None) -> dict[str, dict]:
+    """The table's rows for a few pictures, without a ledger: scores of each variant, of floor and ceiling."""
+    ev = evaluation(model, data, task, protocol)
+    if variants is not None:
+        ev = ev._replace(variants=variants)
+    total: Counts = {}
+    for name, counts in ev.count(names):
+        if isinstance(counts, Exception):
+            raise ValueError(f"{name} cannot be read: {counts}")
+        add_up(total, counts)
+    return {row: ev.scoring.score(c) for row, c in total.items()}
