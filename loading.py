@@ -1,9 +1,11 @@
-"""A model ready to use: its networks, what the paper fixes for it, and the schedule of its noise levels.
+"""A model ready to use: its networks, what the paper fixes for it, noise and its levels.
 
     model = loading.load("sd3")                          # seg4diff.load is the same function
     model.preset.sigma                                   # 0.515: where segmentation looks
 """
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from support.checkpoint import pick_device, pick_dtype
 from text import CLIPText, TextEncoders, clip_tokenizer
 from vae import VAE
 
-# ---------------------------------------------------------------------------- noise levels, Sec. 3.2
+# ---------------------------------------------------------------------------- noise and its levels, Sec. 3.2
 
 
 def shifted(s: float | Tensor, shift: float) -> float | Tensor:
@@ -33,6 +35,16 @@ def sigmas(steps: int, shift: float) -> Tensor:
     """
     line = torch.linspace(1.0, shifted(1 / 1000, shift), steps, dtype=torch.float64)         # (S,)
     return torch.cat([shifted(line, shift), line.new_zeros(1)]).float()      # (S+1,)
+
+
+def image_seed(name: str, seed: int) -> int:
+    """The seed of a picture's noise: its name and the run's seed, not its place in a batch."""
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds])
 
 
 # ---------------------------------------------------------------------------- a model and its presets

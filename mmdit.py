@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.checkpoint import assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, shape
 
 # ---------------------------------------------------------------------------- joint attention, Eq. 3 to 6
 
@@ -84,7 +84,7 @@ def i2t_attention(qkv: JointQKV, chunk: int = 512) -> Tensor:
     N = qkv.n_img
     k = qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])                        # (B, H, d, N+M)
 
-    def text_columns(q: Tensor) -> Tensor:
+    def text_columns(q):
         probs = (q.float() @ k).softmax(dim=-1)                              # Eq. 4, (B, H, chunk, N+M)
         return probs[..., N:].clone()                                        # (B, H, chunk, M)
 
@@ -111,8 +111,8 @@ def joint_attention(qkv: JointQKV, edit: Edit | None = None, mix: Tensor | None 
     """
     q, k, v, N, _ = qkv
     if mix is not None:
-        mixed = mix[:, None].to(v.dtype) @ v[:, :, N:]                       # (B, H, M, d)
-        image = F.scaled_dot_product_attention(q[:, :, :N], k, torch.cat([v[:, :, :N], mixed], dim=2))
+        mixed = torch.cat([v[:, :, :N], mix[:, None].to(v.dtype) @ v[:, :, N:]], dim=2)      # (B, H, N+M, d)
+        image = F.scaled_dot_product_attention(q[:, :, :N], k, mixed)        # (B, H, N, d)
         text = F.scaled_dot_product_attention(q[:, :, N:], k, v)             # (B, H, M, d)
         out = torch.cat([image, text], dim=2)                                # (B, H, N+M, d)
     elif edit is not None:
@@ -154,7 +154,7 @@ class MMDiTConfig:
         ValueError names the key that is missing. A head width leaves no trace in SD3's checkpoint: it is the
         family's; with q/k norm it is the length of the norm's weight.
         """
-        def holds(stem: str) -> bool:
+        def holds(stem):
             return any(key.startswith(stem) for key in sd)
 
         width, channels, patch, _ = shape(sd, "x_embedder.proj.weight", 4)
@@ -189,49 +189,48 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
 
 
 class Embedder(nn.Module):
     """Linear, SiLU, Linear: for the time's sinusoids and for the pooled text."""
 
-    def __init__(self, dim: int, width: int):
+    def __init__(self, dim, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.mlp(x.to(self.mlp[0].weight.dtype))
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, channels: int, width: int, patch: int):
+    def __init__(self, channels, width, patch):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         return self.proj(z).flatten(2).mT                                    # (B, N, D), rows of the grid first
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Attention(nn.Module):
     """One stream's projections; the attention itself is joint_attention() above."""
 
-    def __init__(self, cfg: MMDiTConfig, proj: bool = True):
+    def __init__(self, cfg, proj=True):
         super().__init__()
         self.head_dim = cfg.head_dim
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
@@ -239,20 +238,17 @@ class Attention(nn.Module):
         self.ln_q = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
         self.ln_k = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, x):
         """(B, L, D) -> q, k, v, each (B, H, L, d), q and k normed where the model does so."""
         y = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))                # (B, L, 3, H, d)
         q, k, v = y.permute(2, 0, 3, 1, 4)                                   # 3 x (B, H, L, d)
         return self.ln_q(q), self.ln_k(k), v
 
 
-Modulation = tuple[Tensor, ...]     # (B, D) each: shift, scale, gate; those of the MLP; those of a second attention
-
-
 class StreamBlock(nn.Module):
     """One modality's half of a joint block: what happens before and after the joint attention."""
 
-    def __init__(self, cfg: MMDiTConfig, dual: bool = False, pre_only: bool = False):
+    def __init__(self, cfg, dual=False, pre_only=False):
         super().__init__()
         self.attn = Attention(cfg, proj=not pre_only)
         self.attn2 = Attention(cfg) if dual else None                        # image tokens among themselves
@@ -260,12 +256,12 @@ class StreamBlock(nn.Module):
         self.chunks = 2 if pre_only else 6 + 3 * dual                        # of the modulation
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, self.chunks * cfg.width))
 
-    def pre_attention(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Modulation]:
+    def pre_attention(self, x, c):
         """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v (B, H, L, d) and its modulation."""
         mod = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)            # 2, 6 or 9 x (B, D)
         return self.attn.heads_of(modulate(x, mod[0], mod[1])), mod
 
-    def post_attention(self, x: Tensor, out: Tensor, mod: Modulation) -> Tensor:
+    def post_attention(self, x, out, mod):
         """Residual updates of x (B, L, D): with the joint attention's output (B, L, D), then with the MLP's."""
         gate, shift, scale, gate_mlp = mod[2:6]                              # 4 x (B, D)
         y = x + gate[:, None] * self.attn.proj(out)                          # Eq. 6, (B, L, D)
@@ -279,22 +275,19 @@ class StreamBlock(nn.Module):
 class JointBlock(nn.Module):
     """One block: two streams that meet in the joint attention."""
 
-    def __init__(self, cfg: MMDiTConfig, i: int):
+    def __init__(self, cfg, i):
         super().__init__()
-        last = cfg.whole and i == cfg.depth - 1                              # its text goes nowhere
         self.x_block = StreamBlock(cfg, dual=i in cfg.dual_blocks)
-        self.context_block = StreamBlock(cfg, pre_only=last)
+        self.context_block = StreamBlock(cfg, pre_only=cfg.whole and i == cfg.depth - 1)     # its text goes nowhere
 
-    def joint(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int]
-              ) -> tuple[JointQKV, Modulation, Modulation]:
+    def joint(self, x, text, c, grid):
         """x (B, N, D), text (B, M, D), conditioning c (B, D) -> both streams' q, k, v joined, and their modulations."""
         image_qkv, image_mod = self.x_block.pre_attention(x, c)              # 3 x (B, H, N, d)
         text_qkv, text_mod = self.context_block.pre_attention(text, c)       # 3 x (B, H, M, d)
         q, k, v = (torch.cat(x, dim=2) for x in zip(image_qkv, text_qkv))    # Eq. 3, 3 x (B, H, N+M, d)
         return JointQKV(q, k, v, x.shape[1], grid), image_mod, text_mod
 
-    def forward(self, x: Tensor, text: Tensor, c: Tensor, grid: tuple[int, int], edit: Edit | None = None,
-                mix: Tensor | None = None) -> tuple[Tensor, Tensor, JointQKV]:
+    def forward(self, x, text, c, grid, edit=None, mix=None):
         """One block of both streams: x (B, N, D), text (B, M, D) after it, and the q, k, v of its attention."""
         qkv, image_mod, text_mod = self.joint(x, text, c, grid)
         out = joint_attention(qkv, edit, mix)                                # (B, N+M, D)
@@ -306,18 +299,18 @@ class JointBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, cfg: MMDiTConfig):
+    def __init__(self, cfg):
         super().__init__()
         self.linear = nn.Linear(cfg.width, cfg.patch ** 2 * cfg.channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)             # 2 x (B, D)
         return self.linear(modulate(x, shift, scale))                        # (B, N, patch^2 * C)
 
 
 class MMDiT(nn.Module):
-    def __init__(self, cfg: MMDiTConfig):
+    def __init__(self, cfg):
         super().__init__()
         self.config = cfg
         self.checkpointing = False      # True: activations of a block are computed again in the backward pass
@@ -330,8 +323,7 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(cfg)
 
     @staticmethod
-    def from_state_dict(sd: dict[str, Tensor], device: str | torch.device | None = None,
-                        dtype: torch.dtype | None = None) -> "MMDiT":
+    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None) -> "MMDiT":
         """The model of the shapes in `sd` (SD3's original keys, no prefix), holding those very tensors.
 
         ValueError names missing, surplus and misshapen keys.
@@ -349,7 +341,7 @@ class MMDiT(nn.Module):
         left = (side - w) // 2
         return self.pos_embed.view(1, side, side, -1)[:, top:top + h, left:left + w].flatten(1, 2)     # (1, N, D)
 
-    def check(self, z: Tensor, capture: Collection[int], stop_at: int | None, edit: Mapping, mix: Mapping) -> None:
+    def check(self, z, capture, stop_at, edit, mix):
         """ValueError: blocks, or sides of the latent z, that do not fit this model."""
         last = self.config.depth - 1
         for i in {*capture, *edit, *mix, last if stop_at is None else stop_at}:

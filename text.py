@@ -3,7 +3,7 @@
 Context rows are [CLIP-L | CLIP-G], zero-padded to the context width, followed by as many zero rows in the
 place of the T5 encoder, which the paper leaves out (A.1).  Key names are those of the published files.
 
-    cond = text.encode([["bicycle", "cat", "person"]])      # Eq. 9; cond.spans[0][1]: the columns of "cat"
+    cond = text.encode([["bicycle", "cat", "person"]])      # cond.spans[0][1]: the columns of "cat"
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from support.checkpoint import assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, shape
 
 # ---------------------------------------------------------------------------- tokens
 
 
-def byte_symbols() -> list[str]:
+def byte_symbols():
     """CLIP's 256 printable stand-ins for the bytes, in vocabulary order: visible Latin-1 first, then the rest."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def clip_tokenizer(merges: list[str]) -> Tokenizer:
@@ -32,21 +31,17 @@ def clip_tokenizer(merges: list[str]) -> Tokenizer:
     """
     if not isinstance(merges, list) or not all(isinstance(m, str) and m.count(" ") == 1 for m in merges):
         raise ValueError('the tokenizer\'s merges must be a list of texts such as "a b"')
-    alphabet = byte_symbols()
-    pieces = alphabet + [s + "</w>" for s in alphabet] + [m.replace(" ", "") for m in merges]
+    symbols = byte_symbols()
+    pieces = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     for merge in merges:
         if not vocab.keys() >= set(merge.split(" ")):
             raise ValueError(f"the tokenizer's merges join pieces that no earlier merge makes: {merge!r}")
-    bpe = models.BPE(vocab, [tuple(m.split(" ")) for m in merges], end_of_word_suffix="</w>",
-                     continuing_subword_prefix="", unk_token="<|endoftext|>")
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="removed", invert=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges], end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")     # all else only separates
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True),
+                                                       pre_tokenizers.ByteLevel(False, use_regex=False)])
     return tokenizer
 
 
@@ -57,80 +52,66 @@ HEAD_DIM = 64                       # of every CLIP text tower; it leaves no tra
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = (proj(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)     # 3 x (B, heads, L, HEAD_DIM)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # no padding mask, as published
         return self.out_proj(y.transpose(1, 2).flatten(2))                   # (B, L, W)
 
 
-class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, quick_gelu: bool):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.quick_gelu = quick_gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int, hidden: int, quick_gelu: bool):
+    def __init__(self, width, hidden, quick_gelu):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width)
         self.self_attn = SelfAttention(width)
         self.layer_norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, hidden, quick_gelu)
+        self.mlp = nn.Sequential()                       # its parts are named as the published keys are
+        self.mlp.fc1 = nn.Linear(width, hidden)
+        self.mlp.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
-
-
-class Embeddings(nn.Module):
-    def __init__(self, vocab: int, positions: int, width: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab, width)
-        self.position_embedding = nn.Embedding(positions, width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]     # (B, L, W)
 
 
 class CLIPText(nn.Module):
     """A CLIP text tower: CLIP-L (quick GELU, no projection) or CLIP-G (GELU, projection)."""
 
-    def __init__(self, vocab: int, positions: int, width: int, hidden: int, layers: int, quick_gelu: bool,
-                 project: bool):
+    def __init__(self, vocab, positions, width, hidden, layers, quick_gelu, project):
         super().__init__()
         self.vocab = vocab
         self.positions = positions
         self.width = width
         self.text_model = nn.Module()                    # nothing but names: those of the published keys
-        self.text_model.embeddings = Embeddings(vocab, positions, width)
+        self.text_model.embeddings = nn.Module()
+        self.text_model.embeddings.token_embedding = nn.Embedding(vocab, width)
+        self.text_model.embeddings.position_embedding = nn.Embedding(positions, width)
         self.text_model.encoder = nn.Module()
         self.text_model.encoder.layers = nn.ModuleList(Layer(width, hidden, quick_gelu) for _ in range(layers))
         self.text_model.final_layer_norm = nn.LayerNorm(width)
-        self.text_projection = nn.Linear(width, width, bias=False) if project else None
+        self.text_projection = nn.Linear(width, width, bias=False) if project else nn.Identity()
 
     @staticmethod
-    def from_state_dict(sd: dict[str, Tensor], device: str | torch.device | None = None,
-                        dtype: torch.dtype | None = None) -> "CLIPText":
+    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None) -> "CLIPText":
         """The tower of the shapes in `sd`, holding those very tensors.
 
         No projection, or an identity (SD3's folder layout), means CLIP-L and its quick GELU.
         ValueError names missing, surplus and misshapen keys.
         """
-        if "text_model.final_layer_norm.weight" not in sd and "final_layer_norm.weight" in sd:
+        if "final_layer_norm.weight" in sd:
             sd = {k if k.startswith("text_projection") else "text_model." + k: v for k, v in sd.items()}
         proj = sd.get("text_projection.weight")
         is_l = proj is None or (not proj.is_meta and torch.equal(proj.float().cpu(), torch.eye(*proj.shape)))
@@ -145,15 +126,14 @@ class CLIPText(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) -> hidden (B, L, W) after the last but one layer, not normed; pooled (B, P): the last
         layer's row at the first end-of-text token (the largest id), normed and projected."""
-        x = self.text_model.embeddings(ids)                                  # (B, L, W)
+        embeddings = self.text_model.embeddings
+        x = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[:ids.shape[1]]        # (B, L, W)
         for layer in self.text_model.encoder.layers:
             hidden = x
             x = layer(x)
         x = self.text_model.final_layer_norm(x)
         pooled = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]            # (B, W)
-        if self.text_projection is not None:
-            pooled = self.text_projection(pooled)                            # (B, P)
-        return hidden, pooled
+        return hidden, self.text_projection(pooled)                          # (B, L, W), (B, P)
 
 
 # ---------------------------------------------------------------------------- both towers
@@ -167,9 +147,9 @@ class TextCond(NamedTuple):
 
 
 class TextEncoders(nn.Module):
-    def __init__(self, clip_l: CLIPText, clip_g: CLIPText, tokenizer: Tokenizer, ctx_dim: int):
+    def __init__(self, clip_l, clip_g, tokenizer, ctx_dim):
         super().__init__()
-        if clip_g.text_projection is None:
+        if isinstance(clip_g.text_projection, nn.Identity):
             raise ValueError("the CLIP-G tower has no text_projection.weight: it is incomplete, or a CLIP-L tower")
         self.clip_l = clip_l
         self.clip_g = clip_g
@@ -188,24 +168,20 @@ class TextEncoders(nn.Module):
         """A prompt, or class names that become one ("a", "b c" -> "a b c") -> ids, token strings, spans.
 
         ids are padded to `length` as for CLIP-L.  A span holds the columns of a name's tokens (of a plain prompt: of
-        each word's), found by character offsets.  A name that was cut off keeps the tokens that are left, or gets an
-        empty slice.
+        each word's).  A name that was cut off keeps the tokens that are left, or gets an empty slice.
         """
-        names = prompt.split() if isinstance(prompt, str) else prompt
-        room = self.length - 2
-        encoding = self.tokenizer.encode(" ".join(names))
-        ids = encoding.ids[:room]
-        pieces = [piece.removesuffix("</w>") for piece in encoding.tokens[:room]]
+        ids = [self.tokenizer.token_to_id("<|startoftext|>")]
+        pieces = ["<sos>"]
         spans = []
-        at = 0                                                               # the character at which a name starts
-        for name in names:
-            inside = [i for i, (a, _) in enumerate(encoding.offsets[:room], 1) if at <= a < at + len(name)]
-            spans.append(slice(inside[0], inside[-1] + 1) if inside else slice(0, 0))        # column 0 is <sos>
-            at += len(name) + 1
-        pad = room - len(ids)
-        start = self.tokenizer.token_to_id("<|startoftext|>")
+        for name in prompt.split() if isinstance(prompt, str) else prompt:   # no token crosses a space: one by one
+            encoding = self.tokenizer.encode(name)
+            encoding.truncate(self.length - 1 - len(ids))                    # the end needs a column
+            spans.append(slice(len(ids), len(ids) + len(encoding)))
+            ids += encoding.ids
+            pieces += [piece.removesuffix("</w>") for piece in encoding.tokens]
         end = self.tokenizer.token_to_id("<|endoftext|>")
-        return [start, *ids, end] + [end] * pad, ["<sos>", *pieces, "<eos>"] + ["<pad>"] * pad, spans
+        pad = self.length - 1 - len(ids)
+        return ids + [end] * (1 + pad), [*pieces, "<eos>"] + ["<pad>"] * pad, spans
 
     def encode(self, prompts: list[str] | list[list[str]]) -> TextCond:
         """B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
@@ -215,8 +191,7 @@ class TextEncoders(nn.Module):
         """
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
         ids = torch.tensor(ids, device=self.clip_l.text_model.final_layer_norm.weight.device)    # (B, L)
-        end = ids.argmax(-1, keepdim=True)                                   # (B, 1)
-        after_end = torch.arange(self.length, device=ids.device) > end       # (B, L)
+        after_end = torch.arange(self.length, device=ids.device) > ids.argmax(-1, keepdim=True)  # (B, L)
         hidden_l, pooled_l = self.clip_l(ids)                                # (B, L, W_l), (B, W_l)
         hidden_g, pooled_g = self.clip_g(ids.masked_fill(after_end, 0))      # CLIP-G pads with 0, CLIP-L with the end
         clip = torch.cat([hidden_l, hidden_g], dim=-1)                       # (B, L, W_l+W_g)
@@ -243,7 +218,7 @@ def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]
         if n > limit:
             raise ValueError(f"the class name {name[:40]!r}... takes {n} tokens; a prompt has room for {limit}")
 
-    def fill(room: int) -> list[list[str]]:
+    def fill(room):
         prompts = []
         left = 0
         for name, n in zip(classes, sizes):

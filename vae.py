@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.checkpoint import assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, shape
 
 SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE has about unit variance
 
@@ -18,16 +18,15 @@ SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE 
 class Norm(nn.GroupNorm):
     """GroupNorm in fp32 whatever the weights' dtype: its sums over a 1024 x 1024 map overflow fp16."""
 
-    def __init__(self, groups: int, c: int):
+    def __init__(self, groups, c):
         super().__init__(groups, c, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        w, b = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, w, b, self.eps).to(x.dtype)
+    def forward(self, x):
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, groups: int):
+    def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = Norm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -35,7 +34,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + self.nin_shortcut(x)
@@ -44,7 +43,7 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, once in the middle of encoder and decoder."""
 
-    def __init__(self, c: int, groups: int):
+    def __init__(self, c, groups):
         super().__init__()
         self.norm = Norm(groups, c)
         self.q = nn.Conv2d(c, c, 1)
@@ -52,7 +51,7 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(c, c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = self.norm(x)                                # (B, c, height, width), L = height * width
         # contiguous, or no fused kernel takes them and 1024 x 1024 pixels cost a matrix of 16384 x 16384
         q, k, v = (f(y).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))   # 3 x (B, 1, L, c)
@@ -61,49 +60,47 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, c: int):
+    def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))        # zeros right and below only: (B, C, h/2, w/2)
 
 
 class Upsample(nn.Module):
-    def __init__(self, c: int):
+    def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))       # (B, C, 2h, 2w)
 
 
 class Level(nn.Module):
     """The residual blocks of one resolution; what changes the resolution after them is set by encoder and decoder."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
+    def __init__(self, c_in, c_out, blocks, groups):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if b == 0 else c_out, c_out, groups) for b in range(blocks))
+        self.block = nn.Sequential(*(ResBlock(c_in if b == 0 else c_out, c_out, groups) for b in range(blocks)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x
+    def forward(self, x):
+        return self.block(x)
 
 
 class Middle(nn.Module):
-    def __init__(self, c: int, groups: int):
+    def __init__(self, c, groups):
         super().__init__()
         self.block_1 = ResBlock(c, c, groups)
         self.attn_1 = AttnBlock(c, groups)
         self.block_2 = ResBlock(c, c, groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
-    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int, groups: int):
+    def __init__(self, widths, blocks, latent, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -115,7 +112,7 @@ class Encoder(nn.Module):
         self.norm_out = Norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """(B, 3, px, px) -> (B, 2C, px/8, px/8): mean and log-variance of the latent."""
         x = self.conv_in(x)
         for level in self.down:
@@ -124,7 +121,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int, groups: int):
+    def __init__(self, widths, blocks, latent, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
@@ -136,7 +133,7 @@ class Decoder(nn.Module):
         self.norm_out = Norm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         """(B, C, px/8, px/8) -> (B, 3, px, px)."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
@@ -145,7 +142,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    def __init__(self, widths: tuple[int, ...], enc_blocks: int, dec_blocks: int, latent: int):
+    def __init__(self, widths, enc_blocks, dec_blocks, latent):
         super().__init__()
         # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
         # levels cannot be cut in 32 and use 4.
@@ -156,8 +153,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(widths, dec_blocks, latent, groups)
 
     @staticmethod
-    def from_state_dict(sd: dict[str, Tensor], device: str | torch.device | None = None,
-                        dtype: torch.dtype | None = None) -> "VAE":
+    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None) -> "VAE":
         """A VAE of the shapes found in `sd` (keys `encoder.*`, `decoder.*`), holding those very tensors.
 
         ValueError names missing, surplus and misshapen keys.
@@ -171,9 +167,8 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
-        sides = tuple(x.shape[-2:])
-        assert not any(side % self.factor for side in sides), \
-            f"image {sides} must have sides that are multiples of {self.factor}"
+        assert not any(side % self.factor for side in x.shape[-2:]), \
+            f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
         mean, _ = self.encoder(x).chunk(2, dim=1)       # mean, log-variance: (B, C, px/8, px/8) each
         return (mean - SHIFT) * SCALE
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import seg4diff
-from lora import add_lora
+from lora import add_lora, load_lora, merge_lora, save_lora
 from support.data import DATASETS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or SEG4DIFF_CUDA is not set")
@@ -31,9 +31,16 @@ def test_pictures_are_the_cpus(models):
     assert np.abs(np.asarray(here, int) - np.asarray(there, int)).mean() < 1
 
 
-def test_lora_moves_to_the_gpu(models):
-    params = add_lora(seg4diff.load("nano", "cuda").transformer, generator=torch.Generator().manual_seed(0))
+def test_lora_moves_to_the_gpu(tmp_path):
+    model = seg4diff.load("nano", "cuda").transformer                        # bf16
+    params = add_lora(model, generator=torch.Generator().manual_seed(0))
     assert all(p.device.type == "cuda" and p.dtype == torch.float32 for p in params)
+    save_lora(model, tmp_path / "lora.safetensors")
+    other = seg4diff.load("nano", "cuda").transformer
+    load_lora(other, tmp_path / "lora.safetensors")
+    loaded = [p for name, p in other.named_parameters() if ".groups." in name]
+    assert len(loaded) == len(params) and all(p.device.type == "cuda" for p in loaded)
+    assert merge_lora(other).state_dict().keys() == seg4diff.load("nano", "cuda").transformer.state_dict().keys()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 import mmdit
@@ -20,10 +21,12 @@ MMDITS = ["mmdit_sd3", "mmdit_sd35_large", "mmdit_sd35_medium"]
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
     """Weights in fp32 (stored in 8 bits, as the reference had them), inputs and outputs, metadata."""
-    with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}
-        weights = {key.removeprefix("w."): w.float() for key, w in tensors.items() if key.startswith("w.")}
-        return weights, {key: t for key, t in tensors.items() if not key.startswith("w.")}, f.metadata()
+    path = FOLDER / f"{name}.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as f:
+        meta = f.metadata()
+    weights = {key.removeprefix("w."): w.float() for key, w in tensors.items() if key.startswith("w.")}
+    return weights, {key: t for key, t in tensors.items() if not key.startswith("w.")}, meta
 
 
 def same(ours: Tensor, theirs: Tensor, tol: float = 1e-5) -> None:
@@ -55,22 +58,17 @@ def test_mmdit_velocity_and_attention(name):
     assert taps.keys() == {block} and taps[block].n_img == n_img and taps[block].grid == (4, 6)
     probs = mmdit.joint_probs(taps[block])
     same(probs, g["out.probs"])
+    image_rows, text_rows = g["out.probs"].split([n_img, g["in.ctx"].shape[1]], dim=2)       # diffusers', image first
+    same(mmdit.i2i(probs, n_img), image_rows[..., :n_img])
+    same(mmdit.i2t(probs, n_img), image_rows[..., n_img:])
+    same(mmdit.t2i(probs, n_img), text_rows[..., :n_img])
+    same(mmdit.t2t(probs, n_img), text_rows[..., n_img:])
     for chunk in (1, 7, 1000):
-        same(mmdit.i2t_attention(taps[block], chunk=chunk), g["out.probs"][:, :, :n_img, n_img:])
+        same(mmdit.i2t_attention(taps[block], chunk=chunk), image_rows[..., n_img:])
 
 
 @pytest.mark.parametrize("name", MMDITS)
-def test_the_four_pathways_are_diffusers_quadrants(name):
-    _, g, _ = golden(name)
-    probs, n = g["out.probs"], 24
-    same(mmdit.i2i(probs, n), probs[:, :, :n, :n])
-    same(mmdit.i2t(probs, n), probs[:, :, :n, n:])
-    same(mmdit.t2i(probs, n), probs[:, :, n:, :n])
-    same(mmdit.t2t(probs, n), probs[:, :, n:, n:])
-
-
-@pytest.mark.parametrize("name", MMDITS)
-def test_text_first_slicing_is_told_apart(name):
+def test_text_first_slicing_fails_parity(name):
     """Stability's own code puts the text first; its slice has the right shape, and wrong values."""
     weights, g, meta = golden(name)
     block, n_txt = int(meta["block"]), g["in.ctx"].shape[1]
@@ -184,10 +182,31 @@ def test_sigma_of_the_paper():
 # ---------------------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize("name, load", [(name, mmdit.MMDiT.from_state_dict) for name in MMDITS] + [
-    ("vae", vae.VAE.from_state_dict), ("clip_l", text.CLIPText.from_state_dict)])
-def test_no_tensor_can_be_left_out(name, load):
+LOADERS = [*((name, mmdit.MMDiT) for name in MMDITS),
+           ("vae", vae.VAE), ("clip_l", text.CLIPText), ("clip_g", text.CLIPText)]
+DEEP = {"mmdit_sd3": "joint_blocks.1.x_block.attn.proj.weight", "vae": "decoder.mid.attn_1.proj_out.weight",
+        "mmdit_sd35_large": "joint_blocks.2.context_block.adaLN_modulation.1.bias",
+        "mmdit_sd35_medium": "joint_blocks.1.x_block.attn2.ln_k.weight",
+        "clip_l": "text_model.final_layer_norm.bias", "clip_g": "text_projection.weight"}
+
+
+def refused(kind: type, sd: dict[str, Tensor], key: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        kind.from_state_dict(sd)
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize("name, kind", LOADERS)
+def test_every_missing_key_is_named(name, kind):
+    """Whether a config is read off it or not.  Without its projection CLIP-G would be a CLIP-L."""
     weights, _, _ = golden(name)
-    for key in weights:
-        with pytest.raises(ValueError):
-            load({k: w for k, w in weights.items() if k != key})
+    for key in weights.keys() - {"text_projection.weight"}:
+        refused(kind, {k: w for k, w in weights.items() if k != key}, key, "1 missing|has no")
+
+
+@pytest.mark.parametrize("name, kind", LOADERS)
+def test_surplus_and_misshapen_keys_are_named(name, kind):
+    weights, _, _ = golden(name)
+    refused(kind, weights | {"no.such.weight": torch.empty(1)}, "no.such.weight", "1 surplus")
+    for key in (DEEP[name], *(["pos_embed"] if "pos_embed" in weights else [])):
+        refused(kind, weights | {key: torch.empty([n + 1 for n in weights[key].shape])}, key, "misshapen")

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import lora as lora_module
 import seg4diff
+from lora import add_lora, load_lora, merge_lora, save_lora
 from nano import scenes
 
 WIDTH, DEPTH, RANK = 64, 3, 4
@@ -32,14 +32,15 @@ def trained(tiny_file, rank=RANK, alpha=8.0) -> seg4diff.Seg4Diff:
     """A model with a LoRA whose B is no longer zero."""
     model = fresh(tiny_file)
     g = torch.Generator().manual_seed(1)
-    for p in lora_module.add_lora(model.transformer, rank, alpha, g):
+    for p in add_lora(model.transformer, rank, alpha, g):
         p.data.copy_(0.1 * torch.randn(p.shape, generator=g))
     return model
 
 
-def peft_pairs(names=("to_q", "to_k", "to_v", "to_out.0"), rank=RANK, depth=DEPTH, width=WIDTH) -> dict[str, torch.Tensor]:
+def peft_pairs(names=("to_q", "to_k", "to_v", "to_out.0"), rank=RANK, depth=DEPTH, width=WIDTH) -> dict:
     """Random pairs under diffusers' names, without prefix."""
-    g, sd = torch.Generator().manual_seed(2), {}
+    g = torch.Generator().manual_seed(2)
+    sd = {}
     for i in range(depth):
         for name in names:
             sd[f"transformer_blocks.{i}.attn.{name}.lora_A.weight"] = 0.3 * torch.randn(rank, width, generator=g)
@@ -75,7 +76,7 @@ def assert_same(model: seg4diff.Seg4Diff, want: dict) -> None:
 def test_no_op_at_the_start_and_only_lora_learns(tiny, tiny_file):
     model = fresh(tiny_file)
     model.transformer.requires_grad_(True)
-    params = lora_module.add_lora(model.transformer, generator=torch.Generator().manual_seed(0))
+    params = add_lora(model.transformer, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(model), run(tiny))
     assert len(params) == DEPTH * 4 * 2 and sum(p.numel() for p in params) == DEPTH * 4 * 2 * 16 * WIDTH
     a = torch.cat([p.flatten() for p in params[::2]])
@@ -86,10 +87,10 @@ def test_no_op_at_the_start_and_only_lora_learns(tiny, tiny_file):
     assert {name for name, p in model.transformer.named_parameters() if p.requires_grad} == with_grad
     assert all(p.grad.abs().max() > 0 for p in params[1::2])                 # every B can learn
     with pytest.raises(ValueError, match="merge_lora"):
-        lora_module.add_lora(model.transformer)
+        add_lora(model.transformer)
     with pytest.raises(ValueError, match="at least 1"):
-        lora_module.add_lora(fresh(tiny_file).transformer, rank=0)
-    again = lora_module.add_lora(fresh(tiny_file).transformer, generator=torch.Generator().manual_seed(0))
+        add_lora(fresh(tiny_file).transformer, rank=0)
+    again = add_lora(fresh(tiny_file).transformer, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(p, q) for p, q in zip(params, again))             # the generator alone decides
 
 
@@ -97,43 +98,46 @@ def test_merged_is_the_adapter(tiny, tiny_file):
     model = trained(tiny_file)
     adapted = run(model)
     assert (adapted - run(tiny)).abs().max() > 0.01
-    lora_module.merge_lora(model.transformer)
+    merge_lora(model.transformer)
     torch.testing.assert_close(run(model), adapted, rtol=1e-4, atol=1e-5)
     assert model.transformer.state_dict().keys() == tiny.transformer.state_dict().keys()
 
 
 def test_round_trip(tiny_file, tmp_path):
     model = trained(tiny_file)
-    lora_module.save_lora(model.transformer, tmp_path / "lora.safetensors")
+    save_lora(model.transformer, tmp_path / "lora.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {"lora.safetensors"}      # no half written file beside it
     sd = load_file(tmp_path / "lora.safetensors")
-    assert len(sd) == DEPTH * 4 * 2 and sd["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"].shape == (RANK, WIDTH)
+    assert len(sd) == DEPTH * 4 * 2
+    assert sd["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"].shape == (RANK, WIDTH)
     with safe_open(tmp_path / "lora.safetensors", framework="pt") as f:
         meta = f.metadata()
-    adapter, base = json.loads(meta["lora_adapter_metadata"]), json.loads(meta["base"])
-    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"], base["width"], base["depth"]) == (4, 8.0, 64, 3)
+    adapter = json.loads(meta["lora_adapter_metadata"])
+    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (RANK, 8.0)
+    base = json.loads(meta["base"])
+    assert (base["width"], base["depth"]) == (WIDTH, DEPTH)
     other = fresh(tiny_file)
-    lora_module.load_lora(other.transformer, tmp_path / "lora.safetensors")
+    load_lora(other.transformer, tmp_path / "lora.safetensors")
     assert torch.equal(run(other), run(model))
-    lora_module.save_lora(other.transformer, tmp_path / "again.safetensors")             # ours -> ours
+    save_lora(other.transformer, tmp_path / "again.safetensors")             # ours -> ours
     with safe_open(tmp_path / "again.safetensors", framework="pt") as f:
         assert f.metadata() == meta and all(torch.equal(f.get_tensor(k), v) for k, v in sd.items())
     whole = fresh(tiny_file, lora=tmp_path / "lora.safetensors")
     torch.testing.assert_close(run(whole), run(model), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="add_lora first"):
-        lora_module.save_lora(whole.transformer, tmp_path / "none.safetensors")
+        save_lora(whole.transformer, tmp_path / "none.safetensors")
 
 
 def test_another_base_is_refused(tiny_file, tmp_path):
     model = trained(tiny_file)
-    lora_module.save_lora(model.transformer, tmp_path / "lora.safetensors")
+    save_lora(model.transformer, tmp_path / "lora.safetensors")
     half = seg4diff.load(tiny_file, device="cpu", dtype="bfloat16")          # the same base, rounded
-    lora_module.load_lora(half.transformer, tmp_path / "lora.safetensors")
+    load_lora(half.transformer, tmp_path / "lora.safetensors")
     other = fresh(tiny_file)
     other.transformer.joint_blocks[2].x_block.attn.qkv.weight.mul_(1.05)
     before = run(other)
     with pytest.raises(ValueError, match="another model"):
-        lora_module.load_lora(other.transformer, tmp_path / "lora.safetensors")
+        load_lora(other.transformer, tmp_path / "lora.safetensors")
     assert torch.equal(run(other), before)
 
 
@@ -142,7 +146,9 @@ def test_diffusers_layout(tiny, tiny_file, tmp_path, alpha):
     """All eight layers of an SD3 LoRA, q, k and v on their rows; no alpha means scale 1."""
     pairs = peft_pairs(("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"))
     pairs |= peft_pairs(("to_add_out",), depth=DEPTH - 1)                    # the last block's text has no projection
-    meta = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": alpha})} if alpha else None
+    meta = None
+    if alpha:
+        meta = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": alpha})}
     save_file({f"transformer.{k}": v for k, v in pairs.items()}, tmp_path / "l.safetensors", meta)
     assert_same(fresh(tiny_file, lora=tmp_path / "l.safetensors"),
                 merged_by_hand(tiny.transformer.state_dict(), pairs, 1.0 if alpha is None else alpha / RANK))
@@ -154,8 +160,8 @@ def test_patterns_and_ranks_of_single_layers(tiny, tiny_file, tmp_path):
     save_file(q | v, tmp_path / "l.safetensors", {"lora_adapter_metadata": json.dumps(meta)})
     half_way = merged_by_hand(tiny.transformer.state_dict(), q, 2.0)
     model = fresh(tiny_file)
-    lora_module.load_lora(model.transformer, tmp_path / "l.safetensors")
-    lora_module.save_lora(model.transformer, tmp_path / "ours.safetensors")              # which then has to say all that itself
+    load_lora(model.transformer, tmp_path / "l.safetensors")
+    save_lora(model.transformer, tmp_path / "ours.safetensors")        # which then has to say all that itself
     for name in ("l", "ours"):
         assert_same(fresh(tiny_file, lora=tmp_path / f"{name}.safetensors"), merged_by_hand(half_way, v, 0.5))
     save_file(q, tmp_path / "rs.safetensors", {"lora_adapter_metadata": json.dumps(meta | {"use_rslora": True})})
@@ -169,13 +175,14 @@ def test_the_authors_pth(tiny, tiny_file, tmp_path):
     stored["attn_mlp.attn_score_layer.0.weight"] = torch.zeros(64, 1, 3, 3)  # of training; not needed
     stored["backbone.transformer.transformer_blocks.0.attn.to_q.base_layer.weight"] = torch.zeros(WIDTH, WIDTH)
     torch.save({"model": stored, "iteration": 2999}, tmp_path / "lora_weights.pth")
-    assert_same(fresh(tiny_file, lora=tmp_path / "lora_weights.pth"), merged_by_hand(tiny.transformer.state_dict(), pairs, 1.0))
+    want = merged_by_hand(tiny.transformer.state_dict(), pairs, 1.0)
+    assert_same(fresh(tiny_file, lora=tmp_path / "lora_weights.pth"), want)
 
 
 def test_model_read_for_segmentation(tiny_file, tmp_path):
     """Pairs of blocks that were left on the disk are skipped, unless nothing is left; maps are the whole model's."""
     model = trained(tiny_file)
-    lora_module.save_lora(model.transformer, tmp_path / "lora.safetensors")
+    save_lora(model.transformer, tmp_path / "lora.safetensors")
     image = Image.fromarray(scenes.draw(0).image)
     maps = [seg4diff.segment(fresh(tiny_file, lora=tmp_path / "lora.safetensors", segment_only=only), image,
                              ["car", "sky"]).maps for only in (False, True)]
@@ -196,9 +203,10 @@ def bad_files(folder: Path) -> dict[str, str]:
     """File -> what the sentence must say."""
     good = peft_pairs()
     key = "transformer_blocks.0.attn.to_q.lora_B.weight"
-    cases = {"none": ({"x.weight": torch.zeros(2)}, "no LoRA"), 
+    cases = {"none": ({"x.weight": torch.zeros(2)}, "no LoRA"),
              "kohya": ({"lora_unet_x.lora_down.weight": torch.zeros(2)}, "lora_unet_x"),
-             "mlp": (good | {f"transformer_blocks.0.ff.net.2.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}, "ff.net.2"),
+             "mlp": (good | {f"transformer_blocks.0.ff.net.2.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"},
+                     "ff.net.2"),
              "text": (good | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 64)}, "text_encoder"),
              "tall": (good | {key: torch.zeros(65, 4)}, r"\(65, 4\)"),
              "half": ({k: v for k, v in good.items() if k != key}, "to_q"),
@@ -211,7 +219,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     torch.save({"model": {"lora": Bomb()}}, folder / "bomb.pth")
     says = {f"{name}.safetensors": text for name, (_, text) in cases.items()}
     return says | {"cut.safetensors": "cannot be read", "words.pth": "cannot be read", "bomb.pth": "cannot be read",
-                   "missing.safetensors": "no LoRA file"}
+                   "missing.safetensors": "No such file"}
 
 
 def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
@@ -220,27 +228,29 @@ def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
     before = run(model)
     for file, says in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=says) as error:
-            lora_module.load_lora(model.transformer, tmp_path / file)
+            load_lora(model.transformer, tmp_path / file)
         assert file in str(error.value) and "\n" not in str(error.value), file
     assert torch.equal(run(model), before) and not Path("exploded").exists()
 
 
 def test_command_lines(command, tiny_file, tmp_path):
-    lora_module.save_lora(trained(tiny_file).transformer, tmp_path / "sharp.safetensors")
-    results, fixed = [], ("--limit", 2, "--model", tiny_file, "--device", "cpu", "--out", "same")
-    for lora in ((), ("--lora", "sharp.safetensors")):
-        code, out, err = command("evaluate.py", *fixed, *lora)
+    save_lora(trained(tiny_file).transformer, tmp_path / "sharp.safetensors")
+    fixed = ("--model", tiny_file, "--device", "cpu")
+    with_and_without = ((), ("--lora", "sharp.safetensors"))
+    results = []
+    for option in with_and_without:
+        code, _, err = command("evaluate.py", "--limit", 2, *fixed, "--out", "same", *option)
         assert code == 0, err
         results.append(json.loads((tmp_path / "same/results.json").read_text()))
     names = [r["protocol"]["model"][:2] for r in results]
     assert [n for n, _ in names] == ["tiny", "tiny+sharp"] and names[0][1] != names[1][1]
-    assert results[0]["hash"] != results[1]["hash"]                          # no count of one run is taken for the other
+    assert results[0]["hash"] != results[1]["hash"]              # no count of one run is taken for the other's
     assert results[0]["rows"]["tiny"] != results[1]["rows"]["tiny+sharp"]
     Image.fromarray(scenes.draw(0).image).save(tmp_path / "photo.png")
     for words in (("segment", "photo.png", "car", "sky"), ("generate", "red car", "--steps", 2)):
         pictures = []
-        for lora in ((), ("--lora", "sharp.safetensors")):
-            code, _, err = command("seg4diff.py", *words, "--model", tiny_file, "--device", "cpu", "--out", "o.png", *lora)
+        for option in with_and_without:
+            code, _, err = command("seg4diff.py", *words, *fixed, "--out", "o.png", *option)
             assert code == 0, err
             pictures.append(np.asarray(Image.open("o.png")))
         assert (pictures[0] != pictures[1]).any()

@@ -9,6 +9,7 @@ from mmdit import (
     JointQKV,
     MMDiT,
     MMDiTConfig,
+    i2i,
     i2t,
     i2t_attention,
     i2t_scores,
@@ -16,6 +17,7 @@ from mmdit import (
     joint_probs,
     t2i,
     t2i_attention,
+    t2t,
 )
 
 # All lengths differ, so that a swapped pair shows. The second is SD3.5 Medium's kind.
@@ -23,7 +25,7 @@ PLAIN = MMDiTConfig(width=64, depth=3, head_dim=32, patch=2, channels=4, pos_gri
                     mlp=96, time_dim=16)
 DUAL = MMDiTConfig(width=96, depth=3, head_dim=32, patch=1, channels=5, pos_grid=8, ctx_dim=20, pooled_dim=10,
                    mlp=80, time_dim=18, qk_norm=True, dual_blocks=(0, 1))
-M, H, W = 9, 4, 6                       # text tokens; latent
+M, SIDES = 9, (4, 6)                    # text tokens; height and width of the latent
 
 
 def build(cfg: MMDiTConfig) -> MMDiT:
@@ -39,7 +41,7 @@ def model(request) -> MMDiT:
     return build(request.param)
 
 
-def inputs(cfg: MMDiTConfig, B: int = 2, h: int = H, w: int = W) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(cfg: MMDiTConfig, B: int = 2, h: int = SIDES[0], w: int = SIDES[1]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     return (torch.randn(B, cfg.channels, h, w, generator=g), torch.linspace(0.2, 0.8, B),
             torch.randn(B, M, cfg.ctx_dim, generator=g), torch.randn(B, cfg.pooled_dim, generator=g))
@@ -68,6 +70,22 @@ def test_probs_by_hand():
     close(joint_attention(qkv), torch.tensor([[[(10 + 20 * e) / (1 + e)], [15.0]]]))
     wide = JointQKV(*(x.repeat(1, 1, 1, 4) for x in qkv[:3]), 1, (1, 1))     # q.k = 4, divided by sqrt(4)
     close(i2t_scores(wide), torch.full((1, 1, 1, 1), 2.0))
+
+
+def test_the_four_pathways_by_hand():
+    """Each against a softmax written out query by query and key by key: N = 3 image tokens, then M = 2 of text."""
+    H, N, M, d = 2, 3, 2, 4
+    q, k, v = torch.randn(3, 1, H, N + M, d, generator=torch.Generator().manual_seed(2))
+    probs = joint_probs(JointQKV(q, k, v, N, (1, N)))
+    image, text = range(N), range(N, N + M)
+    for pathway, queries, keys in ((i2i, image, image), (i2t, image, text), (t2i, text, image), (t2t, text, text)):
+        part = pathway(probs, N)
+        assert part.shape == (1, H, len(queries), len(keys))
+        for head in range(H):
+            for row, i in enumerate(queries):
+                weights = [math.exp(float(q[0, head, i] @ k[0, head, j]) / math.sqrt(d)) for j in range(N + M)]
+                want = [weights[j] / sum(weights) for j in keys]
+                close(part[0, head, row], torch.tensor(want))
 
 
 def test_slices_of_the_whole(model):
@@ -110,6 +128,25 @@ def test_edit(model):
     equal(after[1], before[1])
     assert (after[2].q - before[2].q)[:, :, :qkv.n_img].abs().max() > 1e-3
     close(after[2].q[:, :, qkv.n_img:], before[2].q[:, :, qkv.n_img:])       # text rows were left alone
+
+
+def test_mix_multiplies_the_i2t_attention(model):
+    """One matrix for each sample, or one for all; text rows are left alone."""
+    x = inputs(model.config)
+    _, taps = model(*x, capture={1})
+    qkv, N = taps[1], taps[1].n_img
+    mix = torch.rand(2, M, M, generator=torch.Generator().manual_seed(3))
+
+    def multiplied(probs, _):
+        out = probs.clone()
+        out[:, :, :N, N:] = probs[:, :, :N, N:] @ mix[:, None]
+        return out
+
+    close(joint_attention(qkv, mix=mix), joint_attention(qkv, edit=multiplied))
+    assert torch.equal(joint_attention(qkv, mix=mix[:1]), joint_attention(qkv, mix=mix[:1].expand(2, -1, -1)))
+    close(model(*x, mix={1: mix})[0], model(*x, edit={1: multiplied})[0], 1e-4)
+    with pytest.raises(ValueError, match="both edit and mix"):
+        model(*x, edit={1: multiplied}, mix={1: mix})
 
 
 # ---------------------------------------------------------------------------- the run
@@ -183,16 +220,17 @@ def test_bf16(model):
     x = inputs(model.config)
     vel, _ = model(*x)
     half = build(model.config).bfloat16()
-    got, taps = half(x[0].bfloat16(), x[1], x[2].bfloat16(), x[3].bfloat16(), capture={1})
-    assert got.dtype == taps[1].q.dtype == torch.bfloat16 and got.isfinite().all()
-    assert (got.float() - vel).norm() < 0.05 * vel.norm()
+    rounded, taps = half(x[0].bfloat16(), x[1], x[2].bfloat16(), x[3].bfloat16(), capture={1})
+    assert rounded.dtype == taps[1].q.dtype == torch.bfloat16 and rounded.isfinite().all()
+    assert (rounded.float() - vel).norm() < 0.05 * vel.norm()
     maps = i2t_attention(taps[1])
     assert maps.dtype == torch.float32 and maps.min() >= 0 and maps.sum(-1).max() <= 1
 
 
 def test_nano_kind_runs(tiny):
     cond = tiny.text.encode(["car sky", ""])
-    vel, taps = tiny.transformer(torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1]), cond.ctx, cond.pooled, capture={1})
+    z, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1])
+    vel, taps = tiny.transformer(z, sigma, cond.ctx, cond.pooled, capture={1})
     assert vel.shape == (2, 16, 16, 16) and vel.isfinite().all() and taps[1].q.shape == (2, 2, 256 + 56, 32)
 
 
@@ -219,7 +257,7 @@ def test_latents_that_do_not_fit():
 
 
 @pytest.mark.parametrize("kwargs", [{"capture": {3}}, {"capture": {-1}}, {"stop_at": 3}, {"stop_at": -1},
-                                    {"edit": {3: lambda probs, qkv: probs}}])
+                                    {"edit": {3: lambda probs, qkv: probs}}, {"mix": {3: torch.eye(M)[None]}}])
 def test_blocks_that_do_not_exist(kwargs):
     with pytest.raises(ValueError, match="blocks are 0 to 2"):
         build(PLAIN)(*inputs(PLAIN, 1), **kwargs)

@@ -1,4 +1,4 @@
-"""Where tensors come from: both layouts, files beside the model, the hub's refusals, and reading no more than needed."""
+"""Where tensors come from: both layouts, files beside the model, the hub's refusals, no more read than needed."""
 from pathlib import Path
 
 import httpx2
@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import seg4diff
+from loading import Preset
 from support import weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,7 +22,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def test_diffusers_layout_becomes_the_original(part, folder, golden):
     """Bit for bit: fused q, k, v, the two swapped modulations, reversed decoder levels, 1x1 convolutions."""
     theirs = load_file(GOLDEN / "diffusers" / folder / "diffusion_pytorch_model.safetensors")
-    original = {k.removeprefix("w."): v for k, v in load_file(GOLDEN / f"{golden}.safetensors").items() if k[:2] == "w."}
+    stored = load_file(GOLDEN / f"{golden}.safetensors")
+    original = {k.removeprefix("w."): v for k, v in stored.items() if k.startswith("w.")}
     ours = weights.from_diffusers(part, {k: v.float() for k, v in theirs.items()})
     assert ours.keys() == original.keys() and ours.keys() != theirs.keys()
     for key in ours:
@@ -77,20 +79,28 @@ def test_towers_and_merges_beside_the_model(split, tiny):
 
 def test_diffusers_folder(split, tiny, tmp_path_factory):
     """Its folders hold each part without prefix; keys of the original layout in them are taken as they are."""
-    folder, tensors = tmp_path_factory.mktemp("snapshot"), load_file(split / "model.safetensors")
+    folder = tmp_path_factory.mktemp("snapshot")
+    tensors = load_file(split / "model.safetensors")
     for part, name in weights.FOLDERS.items():
         (folder / name).mkdir()
         prefix = weights.PREFIXES[part]
         sd = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         sd = sd or load_file(split / weights.ENCODERS[part])
-        keys, half = sorted(sd), len(sd) // 2                   # two shards, and a half-precision twin to be passed over
+        keys = sorted(sd)
+        half = len(sd) // 2                                     # two shards, and a twin in fp16 to be passed over
         save_file({k: sd[k] for k in keys[:half]}, folder / name / "model-00001-of-00002.safetensors",
                   {"presets": '{"size": 128}'})
         save_file({k: sd[k] for k in keys[half:]}, folder / name / "model-00002-of-00002.safetensors")
         save_file({k: 0 * sd[k] for k in keys}, folder / name / "model.fp16.safetensors")
     (split / "tokenizer").rename(folder / "tokenizer")
     model = seg4diff.load(folder, "cpu")
-    assert torch.equal(model.transformer.pos_embed, tiny.transformer.pos_embed) and model.preset == seg4diff.Preset(size=128)
+    assert torch.equal(model.transformer.pos_embed, tiny.transformer.pos_embed) and model.preset == Preset(size=128)
+    shard = folder / "transformer/model-00002-of-00002.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors cannot be read"):
+        weights.read(weights.find(folder))
+    shard.write_bytes(data)
     for f in (folder / "vae").iterdir():
         f.unlink()
     with pytest.raises(ValueError, match="vae/ holds no"):
@@ -106,7 +116,8 @@ def test_folder_with_two_models_or_none(split, tmp_path_factory):
 
 
 def test_lora_is_no_model(tmp_path):
-    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "l.safetensors")
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    save_file({key: torch.zeros(2, 4)}, tmp_path / "l.safetensors")
     with pytest.raises(ValueError, match="LoRA"):
         weights.find(tmp_path / "l.safetensors")
 
@@ -127,42 +138,46 @@ def refuse_with(error):
     return download
 
 
-@pytest.mark.parametrize("error, told", [
+@pytest.mark.parametrize("error, says", [
     (GatedRepoError.__new__(GatedRepoError),
      ["licence", "huggingface.co/stabilityai/stable-diffusion-3-medium", "hf auth login"]),
-    (LocalEntryNotFoundError("no network"), ["not in the cache", "huggingface.co/stabilityai/stable-diffusion-3-medium"]),
+    (LocalEntryNotFoundError("no network"),
+     ["not in the cache", "huggingface.co/stabilityai/stable-diffusion-3-medium"]),
     (ConnectionError("no route"), ["not in the cache", "--model"]),
     (httpx2.ProxyError("no proxy"), ["not in the cache", "--model"]),
     (httpx2.ReadError("cut off"), ["not in the cache", "--model"])])
-def test_what_the_hub_refuses(monkeypatch, error, told):
+def test_what_the_hub_refuses(monkeypatch, error, says):
     monkeypatch.setattr(weights, "hf_hub_download", refuse_with(error))
     with pytest.raises(ValueError) as raised:
         seg4diff.load("sd3", "cpu")
-    assert all(x in str(raised.value) for x in ["sd3_medium.safetensors", *told])
+    assert all(x in str(raised.value) for x in ["sd3_medium.safetensors", *says])
 
 
 def test_names_of_the_hub(monkeypatch, split):
     """Each name asks for its repository's file, that repository's towers and CLIP's merges, once each."""
-    asked = []
+    requests = []
 
     def download(repo, file):
-        asked.append((repo, file))
-        return str(split / {"merges.txt": "tokenizer/merges.txt"}.get(file, file if "clip" in file else "model.safetensors"))
+        requests.append((repo, file))
+        if file == "merges.txt":
+            return str(split / "tokenizer/merges.txt")
+        return str(split / file if "clip" in file else split / "model.safetensors")
     monkeypatch.setattr(weights, "hf_hub_download", download)
     (split / "tokenizer").rename(split / "elsewhere")
     (split / "text_encoders").rename(split / "towers")
-    monkeypatch.setattr(weights, "ENCODERS", {k: v.replace("text_encoders", "towers") for k, v in weights.ENCODERS.items()})
+    towers = {part: file.replace("text_encoders", "towers") for part, file in weights.ENCODERS.items()}
+    monkeypatch.setattr(weights, "ENCODERS", towers)
     for part in weights.ENCODERS.values():                      # found on the hub, not beside the model
         (split / part).rename(split / Path(part).name.replace("clip", "hub_clip"))
     for name, (repo, file) in weights.HUB.items():
-        asked.clear()
+        requests.clear()
         weights.find(name)
-        assert asked == [(repo, file), (repo, "towers/clip_l.safetensors"), (repo, "towers/clip_g.safetensors"),
-                         weights.TOKENIZER]
+        assert requests == [(repo, file), (repo, "towers/clip_l.safetensors"), (repo, "towers/clip_g.safetensors"),
+                            weights.TOKENIZER]
 
 
 def test_fingerprint(tiny_file, tiny, tmp_path):
-    """Another for any changed byte of a file up to 64 MB, of a larger one for every stretch of changes; not for a name."""
+    """Another for any changed byte of a file up to 64 MB, of a larger one for a stretch of them; not for a name."""
     def fingerprint(data: bytes) -> str:
         path = tmp_path / "m.safetensors"
         path.write_bytes(data)
@@ -188,7 +203,8 @@ def test_only_the_blocks_that_segmentation_needs(tiny_file, tiny):
     whole = weights.read(files)["mmdit"]
     assert set(whole) - set(part) == {k for k in whole if k.startswith("joint_blocks.2.")} != set()
     short = seg4diff.load(tiny_file, "cpu", segment_only=True)  # the preset's expert is block 1
-    assert short.transformer.config.depth == tiny.preset.block + 1 and not short.transformer.config.whole and tiny.transformer.config.whole
+    assert short.transformer.config.depth == tiny.preset.block + 1
+    assert tiny.transformer.config.whole and not short.transformer.config.whole
 
 
 def test_tensors_are_cast_while_they_are_read(tiny_file):

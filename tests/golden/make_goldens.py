@@ -40,11 +40,11 @@ SHIFT, SCALE = 0.0609, 1.5305   # latent shift and scale of SD3's autoencoder
 # SD3 has as many heads as blocks, each 64 wide; where q and k are normalised, the norm tells the head width
 # and the heads can be small.
 MMDITS = {
-    "mmdit_sd3": dict(num_layers=2, num_attention_heads=2, attention_head_dim=64, in_channels=16),
-    "mmdit_sd35_large": dict(num_layers=3, num_attention_heads=3, attention_head_dim=16, in_channels=4,
-                             qk_norm="rms_norm"),
-    "mmdit_sd35_medium": dict(num_layers=4, num_attention_heads=2, attention_head_dim=16, in_channels=4,
-                              qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+    "mmdit_sd3": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 16},
+    "mmdit_sd35_large": {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4,
+                         "qk_norm": "rms_norm"},
+    "mmdit_sd35_medium": {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
+                          "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
 }
 
 # Applied in this order to a diffusers key whose q, k and v are fused already.
@@ -174,11 +174,12 @@ def make_mmdit(name: str, config: dict, seed: int, block: int = 1) -> None:
     randomise(model, seed)
     gen = torch.Generator().manual_seed(seed + 100)
     z = torch.randn(2, config["in_channels"], 8, 12, generator=gen)     # 4 x 6 patches inside the 9 x 9 grid
-    ctx, pooled = torch.randn(2, 10, 24, generator=gen), torch.randn(2, 20, generator=gen)
+    ctx = torch.randn(2, 10, 24, generator=gen)
+    pooled = torch.randn(2, 20, generator=gen)
     sigma = torch.tensor([0.515, 0.0625])
 
-    args = dict(hidden_states=z.double(), encoder_hidden_states=ctx.double(),
-                pooled_projections=pooled.double(), timestep=1000 * sigma)
+    args = {"hidden_states": z.double(), "encoder_hidden_states": ctx.double(),
+            "pooled_projections": pooled.double(), "timestep": 1000 * sigma}
     vel = model(**args).sample
     explicit = ExplicitSoftmax()
     model.transformer_blocks[block].attn.set_processor(explicit)
@@ -231,7 +232,8 @@ def make_clip(name: str, cls: type, act: str, pad: int, seed: int) -> None:
 
 
 def make_sigmas() -> None:
-    scheduler, out = FlowMatchEulerDiscreteScheduler(shift=3.0), {}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    out = {}
     for steps in (28, 50):
         scheduler.set_timesteps(steps)
         out[f"sigmas_{steps}"] = scheduler.sigmas.clone()

@@ -111,8 +111,8 @@ def main() -> None:
     size = {}
     for name, (shapes, tensors, values) in layouts.items():
         size[name] = sum(prod(shape) for shape in shapes.values())
-        found = (len(shapes), size[name])
-        assert found == (tensors, values), f"{name}: {found}, expected {(tensors, values)} tensors and values"
+        derived = (len(shapes), size[name])
+        assert derived == (tensors, values), f"{name}: {derived}, expected {(tensors, values)} tensors and values"
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(shape)}" for key, shape in sorted(shapes.items()))
         (FOLDER / f"{name}.json").write_text(f"{{\n{lines}\n}}\n")
         print(f"{name:12s} {tensors:4d} tensors {values:14,d} values")
