@@ -28,7 +28,6 @@ def snapshots(run: Path, limit: int) -> list[dict]:
     """
     path = run / "curves.json"
     measured = json.loads(path.read_text()) if path.exists() else {}
-    points = []
     for file in sorted(run.glob("nano_*.safetensors")):
         key = f"{file.name}/{limit}"
         if key not in measured:
@@ -36,7 +35,7 @@ def snapshots(run: Path, limit: int) -> list[dict]:
             samples = json.loads(weights.header(weights.find(file))["trained"])["samples"]
             measured[key] = {"samples": samples, "mIoU": miou, "floor": floor}
             path.write_text(json.dumps(measured))
-        points.append(measured[key])
+    points = [point for key, point in measured.items() if key.endswith(f"/{limit}")]
     return sorted(points, key=lambda point: point["samples"])
 
 

@@ -37,12 +37,19 @@ class Item(NamedTuple):
     name: str
 
 
+class Pair(NamedTuple):
+    image: Image.Image                  # RGB
+    masks: np.ndarray                   # (K, height, width) bool, K may be 0
+    names: list[str]                    # of the masks; empty where nobody named them
+    caption: str
+
+
 @dataclass(frozen=True)
 class Dataset:
     name: str
-    classes: list[str]
     names: list[str]                    # one for each picture, in a fixed order
-    read: Callable[[str], Item]         # OSError, ValueError: a broken picture or label map
+    read: Callable[[str], Item | Pair]  # Pair: to train MAGNET on.  OSError, ValueError: a broken picture or label map
+    classes: Sequence[str] = ()         # of its label maps
     source: str = ""                    # where its label maps are
     always: tuple[int, ...] = ()        # classes that stand in every prompt though they are never true
 
@@ -61,13 +68,12 @@ def centre_crop(item: Item) -> Item:
     return Item(item.image.crop((x, y, x + side, y + side)), item.labels[y:y + side, x:x + side], item.name)
 
 
-def read_ahead(read: Callable[[str], Item], names: Sequence[str], ahead: int = 8
-               ) -> Iterator[tuple[str, Item | Exception]]:
+def read_ahead(read: Callable[[str], Item | Pair], names: Sequence[str], ahead: int = 8) -> Iterator[tuple]:
     """(name, item) in order; other threads read up to `ahead` of the next pictures meanwhile.
 
     A picture that cannot be read comes as its exception, so that one broken file does not end a run.
     """
-    def attempt(name: str) -> tuple[str, Item | Exception]:
+    def attempt(name):
         try:
             return name, read(name)
         except BROKEN as e:
@@ -83,58 +89,58 @@ def read_ahead(read: Callable[[str], Item], names: Sequence[str], ahead: int = 8
             yield future.result()
 
 
-def lookup(source_ids: Sequence[int], background: bool = False) -> np.ndarray:
-    """Table from an id in a label file to the index of its class, (65536,) uint8.
+def lookup(key, background=False, ids=None):
+    """The class names of an entry of FACTS, and a table from an id in a label file to the index of its class.
 
     Other ids go to IGNORE, or with `background` to class 0; the named classes then count from 1. Id 255, which the
     files keep for pixels that are not scored, goes to IGNORE.
     """
-    table = np.full(65536, 0 if background else IGNORE, np.uint8)
+    names = FACTS[key]["classes"]
+    table = np.full(65536, 0 if background else IGNORE, np.uint8)            # (65536,)
     table[255] = IGNORE
-    table[list(source_ids)] = np.arange(len(source_ids)) + background
-    return table
+    table[ids or FACTS[key]["source_ids"]] = np.arange(len(names)) + background
+    return ["background"] * background + names, table
 
 
-def need(name: str, root: Path, tree: str, paths: Sequence[Path]) -> None:
-    """ValueError that draws the expected tree and says what is there instead, unless all paths exist."""
-    missing = [p for p in paths if not p.exists()]
+def need(name, root, folder, *tree):
+    """root / folder.  Each line of the tree begins with a pattern of files below it.
+
+    ValueError that draws the expected tree and says what is there instead, unless each pattern fits a file.
+    """
+    missing = [line for line in tree if not any((root / folder).glob(line.split()[0]))]
     if missing:
         content = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else "no such folder"
-        raise ValueError(f"data set {name!r} was not found: there is no {missing[0]}. Expected below {root} "
-                         f"(--data-root or SEG4DIFF_DATA):\n{tree}\nFound in {root}: {content or 'nothing'}")
+        drawn = "".join(f"\n  {folder}/{line}" for line in tree)
+        raise ValueError(f"data set {name!r} was not found: there is no {root / folder / missing[0]}. Expected below "
+                         f"{root} (--data-root or SEG4DIFF_DATA):{drawn}\nFound in {root}: {content or 'nothing'}")
+    return root / folder
 
 
-def by_stem(images: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
+def by_stem(images, labels):
     """{name: (its picture, its label map)} of every label map in a folder."""
     return {p.stem: (images / f"{p.stem}.jpg", p) for p in labels.glob("*.png")}
 
 
-def paired(name: str, facts: dict, pairs: dict[str, tuple[Path, Path]], background: bool = False,
-           table: np.ndarray | None = None, always: tuple[int, ...] = ()) -> Dataset:
+def paired(name, pairs, classes, table, always=()):
     """A data set of picture files and label PNGs (palette or grey), whose values go through `table` (65536,).
 
-    facts: an entry of FACTS, whose source_ids make the table where none is given. background: it is class 0.
     ValueError: no pairs.
     """
     if not pairs:
         raise ValueError(f"data set {name!r} has its folders, but no picture with a label map in them")
-    if table is None:
-        table = lookup(facts["source_ids"], background)
 
-    def read(key: str) -> Item:
+    def read(key):
         image_path, label_path = pairs[key]
         image = Image.open(image_path)
         label = Image.open(label_path)
         if label.mode not in ("P", "L", "I", "I;16"):
             raise ValueError(f"{label_path} holds colours (mode {label.mode}), not the numbers of classes")
         if label.size != image.size:
-            raise ValueError(f"{label_path} is {label.width} x {label.height}, "
-                             f"its picture {image.width} x {image.height}")
+            raise ValueError(f"{label_path} has the size {label.size}, its picture {image.size}")
         return Item(image.convert("RGB"), table[np.asarray(label)], key)     # labels: (height, width)
 
     _, first = next(iter(pairs.values()))
-    classes = ["background"] * background + facts["classes"]
-    return Dataset(name, classes, sorted(pairs), read, str(first.resolve().parent), always)
+    return Dataset(name, sorted(pairs), read, classes, str(first.resolve().parent), always)
 
 
 # ---------------------------------------------------------------------------- the data sets
@@ -142,54 +148,48 @@ def paired(name: str, facts: dict, pairs: dict[str, tuple[Path, Path]], backgrou
 
 def toy_scenes(root: Path = ROOT, name: str = "scenes", seeds: range = scenes.VAL_SEEDS[:200]) -> Dataset:
     """nano's world (nano/scenes.py), drawn when read and not from `root`; a picture's name is its seed."""
-    def read(seed: str) -> Item:
+    def read(seed):
         scene = scenes.draw(int(seed))
         return Item(Image.fromarray(scene.image), scene.labels, seed)
-    return Dataset(name, scenes.CLASSES, [str(s) for s in seeds], read)
+    return Dataset(name, [str(s) for s in seeds], read, scenes.CLASSES)
 
 
 def voc(root: Path, name: str) -> Dataset:
     """Pascal VOC 2012 val: 1449 pictures, 20 classes, or 21 with the background as the first (voc21)."""
-    base = root / "VOCdevkit/VOC2012"
-    split = base / "ImageSets/Segmentation/val.txt"
+    base = need(name, root, "VOCdevkit/VOC2012", "JPEGImages/*.jpg", "ImageSets/Segmentation/val.txt",
+                "SegmentationClass*/*.png (SegmentationClass or SegmentationClassAug)")
     labels = base / "SegmentationClassAug"
     if not labels.exists():
         labels = base / "SegmentationClass"
-    need(name, root, "  VOCdevkit/VOC2012/JPEGImages/*.jpg\n  VOCdevkit/VOC2012/SegmentationClass/*.png "
-         "(or SegmentationClassAug)\n  VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
-         [base / "JPEGImages", split, labels])
-    pairs = {n: (base / f"JPEGImages/{n}.jpg", labels / f"{n}.png") for n in split.read_text().split()}
-    return paired(name, FACTS["voc20"], pairs, background=name == "voc21")
+    split = (base / "ImageSets/Segmentation/val.txt").read_text().split()
+    pairs = {stem: (base / f"JPEGImages/{stem}.jpg", labels / f"{stem}.png") for stem in split}
+    return paired(name, pairs, *lookup("voc20", background=name == "voc21"))
 
 
-def context(root: Path, name: str) -> Dataset:
+def context(root, name):
     """Pascal Context val: 59 classes, or 60 with the background (context60), as run-length masks in one JSON file."""
-    base = root / "VOCdevkit/VOC2010"
+    base = need(name, root, "VOCdevkit/VOC2010", "JPEGImages/*.jpg", "trainval_merged.json")
     source = base / "trainval_merged.json"
-    need(name, root, "  VOCdevkit/VOC2010/JPEGImages/*.jpg\n  VOCdevkit/VOC2010/trainval_merged.json",
-         [base / "JPEGImages", source])
     merged = json.loads(source.read_text())
     val = {im["file_name"]: im for im in merged["images"] if im["phase"] == "val"}
     masks = {im["image_id"]: [] for im in val.values()}
     for anno in merged["annos_segmentation"]:
         if anno["image_id"] in masks:
             masks[anno["image_id"]].append(anno)
-    background = name == "context60"
-    classes = ["background"] * background + FACTS["context59"]["classes"]
-    table = lookup(FACTS["context59"]["source_ids"], background)
+    classes, table = lookup("context59", background=name == "context60")
     table[255] = table[0]                                # a category like any other outside the 59
 
-    def read(file_name: str) -> Item:
+    def read(file_name):
         im = val[file_name]
         ids = np.zeros((im["height"], im["width"]), np.uint16)               # (height, width), 0: no mask
         for anno in masks[im["image_id"]]:
             ids[rle.decode(anno["segmentation"]).astype(bool)] = anno["category_id"]
         return Item(Image.open(base / "JPEGImages" / file_name).convert("RGB"), table[ids], file_name)
 
-    return Dataset(name, classes, sorted(val), read, str(source.resolve()))
+    return Dataset(name, sorted(val), read, classes, str(source.resolve()))
 
 
-def coco(root: Path, name: str) -> Dataset:
+def coco(root, name):
     """COCO val2017, 5000 pictures: coco-object (80 things), coco-object81 (with the background), stuff27.
 
     NOTE(official): in the released code "background" stands in the prompt of coco-object and competes for pixels,
@@ -197,53 +197,43 @@ def coco(root: Path, name: str) -> Dataset:
 
     Label PNGs hold fine ids: 0 to 90 things (category id - 1), 91 to 181 stuff, 255 unlabelled.
     """
-    base = root / "coco"
+    base = need(name, root, "coco", "val2017/*.jpg", "*/val2017/*.png (*: stuffthingmaps or annotations)")
     labels = base / "stuffthingmaps/val2017"
-    other = base / "annotations/val2017"
-    if other.is_dir() and not labels.is_dir():
-        labels = other
-    need(name, root, "  coco/val2017/*.jpg\n  coco/stuffthingmaps/val2017/*.png", [base / "val2017", labels])
+    if not labels.is_dir():
+        labels = base / "annotations/val2017"
     pairs = by_stem(base / "val2017", labels)
     if name == "stuff27":
-        table = lookup([])
-        table[:182] = FACTS["stuff27"]["coarse_of_fine"]
-        return paired(name, FACTS["stuff27"], pairs, table=table)
-    facts = FACTS["coco-object"]
-    background = name != "coco-object"
-    table = lookup([i - 1 for i in facts["source_ids"]], background)
-    always = ()
+        table = np.full(65536, IGNORE, np.uint8)
+        table[:182] = FACTS[name]["coarse_of_fine"]
+        return paired(name, pairs, FACTS[name]["classes"], table)
+    ids = [i - 1 for i in FACTS["coco-object"]["source_ids"]]
+    classes, table = lookup("coco-object", name != "coco-object", ids)
     if name == "coco-object-bg":
         table[table == 0] = IGNORE
-        always = (0,)
-    return paired(name, facts, pairs, background, table, always)
+        return paired(name, pairs, classes, table, always=(0,))
+    return paired(name, pairs, classes, table)
 
 
-def ade20k(root: Path, name: str) -> Dataset:
+def ade20k(root, name):
     """ADE20K validation: 2000 pictures, 150 classes; value 0 is unlabelled, k is class k-1."""
-    images = root / "ADEChallengeData2016/images/validation"
-    labels = root / "ADEChallengeData2016/annotations/validation"
-    need(name, root, "  ADEChallengeData2016/images/validation/*.jpg\n"
-         "  ADEChallengeData2016/annotations/validation/*.png", [images, labels])
-    return paired(name, FACTS[name], by_stem(images, labels))
+    base = need(name, root, "ADEChallengeData2016", "images/validation/*.jpg", "annotations/validation/*.png")
+    return paired(name, by_stem(base / "images/validation", base / "annotations/validation"), *lookup(name))
 
 
-def cityscapes(root: Path, name: str) -> Dataset:
+def cityscapes(root, name):
     """Cityscapes val: 500 pictures, 19 classes, from *_labelTrainIds.png where they exist, else *_labelIds.png."""
-    images = root / "cityscapes/leftImg8bit/val"
-    labels = root / "cityscapes/gtFine/val"
-    need(name, root, "  cityscapes/leftImg8bit/val/CITY/*_leftImg8bit.png\n"
-         "  cityscapes/gtFine/val/CITY/*_gtFine_labelIds.png (or *_gtFine_labelTrainIds.png)", [images, labels])
-    facts = FACTS[name]
-    paths = sorted(labels.glob("*/*_gtFine_labelTrainIds.png"))
-    table = lookup(range(len(facts["classes"])))
+    base = need(name, root, "cityscapes", "leftImg8bit/val/*/*_leftImg8bit.png",
+                "gtFine/val/*/*_gtFine_label*Ids.png (labelIds or labelTrainIds)")
+    ids = range(19)
+    paths = sorted(base.glob("gtFine/val/*/*_gtFine_labelTrainIds.png"))
     if not paths:
-        paths = sorted(labels.glob("*/*_gtFine_labelIds.png"))
-        table = lookup(facts["source_ids"])
+        ids = FACTS[name]["source_ids"]
+        paths = sorted(base.glob("gtFine/val/*/*_gtFine_labelIds.png"))
     pairs = {}
     for p in paths:
         stem = p.name.rsplit("_gtFine_", 1)[0]
-        pairs[stem] = (images / p.parent.name / f"{stem}_leftImg8bit.png", p)
-    return paired(name, facts, pairs, table=table)
+        pairs[stem] = (base / f"leftImg8bit/val/{p.parent.name}/{stem}_leftImg8bit.png", p)
+    return paired(name, pairs, *lookup(name, ids=ids))
 
 
 # Neither scenes was trained on; choices such as the expert block are made on scenes-dev, numbers reported on scenes.
@@ -261,27 +251,13 @@ LEAST_AREA = 0.005                      # of a mask, as a share of its picture (
 MAX_MASKS = 32                          # of a picture: released code
 
 
-class Pair(NamedTuple):
-    image: Image.Image                  # RGB
-    masks: np.ndarray                   # (K, height, width) bool, K may be 0
-    names: list[str]                    # of the masks; empty where nobody named them
-    caption: str
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    name: str
-    names: list[str]                    # one for each picture, in a fixed order
-    read: Callable[[str], Pair]         # OSError, ValueError: a broken picture or mask file
-
-
-def class_masks(labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def class_masks(labels, classes):
     """A label map (height, width) -> a mask (K, height, width) and a name for each class in it, in class order."""
     ids = classes_in(labels)                                                 # (K,)
     return labels == ids[:, None, None], [classes[i] for i in ids]
 
 
-def captions_of(path: Path | None) -> dict[str, str]:
+def captions_of(path):
     """{number of the picture: its caption} from a JSON file; no path: nothing.
 
     The file is {image id: caption}, as the released code has for CogVLM's captions, of which the first two sentences
@@ -293,81 +269,75 @@ def captions_of(path: Path | None) -> dict[str, str]:
     try:
         captions = json.loads(path.read_text())
         if "annotations" in captions:
-            return {str(a["image_id"]): a["caption"].strip() for a in reversed(captions["annotations"])}
+            return {number(str(a["image_id"])): a["caption"].strip() for a in reversed(captions["annotations"])}
         return {number(k): " ".join(re.split(r"(?<=[.!?])\s+", v.strip())[:2]) for k, v in captions.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"{path} cannot be read as captions, a JSON object {{image id: caption}}: {e}") from None
 
 
-def number(stem: str) -> str:
+def number(stem):
     """"000000000009", "sa_9" and "9" are the same picture: "9"."""
-    digits = stem.removeprefix("sa_").removesuffix(".jpg")
-    return str(int(digits)) if digits.isdecimal() else digits
+    return stem.removeprefix("sa_").removesuffix(".jpg").lstrip("0")
 
 
-def scenes_pairs(root: Path, captions: Path | None) -> TrainingSet:
+def scenes_pairs(root, captions):
     """Scenes of the toy world that nano was not trained on (its first seeds are nano's own), one mask a class."""
     if captions is not None:
         raise ValueError("the scenes caption themselves; --captions is for coco and sa1b")
 
-    def read(seed: str) -> Pair:
+    def read(seed):
         scene = scenes.draw(int(seed))
         masks, names = class_masks(scene.labels, scenes.CLASSES)
         caption = scenes.caption(scene, np.random.default_rng(int(seed)))
         return Pair(Image.fromarray(scene.image), masks, names, caption)
-    return TrainingSet("scenes", [str(s) for s in scenes.TRAIN_SEEDS[100_000:200_000]], read)
+    return Dataset("scenes", [str(s) for s in scenes.TRAIN_SEEDS[100_000:200_000]], read)
 
 
-def coco_pairs(root: Path, captions: Path | None) -> TrainingSet:
+def coco_pairs(root, captions):
     """COCO train2017 with COCO-Stuff's label maps: one mask for each of 171 classes.
 
     Captions from the file given, else from COCO's own, else the names of the classes.
     """
-    base = root / "coco"
-    images = base / "train2017"
-    labels = base / "stuffthingmaps/train2017"
-    need("coco", root, "  coco/train2017/*.jpg\n  coco/stuffthingmaps/train2017/*.png\n"
-         "  coco/annotations/captions_train2017.json (or --captions FILE; else class names)", [images, labels])
+    base = need("coco", root, "coco", "stuffthingmaps/train2017/*.png",
+                "train2017/*.jpg (captions: --captions FILE, annotations/captions_train2017.json or the class names)")
     official = base / "annotations/captions_train2017.json"
     if captions is None and official.exists():
         captions = official
     caption_of = captions_of(captions)
-    data = paired("coco", FACTS["coco-stuff171"], by_stem(images, labels))
+    pairs = by_stem(base / "train2017", base / "stuffthingmaps/train2017")
+    data = paired("coco", pairs, *lookup("coco-stuff171"))
 
-    def read(stem: str) -> Pair:
+    def read(stem):
         item = data.read(stem)
         masks, names = class_masks(item.labels, data.classes)
         return Pair(item.image, masks, names, caption_of.get(number(stem), " ".join(names)))
-    return TrainingSet("coco", data.names, read)
+    return Dataset("coco", data.names, read)
 
 
-def sa1b_pairs(root: Path, captions: Path | None) -> TrainingSet:
+def sa1b_pairs(root, captions):
     """SA-1B: sa_*.jpg with a sa_*.json of run-length masks beside each, in any folders below sa1b/.
 
     The 32 largest masks of more than 0.5 % of the picture (released code). They have no names, and a picture without
     a caption in the file given has the empty one.
     """
-    base = root / "sa1b"
     caption_of = captions_of(captions)
-    need("sa1b", root, "  sa1b/sa_*.jpg (or sa1b/FOLDER/sa_*.jpg)\n  sa1b/sa_*.json beside them", [base])
-    images = {p.stem: p for p in sorted(base.rglob("sa_*.jpg")) if p.with_suffix(".json").exists()}
-    if not images:
-        raise ValueError(f"data set 'sa1b' was not found: {base} holds no sa_*.jpg with its sa_*.json beside it")
+    base = need("sa1b", root, "sa1b", "**/sa_*.jpg", "**/sa_*.json (beside each sa_*.jpg)")
+    paths = {p.stem: p for p in sorted(base.rglob("sa_*.json"))}
 
-    def read(stem: str) -> Pair:
-        image = Image.open(images[stem])
-        path = images[stem].with_suffix(".json")
+    def read(stem):
+        image = Image.open(paths[stem].with_suffix(".jpg"))
         try:
-            encoded = [a["segmentation"] for a in json.loads(path.read_text())["annotations"]]
+            encoded = [a["segmentation"] for a in json.loads(paths[stem].read_text())["annotations"]]
         except (KeyError, TypeError):
-            raise ValueError(f"{path} holds no annotations with a segmentation each") from None
+            raise ValueError(f"{paths[stem]} holds no annotations with a segmentation each") from None
         least = LEAST_AREA * image.width * image.height
         largest = sorted(encoded, key=rle.area, reverse=True)[:MAX_MASKS]
-        masks = [rle.decode(e).astype(bool) for e in largest if rle.area(e) > least]
-        stacked = np.stack(masks) if masks else np.zeros((0, image.height, image.width), bool)   # (K, height, width)
-        return Pair(image.convert("RGB"), stacked, [], caption_of.get(number(stem), ""))
-    return TrainingSet("sa1b", list(images), read)
+        masks = [rle.decode(e) for e in largest if rle.area(e) > least]
+        masks = np.array(masks, bool).reshape(-1, image.height, image.width)                 # (K, height, width)
+        return Pair(image.convert("RGB"), masks, [], caption_of.get(number(stem), ""))
+    return Dataset("sa1b", list(paths), read)
 
 
-# name -> a function of the root folder and a file of captions that returns a TrainingSet. ValueError: one is not there
+# name -> a function of the root folder and a file of captions that returns a data set of Pairs. ValueError: it, or the
+# file, is not there
 TRAINING_SETS = {"scenes": scenes_pairs, "coco": coco_pairs, "sa1b": sa1b_pairs}

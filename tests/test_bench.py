@@ -10,13 +10,14 @@ from tools import bench
 
 
 def test_bench(command, tiny_file):
-    code, out, err = command("tools/bench.py", "--model", tiny_file, "--repeats", 3, "--batch-size", 4, "--device", "cpu")
+    options = ["--model", tiny_file, "--repeats", 3, "--batch-size", 4, "--device", "cpu"]
+    code, out, err = command("tools/bench.py", *options)
     assert code == 0, err
     head, weights, *rows = out.splitlines()
     part, whole = map(float, re.findall(r"[\d.]+", weights)[:2])
     assert whole > 1 and 0.55 < part / whole < 0.75             # two blocks of three; the last has no text MLP
-    assert all(word in head for word in ("tiny, 3 blocks, expert 1", "4 x 128 pixels", "cpu, float32", "medians of 3"))
-    pattern = r"(MM-DiT|attention maps) +(.+?) +([\d.]+) (ms|x) +(n/a|(-?[\d.]+) (?:MB|x))"
+    assert all(word in head for word in ("tiny, 3 blocks, expert 1", "4 x 128 pixels", "cpu, torch.float32", "of 3"))
+    pattern = r"(MM-DiT|attention maps) +(.+?) +([\d.]+) (ms|x) +(nan|-?[\d.]+) (?:MB|x)"
     rows = [re.fullmatch(pattern, row) for row in rows]
     assert all(rows) and [row[2] for row in rows] == ["up to block 1", "all 3 blocks", "ratio", "i2t_attention",
                                                       "i2t(joint_probs)", "ratio"]
@@ -38,26 +39,27 @@ def test_the_clock_and_the_memory():
 
 
 def test_no_memory_count(monkeypatch, tmp_path, capsys):
-    """Where the system does not tell, n/a is printed, and the times all the same."""
+    """Where the system does not tell, nan is printed, and the times all the same."""
     monkeypatch.setattr(bench, "CLEAR", tmp_path / "none")
     bench.compare("t", {"one": lambda: time.sleep(0.01), "two": lambda: time.sleep(0.02)}, 1, torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all(line.endswith("n/a") for line in lines) and 0.3 < float(lines[2].split()[2]) < 0.8
+    assert [line.split()[-2] for line in lines] == ["nan"] * 3 and 0.3 < float(lines[2].split()[2]) < 0.8
 
 
-def test_ways_take_turns_and_medians_are_compared(monkeypatch, capsys):
+def test_calls_take_turns_and_medians_are_compared(monkeypatch, capsys):
     calls, times = [], iter([1, 4, 2, 100, 3, 6])
-    monkeypatch.setattr(bench, "seconds", lambda way, device: (way(), next(times))[1])
-    monkeypatch.setattr(bench, "megabytes", lambda way, device: 10 if way() == "a" else 40)
-    bench.compare("t", {"one": lambda: calls.append("a") or "a", "two": lambda: calls.append("b")}, 3, torch.device("cpu"))
+    monkeypatch.setattr(bench, "seconds", lambda call, device: (call(), next(times))[1])
+    monkeypatch.setattr(bench, "megabytes", lambda call, device: 10 if call() == "a" else 40)
+    pair = {"one": lambda: calls.append("a") or "a", "two": lambda: calls.append("b")}
+    bench.compare("t", pair, 3, torch.device("cpu"))
     assert calls == ["a", "b"] * 5
     assert [line.split()[-4:] for line in capsys.readouterr().out.splitlines()] == [
         ["2000.0", "ms", "10.0", "MB"], ["6000.0", "ms", "40.0", "MB"], ["0.33", "x", "0.25", "x"]]
 
 
-@pytest.mark.parametrize("options, told", [(["--repeats", 0], "at least 1"), (["--batch-size", -1], "at least 1"),
-                                           (["--model", "none"], "known names are nano"),
-                                           (["--device", "tpu"], "cpu or cuda")])
-def test_bad_input(command, options, told):
+@pytest.mark.parametrize("options, sentence", [(["--repeats", 0], "at least 1"), (["--batch-size", -1], "at least 1"),
+                                               (["--model", "none"], "known names are nano"),
+                                               (["--device", "tpu"], "cpu or cuda")])
+def test_bad_input(command, options, sentence):
     code, out, err = command("tools/bench.py", *options)
-    assert (code, out) == (2, "") and err.startswith("error: ") and told in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and err.startswith("error: ") and sentence in err and err.count("\n") == 1

@@ -176,7 +176,7 @@ def test_read_ahead_reads_no_more_than_it_may(ahead):
 
 
 def test_read_ahead_overlaps_with_computing():
-    """While the first picture is being computed, the next is read: each waits for the other, neither alone can go on."""
+    """While the first picture is computed, the next is read: each waits for the other, neither alone can go on."""
     computing, second_read = threading.Event(), threading.Event()
 
     def read(name):
@@ -196,7 +196,8 @@ def test_stuff27_names_are_those_of_their_members():
     fine = dict(zip(FACTS["coco-stuff171"]["source_ids"], FACTS["coco-stuff171"]["classes"]))
     names, coarse = FACTS["stuff27"]["classes"], FACTS["stuff27"]["coarse_of_fine"]
     members = {name: {fine[i] for i, c in enumerate(coarse) if i in fine and c == k} for k, name in enumerate(names)}
-    for word in "ceiling floor food furniture wall window building ground plant sky solid water".split():
+    for word in ("ceiling", "floor", "food", "furniture", "wall", "window", "building", "ground", "plant", "sky",
+                 "solid", "water"):
         assert any(word in m for m in members[f"{word} stuff"]), word
     assert "paper" in members["rawmaterial stuff"] and "curtain" in members["textile stuff"]
     assert "fence" in members["structural stuff"] and "person" in members["person things"]

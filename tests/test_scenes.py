@@ -97,9 +97,10 @@ def test_captions_are_true(drawn):
             adjectives = re.search(rf"((?:\b(?:{'|'.join(COLOURS)}|big|small) )*){thing.name}\b", words)[1].split()
             assert set(adjectives) <= {thing.colour, thing.size}, words
             described += len(adjectives)
-        if found := re.match(r"an? ([\w ]*?) (left|right) of an? ([\w ]*?) with ", words):
-            first, second = (next(n for n in THINGS if noun.endswith(n)) for noun in (found[1], found[3]))
-            assert (mean_x(scene, first) < mean_x(scene, second)) == (found[2] == "left"), words
+        pair = re.match(r"an? ([\w ]*?) (left|right) of an? ([\w ]*?) with ", words)
+        if pair:
+            first, second = (next(n for n in THINGS if noun.endswith(n)) for noun in (pair[1], pair[3]))
+            assert (mean_x(scene, first) < mean_x(scene, second)) == (pair[2] == "left"), words
             compared += 1
     assert len(made) > 500 and described > 500 and compared > 10
     lists = [words for _, words in made if " with " not in words]
