@@ -3,6 +3,7 @@ blur or a caption.  figures.py draws from them the figures of the paper, a comma
 
     shares = analysis.attention_shares(taps[9])          # Fig. 2 (b, c), of what MMDiT.forward(capture=[9]) returned
 """
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import seg4diff
+from loading import Seg4Diff, image_seed
 from mmdit import JointQKV, i2t_attention, t2i_attention
-from seg4diff import Seg4Diff
 from support.metrics import classes_in, scores
 from text import TextCond
 
@@ -35,20 +36,21 @@ def uniform_share(qkv: JointQKV) -> float:
     return qkv.n_img / qkv.k.shape[2]
 
 
-def value_norms(qkv: JointQKV, words: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+def value_norms(qkv: JointQKV, words: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fig. 4, 28: mean L2 norm of the values of "image" tokens, of all "text" tokens and of the "prompt"'s words.
 
-    words[b]: how many of sample b's text columns, after <sos>, are words. Returns for each kind the norm of the
-    whole value, (B,), and of each head's part, (B, H).  A sample without words has nan for "prompt".
+    words[b]: how many of sample b's text columns, after <sos>, are words. Returns the norms of whole values, (B,) for
+    each kind, and those of each head's part, (B, H).  A sample without words has nan for "prompt".
     """
     N = qkv.n_img
     heads = qkv.v.float().norm(dim=-1)                                       # (B, H, N+M)
     whole = heads.square().sum(1).sqrt()                                     # (B, N+M)
-    prompt = torch.stack([whole[b, N + 1:N + 1 + n].mean() for b, n in enumerate(words)])    # (B,)
-    prompt_heads = torch.stack([heads[b, :, N + 1:N + 1 + n].mean(1) for b, n in enumerate(words)])    # (B, H)
-    return {"image": (whole[:, :N].mean(1), heads[:, :, :N].mean(2)),
-            "text": (whole[:, N:].mean(1), heads[:, :, N:].mean(2)),
-            "prompt": (prompt, prompt_heads)}
+
+    def means(norms):
+        prompt = [norms[b, ..., N + 1:N + 1 + n].mean(-1) for b, n in enumerate(words)]      # B x () or (H,)
+        return {"image": norms[..., :N].mean(-1), "text": norms[..., N:].mean(-1), "prompt": torch.stack(prompt)}
+
+    return means(whole), means(heads)
 
 
 def pca_rgb(x: Tensor, grid: tuple[int, int]) -> np.ndarray:
@@ -88,7 +90,7 @@ def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: in
         raise ValueError(f"the sampler has steps 1 to {steps}, not {list(at)}")
     latents = {}
 
-    def keep(i: int, z: Tensor) -> None:
+    def keep(i, z):
         latents[steps - 1 - i] = z                                           # (B, C, ., .)
 
     images = seg4diff.generate(model, prompts, seed=seed, callback=keep)
@@ -103,9 +105,48 @@ def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: in
     return images, cond, taps
 
 
-def words_of(cond: TextCond, b: int) -> list[int]:
-    """Text columns of prompt b's words, between <sos> and <eos>."""
-    return list(range(1, cond.tokens[b].index("<eos>")))
+def captured(model, prompts, at, desc):
+    """taps_of one batch of prompts after the other, under a progress bar: encoded prompts, t, block, its q, k, v."""
+    size = model.preset.batch
+    for i in tqdm(range(0, len(prompts), size), desc=desc, unit="batch"):
+        _, cond, taps = taps_of(model, prompts[i:i + size], at, i)
+        for t in at:
+            for block, qkv in taps[t].items():
+                yield cond, t, block, qkv
+
+
+def mean_shares(model, prompts, at):
+    """attention_shares, mean over heads and prompts: {t: {"I2T": [share in block 0, 1, ...]}}; and uniform_share."""
+    each = defaultdict(list)                             # (t, pathway, block) -> a share for each prompt
+    for _, t, block, qkv in captured(model, prompts, at, "shares"):
+        uniform = uniform_share(qkv)
+        for pathway, share in attention_shares(qkv).items():
+            each[t, pathway, block] += share.mean(1).tolist()
+    mean = {t: defaultdict(list) for t in at}
+    for (t, pathway, _), x in each.items():
+        mean[t][pathway].append(np.mean(x))
+    return mean, uniform
+
+
+def mean_norms(model, prompts):
+    """value_norms at the preset's t, mean over prompts: of each kind one norm for each block, and H for each block.
+
+    A prompt without words does not count for "prompt".
+    """
+    each = defaultdict(list)                             # (kind, block) -> a norm for each prompt
+    by_head = defaultdict(list)                          # (kind, block) -> norms (B, H) of each batch of prompts
+    for cond, _, block, qkv in captured(model, prompts, [model.preset.noise_steps], "values"):
+        words = [tokens.index("<eos>") - 1 for tokens in cond.tokens]        # between <sos> and <eos>
+        whole, heads = value_norms(qkv, words)
+        for kind in whole:
+            each[kind, block] += whole[kind].tolist()
+            by_head[kind, block].append(heads[kind].cpu())
+    mean = defaultdict(list)
+    mean_by_head = defaultdict(list)
+    for kind, block in each:
+        mean[kind].append(np.nanmean(each[kind, block]))
+        mean_by_head[kind].append(torch.cat(by_head[kind, block]).nanmean(0).tolist())       # H of them
+    return mean, mean_by_head
 
 
 # ---------------------------------------------------------------------------- how well captions explain pictures
@@ -135,7 +176,7 @@ def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Seq
             eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)
             z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)           # Eq. 1
             vel = []
-            for ctx, pooled in zip(cond.ctx.split(size), cond.pooled.split(size), strict=True):
+            for ctx, pooled in zip(cond.ctx.split(size), cond.pooled.split(size)):
                 B = len(ctx)
                 level = torch.full((B,), sigma, device=z.device)
                 vel.append(model.transformer(z.expand(B, -1, -1, -1), level, ctx, pooled)[0].float())
@@ -144,13 +185,26 @@ def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Seq
     return np.stack(out)                                                     # (pictures, captions)
 
 
-def choices(captions: Sequence[str]) -> list[list[str]]:
+def choices(captions):
     """For each picture its true caption, then those of the next pictures: CHOICES in all, or as many as there are."""
     n = len(captions)
     return [[captions[(i + j) % n] for j in range(min(CHOICES, n))] for i in range(n)]
 
 
-def caption_accuracy(losses: np.ndarray) -> float:
+def loss_saved(losses, caption, empty):
+    """By how much a caption lowers the flow loss against the empty prompt, in percent of it: (pictures,).
+
+    caption, empty: their columns in the losses.
+    """
+    return 100 * (losses[:, empty] - losses[:, caption]) / losses[:, empty]
+
+
+def mean_and_error(x):
+    """Mean of a number for each picture, and its standard error."""
+    return float(x.mean()), float(x.std() / len(x) ** 0.5)
+
+
+def caption_accuracy(losses):
     """Share of pictures, in percent, that their true caption, the first column, explains best of all."""
     return 100 * float((losses.argmin(1) == 0).mean())
 
@@ -169,7 +223,7 @@ def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: flo
     out = []
     for item in tqdm(labelled, desc="sensitivity", unit="image"):
         z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
-        eps = seg4diff.noise(z0.shape[1:], [seg4diff.image_seed(item.name, 0)]).to(z0.device)
+        eps = seg4diff.noise(z0.shape[1:], [image_seed(item.name, 0)]).to(z0.device)
         z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)               # Eq. 8
         cond = model.text.encode([seg4diff.names_of(model.text, item.labels, classes)])
         inputs = (z, torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled)

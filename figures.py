@@ -1,9 +1,8 @@
 """The paper's figures that read or blur the attention (Sec. 3.3, App. B, C): a command for each, by any model.
 
     python figures.py                                   # every figure below, by nano, into out/figures-nano
-    python figures.py shares values                     # Fig. 2 (b, c); Fig. 4, 19, 28
+    python figures.py shares values strip gallery       # Fig. 2 (b, c); Fig. 4, 19, 28; Fig. 7; Fig. 14
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
-    python figures.py gallery                           # a picture for each prompt (Fig. 14)
     python figures.py perturb guide                     # Fig. 5, 31 (18, 20 with our own score); Fig. 6, 32
     python figures.py expert                            # which block is the semantic grounding expert?
     python figures.py text                              # at which noise levels do the words matter?
@@ -12,17 +11,14 @@
 Pictures are generated from prompts, and attention is read on the way, at t = 8 of 28 steps left (shares: at t = 28,
 noise, too).  Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
 """
-import argparse
 import json
 import textwrap
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
 from tqdm import tqdm
@@ -30,130 +26,86 @@ from tqdm import tqdm
 import analysis
 import protocol
 import seg4diff
-from mmdit import JointQKV
+from loading import Seg4Diff, image_seed
 from nano import scenes
-from seg4diff import Seg4Diff
 from support.cli import Parser, add_model_options, at_least, command
-from support.data import DATASETS, ROOT, Dataset, subset
+from support.data import DATASETS, ROOT, subset
 from support.ledger import write_json
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
-from text import TextCond
 
 # ---------------------------------------------------------------------------- drawing
 
 
-def new_figure(columns: int, width: float, height: float, title: str, rows: int = 1) -> tuple[plt.Figure, np.ndarray]:
+def new_figure(rows: int, columns: int, title: str, width: float = 5, height: float = 3.4) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (rows, columns), each of width x height inches."""
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained",
-                             squeeze=False)
+    fig = Figure((columns * width, rows * height), dpi=90, layout="constrained")
     fig.suptitle(textwrap.fill(title, int(9 * columns * width)))
-    return fig, axes
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(fig: plt.Figure, path: Path) -> None:
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
-
-
-def panel(ax: plt.Axes, picture: np.ndarray | Image.Image, title: str = "", **options) -> None:
+def panel(ax: Axes, picture: np.ndarray | Image.Image, title: str = "", **options) -> None:
     """A picture or a map without ticks; options are those of imshow."""
     ax.imshow(np.asarray(picture), **options)
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=[])
 
 
-def picture_rows(path: Path, title: str, labels: list[str], rows: list[list], titles: list[list[str]],
-                 width: float = 1.25, **options) -> None:
-    """Rows of pictures and maps.  labels[i] stands at the left of row i, titles[i] above it, if there are so many."""
-    fig, axes = new_figure(max(map(len, rows)), width, width + 0.15, title, len(rows))
-    for i, row in enumerate(rows):
-        for j, ax in enumerate(axes[i]):
-            if j < len(row):
-                panel(ax, row[j], titles[i][j] if i < len(titles) else "", **options)
-            else:
-                ax.axis("off")
-        axes[i, 0].set_ylabel(labels[i])
-    save_figure(fig, path)
+def picture_rows(path, title, labels, rows, titles, **options):
+    """Rows of pictures and maps; labels[i] stands at the left of row i, titles[i] above it, as far as there are any."""
+    fig, axes = new_figure(len(rows), max(map(len, rows)), title, 1.3, 1.45)
+    for (i, j), ax in np.ndenumerate(axes):
+        if j < len(rows[i]):
+            panel(ax, rows[i][j], titles[i][j] if i < len(titles) else "", **options)
+        else:
+            ax.axis("off")
+    for ax, label in zip(axes[:, 0], labels):
+        ax.set_ylabel(label)
+    fig.savefig(path)
 
 
-# ---------------------------------------------------------------------------- attention, mean over prompts
+# ---------------------------------------------------------------------------- attention while pictures are generated
+# Every figure is a function of a Seg4Diff, a list of prompts and a folder (Path), and perhaps of a data set. It writes
+# NAME.png into the folder and returns the numbers of NAME.json, a dict.
 
 
-def captured(model: Seg4Diff, prompts: list[str], at: list[int], desc: str
-             ) -> Iterator[tuple[TextCond, int, int, JointQKV]]:
-    """(encoded prompts, t, block, its q, k, v) of one batch of prompts after the other, under a progress bar."""
-    size = model.preset.batch
-    for i in tqdm(range(0, len(prompts), size), desc=desc, unit="batch"):
-        _, cond, taps = analysis.taps_of(model, prompts[i:i + size], at, i)
-        for t in at:
-            for block, qkv in taps[t].items():
-                yield cond, t, block, qkv
-
-
-def shares(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
-    """Fig. 2 (b, c): share of the attention that goes along each pathway in each block."""
-    at = [model.preset.noise_steps, model.preset.steps]
-    each = defaultdict(list)                             # (t, pathway, block) -> a share for each prompt
-    for _, t, block, qkv in captured(model, prompts, at, "shares"):
-        uniform = analysis.uniform_share(qkv)
-        for pathway, share in analysis.attention_shares(qkv).items():
-            each[t, pathway, block] += share.mean(1).tolist()
-    mean = {t: defaultdict(list) for t in at}            # t -> pathway -> a share for each block
-    for (t, pathway, _), x in each.items():
-        mean[t][pathway].append(np.mean(x))
-    fig, axes = new_figure(2, 5, 3.4, f"Where attention goes, {model.name} (Fig. 2)")
-    plots = (("I2T", "image", "text", 1 - uniform), ("T2I", "text", "image", uniform))
-    for ax, (pathway, queries, keys, line) in zip(axes[0], plots, strict=True):
-        ax.plot(mean[at[0]][pathway], "o-", label=f"t = {at[0]}")
-        ax.plot(mean[at[1]][pathway], "s--", label=f"t = {at[1]}")
+def shares(model, prompts, out):
+    """Fig. 2 (b, c): the share of each pathway in each block."""
+    preset = model.preset
+    mean, uniform = analysis.mean_shares(model, prompts, [preset.noise_steps, preset.steps])
+    fig, [[left, right]] = new_figure(1, 2, f"Where attention goes, {model.name} (Fig. 2)")
+    left.set(title="image queries", ylabel="share given to text keys")
+    right.set(title="text queries", ylabel="share given to image keys")
+    for ax, pathway, line in ((left, "I2T", 1 - uniform), (right, "T2I", uniform)):
+        ax.plot(mean[preset.noise_steps][pathway], "o-", label=f"t = {preset.noise_steps}")
+        ax.plot(mean[preset.steps][pathway], "s--", label=f"t = {preset.steps}")
         ax.axhline(line, color="black", ls=":", label="uniform")
-        ax.set(xlabel="block", ylim=(0, 1), ylabel=f"share given to {keys} keys", title=f"{queries} queries")
+        ax.set(xlabel="block", ylim=(0, 1))
         ax.legend()
-    save_figure(fig, out / "shares.png")
+    fig.savefig(out / "shares.png")
     return {"prompts": len(prompts), "uniform image share": uniform, "shares": mean}
 
 
-def norms_of(model: Seg4Diff, prompts: list[str]) -> tuple[dict[str, list], dict[str, list]]:
-    """Mean value norms of "image", "text" and "prompt" tokens: one for each block; and a list over heads for each."""
-    each = defaultdict(list)                             # (kind, block) -> a norm for each prompt
-    by_head = defaultdict(list)                          # (kind, block) -> norms (B, H) of each batch of prompts
-    for cond, _, block, qkv in captured(model, prompts, [model.preset.noise_steps], "values"):
-        words = [len(analysis.words_of(cond, b)) for b in range(len(cond.tokens))]
-        for kind, (norms, head_norms) in analysis.value_norms(qkv, words).items():
-            each[kind, block] += norms.tolist()
-            by_head[kind, block].append(head_norms.cpu())
-    mean = defaultdict(list)
-    mean_by_head = defaultdict(list)
-    for kind, block in each:                             # nan: a prompt without words
-        mean[kind].append(np.nanmean(each[kind, block]))
-        mean_by_head[kind].append(torch.cat(by_head[kind, block]).nanmean(0).tolist())       # H of them
-    return mean, mean_by_head
-
-
-def values(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+def values(model, prompts, out):
     """Fig. 4, 19: value norms of each block; Fig. 28: of each head."""
     t = model.preset.noise_steps
-    mean, by_head = norms_of(model, prompts)
-    fig, axes = new_figure(3, 4.6, 3.4, f"L2 norm of values at t = {t}, {model.name} (Fig. 4, 28)")
+    mean, by_head = analysis.mean_norms(model, prompts)
+    fig, [[left, middle, right]] = new_figure(1, 3, f"L2 norm of values at t = {t}, {model.name} (Fig. 4, 28)")
     for kind, mark in (("image", "o-"), ("text", "s--"), ("prompt", "^-")):
-        axes[0, 0].plot(mean[kind], mark, label="all text" if kind == "text" else kind)
-    axes[0, 0].set(xlabel="block", ylabel="mean norm", title="whole values")
-    axes[0, 0].legend()
+        left.plot(mean[kind], mark, label="all text" if kind == "text" else kind)
+    left.set(xlabel="block", ylabel="mean norm", title="whole values")
+    left.legend()
     top = np.max([by_head["image"], by_head["prompt"]])
-    for ax, kind in zip(axes[0, 1:], ("image", "prompt"), strict=True):
+    for ax, kind in ((middle, "image"), (right, "prompt")):
         drawn = ax.imshow(np.transpose(by_head[kind]), aspect="auto", vmin=0, vmax=top)
         ax.set(xlabel="block", ylabel="head", title=f"{kind} tokens, each head")
         ax.locator_params(integer=True)
-    fig.colorbar(drawn, ax=axes[0, 2])
-    save_figure(fig, out / "values.png")
+    fig.colorbar(drawn, ax=right)
+    fig.savefig(out / "values.png")
     return {"prompts": len(prompts), "t": t, "norms": mean, "heads": by_head}
 
 
-# ---------------------------------------------------------------------------- maps of one prompt
-
-
-def pca(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+def pca(model, prompts, out):
     """Fig. 3, 29: one picture, q, k, v of its image tokens in every block."""
     t = model.preset.noise_steps
     images, _, taps = analysis.taps_of(model, prompts[:1], [t])
@@ -164,116 +116,99 @@ def pca(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
             x = getattr(qkv, name)[0, :, :qkv.n_img].transpose(0, 1).flatten(1)              # (N, D)
             row.append(analysis.pca_rgb(x, qkv.grid))
         rows.append(row)
+    titles = ["generated", *(f"block {block}" for block in taps[t])]
     picture_rows(out / "pca.png", f"First three components at t = {t} (Fig. 3, 29): {prompts[0]}",
-                 ["queries", "keys", "values"], rows, [["generated", *(f"block {block}" for block in taps[t])]], 1.4)
+                 ["queries", "keys", "values"], rows, [titles])
     return {"prompt": prompts[0], "t": t}
 
 
-def expert_maps(model: Seg4Diff, prompt: str) -> tuple[Image.Image, list[str], torch.Tensor, torch.Tensor, str]:
-    """A picture generated from a prompt, the prompt's L tokens, their I2T and T2I maps (H, L, h, w) in the expert
-    block, and a title that says where and when."""
+def expert_maps(model, prompt):
+    """A picture generated from a prompt; the prompt's L tokens and their I2T and T2I maps in the expert block."""
     t = model.preset.noise_steps
-    block = model.preset.block
     images, cond, taps = analysis.taps_of(model, [prompt], [t])
-    columns = range(len(cond.tokens[0]))
-    i2t = analysis.token_maps(taps[t][block], columns)[0].cpu()              # (H, L, h, w)
-    t2i = analysis.token_maps(taps[t][block], columns, "t2i")[0].cpu()       # (H, L, h, w)
-    return images[0], cond.tokens[0], i2t, t2i, f"Block {block} at t = {t}, {{}}: {prompt or 'the empty prompt'}"
+    names = cond.tokens[0]
+    qkv = taps[t][model.preset.block]
+    i2t = analysis.token_maps(qkv, range(len(names)))[0].cpu()               # (H, L, h, w)
+    t2i = analysis.token_maps(qkv, range(len(names)), "t2i")[0].cpu()        # (H, L, h, w)
+    return images[0], names, i2t, t2i
 
 
-def tokens(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
-    """Fig. 16, 25: I2T and T2I maps of every token of a prompt in the expert block, mean over heads."""
-    image, names, i2t, t2i, title = expert_maps(model, prompts[0])
-    names = names[:min(16, names.index("<eos>"))]        # <sos> and the words
-    rows = [[image, *maps.mean(0)[:len(names)]] for maps in (i2t, t2i)]
-    picture_rows(out / "tokens.png", title.format("Fig. 16, 25"), ["I2T", "T2I"], rows, [["generated", *names]])
+def tokens(model, prompts, out):
+    """Fig. 16, 25: I2T and T2I maps of <sos> and every word of a prompt in the expert block, mean over heads."""
+    image, names, i2t, t2i = expert_maps(model, prompts[0])
+    names = names[:min(16, names.index("<eos>"))]
+    rows = [[image, *maps.mean(0)[:len(names)]] for maps in (i2t, t2i)]      # maps (h, w)
+    title = f"Block {model.preset.block} at t = {model.preset.noise_steps} (Fig. 16, 25): {prompts[0]}"
+    picture_rows(out / "tokens.png", title, ["I2T", "T2I"], rows, [["generated", *names]])
     return {"prompt": prompts[0], "tokens": names}
 
 
-def heads(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
-    """Fig. 9 (a), 26, 27: every head's I2T map of each word of a prompt, in the expert block."""
-    image, names, i2t, _, title = expert_maps(model, prompts[0])
-    words = range(1, min(11, names.index("<eos>")))
-    rows = [[image, i2t[:, column].mean(0), *i2t[:, column]] for column in words]            # maps (h, w)
-    names = [names[column] for column in words]
+def heads(model, prompts, out):
+    """Fig. 9 (a), 26, 27: every head's I2T map of each word of a prompt in the expert block."""
+    image, names, i2t, _ = expert_maps(model, prompts[0])
+    names = names[1:min(11, names.index("<eos>"))]
+    rows = [[image, i2t[:, i].mean(0), *i2t[:, i]] for i in range(1, len(names) + 1)]        # maps (h, w)
+    title = f"Each head of block {model.preset.block} at t = {model.preset.noise_steps} (Fig. 9 a, 26): {prompts[0]}"
     titles = ["generated", "mean", *(f"head {i}" for i in range(len(i2t)))]
-    picture_rows(out / "heads.png", title.format("Fig. 9 a, 26"), names, rows, [titles])
+    picture_rows(out / "heads.png", title, names, rows, [titles])
     return {"prompt": prompts[0], "tokens": names}
 
 
-def pads(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+def pads(model, prompts, out):
     """Fig. 9 (b), 30: a picture generated from the empty prompt, and the I2T maps of all its text tokens."""
-    image, names, i2t, _, title = expert_maps(model, "")
+    image, names, i2t, _ = expert_maps(model, "")
     pictures = [image, *i2t.mean(0)]
     titles = ["generated", *(f"{name} {i}" for i, name in enumerate(names))]
     starts = range(0, len(pictures), 10)                 # ten to a row
-    picture_rows(out / "pads.png", title.format("Fig. 9 b, 30"), [""] * len(starts),
-                 [pictures[i:i + 10] for i in starts], [titles[i:i + 10] for i in starts])
+    title = f"The empty prompt in block {model.preset.block} at t = {model.preset.noise_steps} (Fig. 9 b, 30)"
+    picture_rows(out / "pads.png", title, [], [pictures[i:i + 10] for i in starts], [titles[i:i + 10] for i in starts])
     return {"tokens": len(names)}
 
 
 # ---------------------------------------------------------------------------- generated pictures
 
 
-def draw_prompts(model: Seg4Diff, prompts: list[str], **options) -> list[Image.Image]:
-    """Pictures of all prompts, a batch at a time; picture i starts from the noise of seed i."""
-    size = model.preset.batch
-    images = []
-    for i in range(0, len(prompts), size):
-        images += seg4diff.generate(model, prompts[i:i + size], seed=i, **options)
-    return images
-
-
-def gallery(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+def gallery(model, prompts, out):
     """What the model makes of each prompt (the paper's are its Fig. 14)."""
-    sheet(draw_prompts(model, prompts), prompts).save(out / "gallery.png")
+    sheet(seg4diff.generate(model, prompts), prompts).save(out / "gallery.png")
     return {"prompts": len(prompts)}
 
 
-def mean_and_error(x: np.ndarray) -> tuple[float, float]:
-    """Mean of one number for each picture, and its standard error."""
-    return float(x.mean()), float(x.std() / len(x) ** 0.5)
-
-
-def compare_pictures(model: Seg4Diff, prompts: list[str], variants: dict[str, dict], path: Path, title: str) -> dict:
+def compare_pictures(model, prompts, variants, path, title):
     """Pictures from the same noise by each variant (options of generate), and how well their captions explain them."""
     prompts = list(dict.fromkeys(prompts))
+    n = len(prompts)
+    candidates = [[*captions, ""] for captions in analysis.choices(prompts)]
     rows = {}
     shown = []
     for variant, options in tqdm(variants.items(), desc=path.stem, unit="variant"):
-        images = draw_prompts(model, prompts, **options)
-        captions = [[*candidates, ""] for candidates in analysis.choices(prompts)]
-        losses = analysis.caption_losses(model, images, captions)            # (n, choices + 1)
-        gain, error = mean_and_error(100 * (losses[:, -1] - losses[:, 0]) / losses[:, -1])   # against the empty prompt
+        images = seg4diff.generate(model, prompts, **options)
+        losses = analysis.caption_losses(model, images, candidates)          # (n, choices + 1)
+        gain, error = analysis.mean_and_error(analysis.loss_saved(losses, 0, -1))
         rows[variant] = {"accuracy": analysis.caption_accuracy(losses[:, :-1]), "gain": gain, "error": error}
         shown.append(images[:4])
-    pictures = [image for same_prompt in zip(*shown, strict=True) for image in same_prompt]
-    captions = [f"{variant}: {prompt}" for prompt in prompts[:4] for variant in variants]
-    sheet(pictures, captions, len(variants), 192).save(path.with_name(f"{path.stem}_pictures.png"))
-    choices = min(analysis.CHOICES, len(prompts))
-    bars = [("gain", "loss saved by the caption [%]")]
-    if choices == analysis.CHOICES:                      # a choice of two captions says little
-        bars.append(("accuracy", f"true caption best of {choices} [%]"))
-    fig, axes = new_figure(len(bars), 5, 3.4, f"{title}; {len(prompts)} pictures")
-    for ax, (key, label) in zip(axes[0], bars, strict=True):
-        errors = [row["error"] for row in rows.values()] if key == "gain" else None
-        ax.bar(list(rows), [row[key] for row in rows.values()], yerr=errors)
-        ax.set(ylabel=label)
+    pictures = [images[i] for i in range(len(shown[0])) for images in shown]
+    titles = [f"{variant}: {prompt}" for prompt in prompts[:4] for variant in variants]
+    sheet(pictures, titles, len(variants), 192).save(path.with_name(f"{path.stem}_pictures.png"))
+    choices = min(analysis.CHOICES, n)
+    enough = choices == analysis.CHOICES                 # a choice of two captions says little
+    fig, axes = new_figure(1, 1 + enough, f"{title}; {n} pictures")
+    axes[0, 0].bar(list(rows), [row["gain"] for row in rows.values()], yerr=[row["error"] for row in rows.values()])
+    axes[0, 0].set(ylabel="loss saved by the caption [%]")
+    if enough:
+        axes[0, 1].bar(list(rows), [row["accuracy"] for row in rows.values()])
+        axes[0, 1].axhline(100 / choices, color="black", ls=":", label="chance")
+        axes[0, 1].set(ylabel=f"true caption best of {choices} [%]")
+        axes[0, 1].legend(loc="lower right")
+    for ax in axes[0]:
         ax.tick_params("x", rotation=90)
-        if key == "accuracy":
-            ax.axhline(100 / choices, color="black", ls=":", label="chance")
-            ax.legend(loc="lower right")
-    save_figure(fig, path)
+    fig.savefig(path)
     score = f"flow loss at sigma {analysis.CAPTION_SIGMA}, {analysis.CAPTION_DRAWS} draws, {choices} captions"
-    return {"n": len(prompts), "judge": score, "rows": rows}
+    return {"n": n, "judge": score, "rows": rows}
 
 
-def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
-    """Fig. 5, 18, 31: I2T blurred in one block after the other, in all branches of the guidance; same seeds.
-
-    For nano the score is validated beside it, on drawn scenes with their own and with each other's captions, if there
-    are prompts enough for a choice.
-    """
+def perturb(model, prompts, out):
+    """Fig. 5, 18, 31: I2T blurred in one block after the other; nano's score is validated on drawn scenes."""
     blocks = range(model.transformer.config.depth)
     variants = {"none": {}, **{f"block {i}": {"perturb": [i]} for i in blocks}, "all": {"perturb": blocks}}
     numbers = compare_pictures(model, prompts, variants, out / "perturb.png",
@@ -289,7 +224,7 @@ def perturb(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
     return numbers
 
 
-def guide(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
+def guide(model, prompts, out):
     """Fig. 6, 32: Eq. 7 with s = 1 and one block after the other, on top of classifier-free guidance."""
     blocks = range(model.transformer.config.depth)
     variants = {"none": {}, **{f"block {i}": {"pag": 1.0, "blocks": [i]} for i in blocks}}
@@ -300,11 +235,11 @@ def guide(model: Seg4Diff, prompts: list[str], out: Path) -> dict:
 # ---------------------------------------------------------------------------- pictures of a data set
 
 
-def expert(model: Seg4Diff, prompts: list[str], out: Path, data: Dataset, limit: int = 100) -> dict:
+def expert(model, prompts, out, data, limit=100):
     """mIoU, value norms and sensitivity to perturbation of every block, side by side; do they name the same block?"""
     names = subset(data.names, limit)
     evaluation = protocol.evaluation(model, data, "layers")
-    variants = [v for v in evaluation.variants if v.kind == "softmax"]
+    variants = [v for v in evaluation.variants if v.kind == "softmax"]       # I2T
     counts = []
     for _, rows in tqdm(evaluation._replace(variants=variants).count(names), total=len(names), desc="mIoU of blocks"):
         if isinstance(rows, dict) and rows:              # else it cannot be read, or has no labels
@@ -312,79 +247,89 @@ def expert(model: Seg4Diff, prompts: list[str], out: Path, data: Dataset, limit:
     counts = np.array(counts)                                                # (n, depth, K, K)
     miou, best = analysis.bootstrap(counts)                                  # (draws, depth), (depth,)
     low, high = np.percentile(miou, [2.5, 97.5], axis=0)                     # (depth,) each
-    total = np.array([scores(c)["mIoU"] for c in counts.sum(0)])             # (depth,)
-    norms, _ = norms_of(model, prompts)
+    norms, _ = analysis.mean_norms(model, prompts)
     items = [data.read(name) for name in names[:32]]
-    measures = {
-        "mIoU [%]": total, "value norm, prompt / image": np.array(norms["prompt"]) / np.array(norms["image"]),
-        "change by blurring I2T [%]": analysis.sensitivity(model, items, data.classes, model.preset.sigma).mean(0)}
-    fig, axes = new_figure(3, 4.6, 3.2, f"Which block is the expert? {model.name}, {data.name}")
-    for ax, (label, y) in zip(axes[0], measures.items(), strict=True):
-        ax.bar(range(len(y)), y)[y.argmax()].set_color("C1")
+    change = analysis.sensitivity(model, items, data.classes, model.preset.sigma)            # (n, depth)
+    rows = {"mIoU [%]": [scores(c)["mIoU"] for c in counts.sum(0)],
+            "value norm, prompt / image": list(np.divide(norms["prompt"], norms["image"])),
+            "change by blurring I2T [%]": change.mean(0).tolist()}
+    blocks = range(len(variants))
+    fig, axes = new_figure(1, 3, f"Which block is the expert? {model.name}, {data.name}")
+    for ax, (label, y) in zip(axes[0], rows.items()):
+        bars = ax.bar(blocks, y)
+        bars[np.argmax(y)].set_color("C1")
         ax.set(xlabel="block", ylabel=label)
         ax.locator_params("x", integer=True)
-    axes[0, 0].errorbar(range(len(total)), total, np.clip([total - low, high - total], 0, None), fmt="k,")
-    save_figure(fig, out / "expert.png")
-    return {"n": len(counts), "prompts": len(prompts), "rows": {label: y.tolist() for label, y in measures.items()},
-            "best": {label: int(y.argmax()) for label, y in measures.items()},
-            "95% of mIoU": [low.tolist(), high.tolist()],
-            "share of bootstrap draws in which a block has the best mIoU": best.tolist(),
-            "rank correlation": {f"{a} ~ {b}": spearmanr(measures[a], measures[b]).statistic
-                                 for a, b in combinations(measures, 2)}}
+    axes[0, 0].vlines(blocks, low, high, color="black")
+    fig.savefig(out / "expert.png")
+    return {"n": len(counts), "prompts": len(prompts), "rows": rows,
+            "best": {label: int(np.argmax(y)) for label, y in rows.items()}, "95% of mIoU": [list(low), list(high)],
+            "share of bootstrap draws in which a block has the best mIoU": list(best),
+            "rank correlation": {f"{a} ~ {b}": spearmanr(rows[a], rows[b]).statistic for a, b in combinations(rows, 2)}}
 
 
-def text_matters(model: Seg4Diff, prompts: list[str], out: Path, data: Dataset, limit: int = 100) -> dict:
-    """How much of the flow loss of real pictures their class names save, against the empty prompt, at each noise level;
-    and what the names of the next picture do."""
+def text_matters(model, prompts, out, data, limit=100):
+    """How much of a picture's flow loss its class names save, and those of the next picture, at each noise level."""
     items = [data.read(name) for name in subset(data.names, min(limit, 32))]
-    images = [item.image for item in items]
     named = [seg4diff.names_of(model.text, item.labels, data.classes) for item in items]
-    captions = [[names, "", named[i - len(named) + 1]] for i, names in enumerate(named)]
+    captions = [[names, "", others] for names, others in zip(named, named[1:] + named[:1])]
     rows = {}
     for sigma in tqdm(sorted({0.1, 0.3, 0.7, 0.9, round(model.preset.sigma, 3)}), desc="text", unit="level"):
-        losses = analysis.caption_losses(model, images, captions, sigma)     # (n, 3)
-        true = 100 * (losses[:, 1] - losses[:, 0]) / losses[:, 1]            # (n,)
-        other = 100 * (losses[:, 1] - losses[:, 2]) / losses[:, 1]           # (n,)
-        mean, error = mean_and_error(true)
+        losses = analysis.caption_losses(model, [item.image for item in items], captions, sigma)       # (n, 3)
+        true = analysis.loss_saved(losses, 0, 1)                             # (n,)
+        other = analysis.loss_saved(losses, 2, 1)                            # (n,)
+        mean, error = analysis.mean_and_error(true)
         rows[sigma] = {"own": mean, "error": error, "others": float(other.mean()),
                        "own explain better than others [% of pictures]": 100 * np.mean(true > other)}
-    fig, axes = new_figure(1, 5.4, 3.6, f"At which noise levels words matter, {model.name}, {data.name}")
-    ax = axes[0, 0]
+    fig, [[ax]] = new_figure(1, 1, f"At which noise levels words matter, {model.name}, {data.name}")
     ax.errorbar(list(rows), [row["own"] for row in rows.values()], [row["error"] for row in rows.values()], fmt="o-",
                 label="the picture's own class names")
     ax.plot(list(rows), [row["others"] for row in rows.values()], "s--", label="those of the next picture")
-    ax.axvline(model.preset.sigma, color="black", ls=":", label="where segmentation reads")
+    ax.axvline(model.preset.sigma, color="black", ls=":", label="noise level of segmentation")
     ax.axhline(0, color="grey", lw=0.8)
     ax.set(xlabel="sigma", ylabel="flow loss saved [%]")
     ax.legend()
-    save_figure(fig, out / "text.png")
+    fig.savefig(out / "text.png")
     return {"n": len(items), "flow loss saved by class names [%]": rows}
 
 
-def magnet_maps(model: Seg4Diff, prompts: list[str], out: Path, data: Dataset, base: Seg4Diff) -> dict:
-    """Fig. 12, 33: masks and class maps of the same noised pictures without (base) and with a LoRA; and what the same
-    noise becomes, without and with."""
+def class_shares(model, item, data):
+    """A picture's class names, the argmax in colour, and each class's share among the classes, which it compares."""
+    ids = classes_in(item.labels)
+    names = [data.classes[k] for k in ids]
+    seg = seg4diff.segment(model, item.image, names, seed=image_seed(item.name, 0))
+    argmax = overlay(item.image, ids[seg.labels], palette(len(data.classes)))
+    return names, argmax, list(seg.maps / seg.maps.sum(0))                   # K x (h, w)
+
+
+def strip(model, prompts, out, data):
+    """Fig. 7: a picture, a heat map for each class name, and the argmax over them."""
+    item = data.read(data.names[3])
+    names, argmax, maps = class_shares(model, item, data)
+    title = f"Block {model.preset.block} of {model.name} (Fig. 7); maps: each class's share, dark 0, bright 1"
+    row = [item.image, *maps, argmax]
+    picture_rows(out / "strip.png", title, [], [row], [["picture", *names, "argmax"]], vmin=0, vmax=1)
+    return {"picture": item.name}
+
+
+def magnet_maps(model, prompts, out, data, base):
+    """Fig. 12, 33: class maps of noised pictures, and pictures from the same noise, without (base) and with a LoRA."""
     items = [data.read(name) for name in data.names[:3]]
-    colours = palette(len(data.classes))
     rows = []
     titles = []
     for item in items:
-        ids = classes_in(item.labels)
-        names = [data.classes[k] for k in ids]
-        truth = overlay(item.image, item.labels, colours)
+        truth = overlay(item.image, item.labels, palette(len(data.classes)))
         for m, picture, caption in ((base, item.image, "picture"), (model, truth, "truth")):
-            seg = seg4diff.segment(m, item.image, names, seed=seg4diff.image_seed(item.name, 0))
-            share = seg.maps / seg.maps.sum(0)                               # (K, h, w), what argmax compares
-            rows.append([picture, overlay(item.image, ids[seg.labels], colours), *share[:6]])
+            names, argmax, maps = class_shares(m, item, data)
+            rows.append([picture, argmax, *maps[:6]])
             titles.append([caption, "argmax", *names])
-    picture_rows(out / "magnet.png", f"Block {model.preset.block} without and with {model.name.partition('+')[2]} (Fig. "
-                 "12, 33); maps: each class's share among the classes, dark 0, bright 1",
-                 ["without", "with"] * len(items), rows, titles, 1.4, vmin=0, vmax=1)
-    few = prompts[:4]
-    before = draw_prompts(base, few)
-    after = draw_prompts(model, few)
-    captions = [f"without: {prompt}" for prompt in few] + ["with, from the same noise"] * len(few)
-    sheet(before + after, captions, columns=len(few)).save(out / "magnet_pictures.png")
+    title = (f"Block {model.preset.block} without and with the LoRA {model.name.removeprefix(base.name + '+')} "
+             "(Fig. 12, 33); maps: each class's share among the classes, dark 0, bright 1")
+    picture_rows(out / "magnet.png", title, ["without", "with"] * len(items), rows, titles, vmin=0, vmax=1)
+    before = seg4diff.generate(base, prompts[:4])
+    after = seg4diff.generate(model, prompts[:4])
+    captions = [f"without: {prompt}" for prompt in prompts[:4]] + ["with, from the same noise"] * len(after)
+    sheet(before + after, captions, columns=len(after)).save(out / "magnet_pictures.png")
     change = np.abs(np.stack(before).astype(float) - np.stack(after)).mean()
     return {"pictures": [item.name for item in items], "change of generated pictures [grey levels of 255]": change}
 
@@ -398,7 +343,7 @@ def toy(model: Seg4Diff) -> bool:
 
 
 def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[str]:
-    """The first prompts of a file, one a line; without one, captions of the toy world for nano, the paper's for others.
+    """The first prompts of a file, one to a line; without one, captions of the toy world for nano, else the paper's.
 
     ValueError: there is no such file, or no prompt in it.
     """
@@ -413,26 +358,25 @@ def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[s
     return prompts[:limit]
 
 
-FIGURES: dict[str, Callable[..., dict]] = {
-    "shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads, "pads": pads, "gallery": gallery,
-    "perturb": perturb, "guide": guide, "expert": expert, "text": text_matters, "magnet": magnet_maps}
+FIGURES = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads, "pads": pads,
+           "gallery": gallery, "perturb": perturb, "guide": guide, "strip": strip, "expert": expert,
+           "text": text_matters, "magnet": magnet_maps}
 
 
-def main(args: argparse.Namespace) -> None:
-    for figure in args.figures:
-        if figure not in FIGURES:
-            raise ValueError(f"there is no figure {figure!r}; choose from {', '.join(FIGURES)}")
+def main(args):
     if "magnet" in args.figures and args.lora is None:
         raise ValueError("magnet shows a model without and with a LoRA; name one with --lora")
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     prompts = prompts_for(model, args.limit, args.prompts)
-    dataset = args.dataset or ("scenes-dev" if toy(model) else "voc")
     out = args.out or Path("out") / f"figures-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
-    for figure in args.figures or [f for f in FIGURES if f != "magnet" or args.lora]:
+    chosen = args.figures
+    if "all" in chosen:                                  # by default
+        chosen = [figure for figure in FIGURES if figure != "magnet" or args.lora]
+    for figure in chosen:
         inputs = [model, prompts, out]
-        if figure in ("expert", "text", "magnet"):
-            inputs.append(DATASETS[dataset](args.data_root))
+        if figure in ("strip", "expert", "text", "magnet"):
+            inputs.append(DATASETS[args.dataset or ("scenes-dev" if toy(model) else "voc")](args.data_root))
         if figure in ("expert", "text"):
             inputs.append(2 * args.limit)
         if figure == "magnet":
@@ -447,12 +391,11 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("figures", nargs="*", help=f"{', '.join(FIGURES)} (default: all; magnet only with --lora)")
+    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default="all", help="magnet only with --lora")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
-    parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; pictures: expert twice as many, text 32")
-    parser.add_argument("--dataset", choices=DATASETS, help="pictures of expert, text and magnet (default: scenes-dev "
-                        "for nano, else voc)")
+    parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; twice as many pictures, text: 32")
+    parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/figures-MODEL)")
-    add_model_options(parser)
+    add_model_options(parser, seed=False)
     command(main, parser)

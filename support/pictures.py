@@ -57,13 +57,13 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image
     strip = Image.new("RGB", (widest, y + 26), "white")
     pen = ImageDraw.Draw(strip)
     over_grey = (STRENGTH * colours + (1 - STRENGTH) * 128).astype(int)      # (K, 3)
-    for (x, y), name, colour in zip(corners, names, over_grey, strict=True):
+    for (x, y), name, colour in zip(corners, names, over_grey):
         pen.rectangle([x + 4, y + 5, x + 18, y + 19], fill=tuple(colour), outline="black")
         pen.text((x + 23, y + 3), name, fill="black", font=font)
     return strip
 
 
-def tile(pictures: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.Image:
+def tile(pictures, columns, gap=0):
     """Pictures of one size in rows of `columns` at most, with `gap` pixels of white between them."""
     columns = min(columns, len(pictures))
     w = pictures[0].width + gap
@@ -74,7 +74,7 @@ def tile(pictures: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.I
     return out
 
 
-def stack(*rows: Image.Image) -> Image.Image:
+def stack(*rows):
     """Pictures below each other on white."""
     out = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     y = 0
@@ -84,7 +84,7 @@ def stack(*rows: Image.Image) -> Image.Image:
     return out
 
 
-def wrap(caption: str, font: ImageFont.ImageFont, width: int) -> str:
+def wrap(caption, font, width):
     """A caption with line ends where it would be wider than `width` pixels."""
     lines = [""]
     for word in caption.split():
@@ -109,9 +109,8 @@ def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int =
     wrapped = [wrap(caption, font, w - 6) for caption in captions]
     lines = max(caption.count("\n") + 1 for caption in wrapped)
     cells = []
-    for image, caption in zip(images, wrapped, strict=True):
-        cell = Image.new("RGB", (w + 6, h + 18 * lines + 8), "white")
-        cell.paste(image.resize((w, h), Image.Resampling.BICUBIC))
+    for image, caption in zip(images, wrapped):
+        cell = ImageOps.expand(image.resize((w, h), Image.Resampling.BICUBIC), (0, 0, 6, 18 * lines + 8), "white")
         ImageDraw.Draw(cell).multiline_text((2, h + 2), caption, fill="black", font=font)
         cells.append(cell)
     return tile(cells, columns)

@@ -3,7 +3,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from nano import scenes
 from support import pictures
@@ -33,7 +33,8 @@ def test_legend_shows_every_colour():
     narrow, wide = (pictures.legend(names, colours, width) for width in (300, 2000))
     assert narrow.width == 300 and wide.width == 2000 and narrow.height > 2 * wide.height
     for strip in (narrow, wide):
-        over = pictures.overlay(Image.new("RGB", (1, len(names)), (128, 128, 128)), np.arange(len(names))[:, None], colours)
+        grey = Image.new("RGB", (1, len(names)), (128, 128, 128))
+        over = pictures.overlay(grey, np.arange(len(names))[:, None], colours)
         assert {over.getpixel((0, i)) for i in range(len(names))} <= {c for _, c in strip.getcolors(1 << 16)}
 
 
@@ -50,6 +51,26 @@ def test_stack():
     assert out.size == (5, 6)
     red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
     assert [out.getpixel(at) for at in ((4, 1), (0, 2), (2, 5), (3, 5))] == [red, blue, blue, white]
+
+
+def test_tile():
+    red, blue = (Image.new("RGB", (5, 2), colour) for colour in ("red", "blue"))
+    out = pictures.tile([red, blue, red], 2, gap=1)
+    assert out.size == (11, 5) and pictures.tile([red], 2, gap=1).size == (5, 2)
+    where = {(4, 1): "red", (5, 0): "white", (6, 0): "blue", (0, 2): "white", (0, 3): "red", (6, 3): "white"}
+    assert all(out.getpixel(at) == ImageColor.getrgb(colour) for at, colour in where.items())
+
+
+def test_overlay_grid():
+    """Picture, truth and prediction beside each other, in their order, under the title and above the legend."""
+    image = Image.new("RGB", (40, 20), (100, 100, 100))
+    truth, wrong = np.zeros((20, 40), np.uint8), np.ones((20, 40), np.uint8)
+    grid = pictures.overlay_grid([(image, truth, truth), (image, truth, wrong), (image, wrong, truth)], ["a", "b"])
+    over = [pictures.overlay(image, labels, pictures.palette(2)).getpixel((0, 0)) for labels in (truth, wrong)]
+    assert grid.height > 24 + 2 * 192 and grid.width == 6 * 192 + 4 * 2 + 8
+    row = [grid.getpixel((i * 194 + 90 + (6 if i > 2 else 0), 100)) for i in range(6)]
+    assert row == [(100, 100, 100), over[0], over[0], (100, 100, 100), over[0], over[1]]
+    assert [grid.getpixel((i * 194 + 90, 300)) for i in range(3)] == [(100, 100, 100), over[1], over[0]]
 
 
 def test_small_files():
