@@ -13,19 +13,17 @@ train_magnet.py is the loop around them.  Where the paper is silent, this is wha
   a picture's masks and pictures, so that a crowded picture counts as much as one with a single mask.
 * Both losses see the same noisy latent, whatever its noise level; the LoRA is not dropped out.
 """
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import seg4diff
 from loading import Seg4Diff, shifted
-from mmdit import JointQKV, i2t_attention
+from mmdit import i2t_attention
 from support.data import MAX_MASKS, Pair
 from support.ledger import world
 
@@ -56,8 +54,7 @@ class Settings(NamedTuple):
 # ---------------------------------------------------------------------------- losses
 
 
-def flow_matching(model: Seg4Diff, z0: Tensor, eps: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor,
-                  capture: Sequence[int] = ()) -> tuple[Tensor, dict[int, JointQKV]]:
+def flow_matching(model: Seg4Diff, z0: Tensor, eps: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, capture=()):
     """The flow-matching loss, and q, k, v of the blocks to capture, from one forward pass.
 
     z0 and eps (B, C, ., .): clean latents and their noise, fp32; sigma (B,): noise levels in [0, 1].
@@ -72,7 +69,7 @@ def minmax(maps: Tensor) -> Tensor:
     return seg4diff.rescale(maps, -1)
 
 
-def zscore(maps: Tensor) -> Tensor:
+def zscore(maps):
     """Sigmoid of each map (..., N) at zero mean and unit variance: (..., N) in [0, 1]."""
     return torch.sigmoid((maps - maps.mean(-1, keepdim=True)) / maps.std(-1, keepdim=True).clamp_min(1e-12))
 
@@ -93,8 +90,8 @@ def pair_losses(p: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return focal, dice
 
 
-def mask_loss(focal: Tensor, dice: Tensor) -> Tensor:
-    """The mask loss of focal and Dice losses of equal shape, which it keeps."""
+def mask_loss(focal, dice):
+    """The mask loss, of focal and Dice losses of any equal shape."""
     return FOCAL_WEIGHT * focal + DICE_WEIGHT * dice                         # Eq. 12
 
 
@@ -104,19 +101,21 @@ def match(p: Tensor, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
     NOTE(official): the released code weighs 0.02 focal + 1 Dice here; the paper matches by the mask loss itself.
     """
     cost = mask_loss(*pair_losses(p.detach(), masks))                        # (P, K)
-    return linear_sum_assignment(cost.nan_to_num().cpu().numpy())            # of nan it would make an error of its own
+    return linear_sum_assignment(cost.nan_to_num().cpu().numpy())            # scipy refuses nan; the loop names it
 
 
-def matched_losses(p: Tensor, masks: Tensor, hungarian: bool) -> tuple[Tensor, Tensor]:
-    """Mean focal and Dice loss over pairs of maps (P, N) and masks (K, N): matched ones, or the i-th with the i-th."""
-    if len(masks) == 0:
-        return p.sum() * 0, p.sum() * 0
+def matched_losses(p, masks, hungarian):
+    """Mean focal and Dice loss over pairs of maps (P, N) and masks (K, N): matched ones, or the i-th with the i-th.
+
+    Both are 0 for a picture without masks.
+    """
     if hungarian:
         rows, columns = match(p, masks)
         p = p[rows]                                                          # (K, N)
         masks = masks[columns]                                               # (K, N)
-    focal, dice = pair_losses(p, masks)
-    return focal.diagonal().mean(), dice.diagonal().mean()
+    focal, dice = pair_losses(p, masks)                                      # 2 x (K, K), a pair on the diagonal
+    K = max(1, len(masks))
+    return focal.diagonal().sum() / K, dice.diagonal().sum() / K
 
 
 # ---------------------------------------------------------------------------- what a picture becomes
@@ -158,14 +157,14 @@ def features(model: Seg4Diff, pair: Pair, by_name: bool) -> Features:
 # ---------------------------------------------------------------------------- one step
 
 
-def draw_sigma(kind: str, shift: float, generator: torch.Generator) -> Tensor:
+def draw_sigma(kind, shift, generator):
     """A noise level (1,): "uniform" (Eq. 2), or "logit-normal", shifted as the sampler's schedule (released code)."""
     if kind == "uniform":
         return torch.rand(1, generator=generator)
     return shifted(torch.sigmoid(SIGMA_STD * torch.randn(1, generator=generator)), shift)
 
 
-def candidate_maps(attn: Tensor, spans: Sequence[slice], settings: Settings, L: int) -> Tensor:
+def candidate_maps(attn, spans, settings, L):
     """One picture's I2T attention (H, N, M) -> the maps that masks are matched with, normalised, (P, N) in [0, 1].
 
     P = K, the maps of the masks' names at `spans`, or those of all L CLIP columns: P = L, for each head H*L.
@@ -180,18 +179,18 @@ def candidate_maps(attn: Tensor, spans: Sequence[slice], settings: Settings, L: 
     return NORMALISATIONS[settings.normalise](maps)
 
 
-def batch_losses(model: Seg4Diff, batch: Sequence[Features], seeds: Sequence[int], settings: Settings
-                 ) -> dict[str, Tensor]:
+def batch_losses(model: Seg4Diff, batch: list[Features], seeds: list[int], settings: Settings) -> dict[str, Tensor]:
     """One forward pass -> {"flow", "focal", "dice", "loss"}, means over the batch; a seed gives noise and its level."""
-    z0 = torch.stack([f.z0 for f in batch]).to(model.device).float()         # (B, C, ., .)
-    ctx = torch.stack([f.ctx for f in batch]).to(model.device)               # (B, M, ctx_dim)
-    pooled = torch.stack([f.pooled for f in batch]).to(model.device)         # (B, pooled_dim)
+    device = model.device
+    block = model.preset.block
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     sigma = torch.cat([draw_sigma(settings.sigma, model.preset.shift, g) for g in generators])   # (B,)
-    eps = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in generators])              # (B, C, ., .)
-    device, block = model.device, model.preset.block
+    eps = torch.stack([torch.randn(batch[0].z0.shape, generator=g) for g in generators])         # (B, C, ., .)
+    z0 = torch.stack([f.z0 for f in batch]).float()                          # (B, C, ., .)
+    ctx = torch.stack([f.ctx for f in batch]).to(device)                     # (B, M, ctx_dim)
+    pooled = torch.stack([f.pooled for f in batch]).to(device)               # (B, pooled_dim)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        flow, taps = flow_matching(model, z0, eps.to(device), sigma.to(device), ctx, pooled, {block})
+        flow, taps = flow_matching(model, z0.to(device), eps.to(device), sigma.to(device), ctx, pooled, {block})
     pairs = []
     for attn, f in zip(i2t_attention(taps[block]), batch, strict=True):      # (H, N, M)
         p = candidate_maps(attn, f.spans, settings, model.text.length)       # (P, N)
@@ -202,8 +201,7 @@ def batch_losses(model: Seg4Diff, batch: Sequence[Features], seeds: Sequence[int
     return {"flow": flow, "focal": focal, "dice": dice, "loss": loss}
 
 
-def gradient(model: Seg4Diff, params: Sequence[nn.Parameter], batches: Sequence[tuple], settings: Settings
-             ) -> dict[str, float]:
+def gradient(model: Seg4Diff, params: list[nn.Parameter], batches: list[tuple], settings: Settings) -> dict[str, float]:
     """Gradient of the mean loss over all batches [(features, seeds)] of all processes into params; the mean losses."""
     mean = torch.zeros(4, device=model.device)
     for batch, seeds in batches:
@@ -213,6 +211,6 @@ def gradient(model: Seg4Diff, params: Sequence[nn.Parameter], batches: Sequence[
     processes = world()[1]
     if processes > 1:
         for x in (*(p.grad for p in params), mean):
-            dist.all_reduce(x)                                               # the sum over processes
+            torch.distributed.all_reduce(x)                                               # the sum over processes
             x.div_(processes)
     return dict(zip(losses, mean.tolist(), strict=True))
