@@ -10,7 +10,6 @@
                                                          # (the paper: with --dataset voc21)
     python evaluate.py --task timesteps                  # Fig. 15 / supplement Fig. 2: against the noise level
     python evaluate.py --task normalization              # Table 5 / supplement Table 1: what is compared
-    python evaluate.py --dataset folder --data-root DIR --classes "cat,sofa"     # one's own pictures, no scores
     torchrun --nproc-per-node=4 evaluate.py --dataset ade20k                     # the pictures shared out
 
 Every run prints floor and ceiling beside the score: random maps, and the ground truth itself reduced to the
@@ -18,25 +17,23 @@ patch grid, through the same protocol on the same pictures.  Results go to --out
 that is killed goes on where it stopped (support/ledger.py).
 """
 import argparse
-import os
 import platform
 import time
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import seg4diff
+from loading import Seg4Diff, image_seed
 from protocol import TASKS, Evaluation, Protocol, add_up, evaluation
-from seg4diff import Seg4Diff, image_seed
 from support.cli import Parser, add_model_options, at_least, command
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.ledger import Ledger, wait_for_all, world, write_json
 from support.metrics import table
-from support.pictures import open_image, overlay_grid, palette, panels
+from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, peak_megabytes, plot
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
@@ -60,18 +57,18 @@ def identity_of(ev: Evaluation) -> dict:
 
 def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     """What is printed above the table, a fact a line."""
-    model, protocol, first, last = ev.model, ev.protocol, ev.variants[0], ev.variants[-1]
+    model, first, last = ev.model, ev.variants[0], ev.variants[-1]
     facts = {"task": ev.task, "data": f"{ev.data.name}, {n} pictures, {len(ev.data.classes)} classes",
              "model": f"{model.name} ({model.fingerprint}), {str(model.dtype).removeprefix('torch.')}",
-             "block": str(first.block) if first.block == last.block else f"{first.block} to {last.block}",
-             "sigma": f"{first.sigma:.3f}" if first.sigma == last.sigma else f"{first.sigma:.3f} to {last.sigma:.3f}",
-             "prompt": f"{protocol.prompt} classes" if first.threshold is None else "empty"}
+             "block": f"{first.block}" if first.block == last.block else f"{first.block} to {last.block}",
+             "sigma": f"{first.sigma:.3f}" if first.sigma == last.sigma else f"{first.sigma:.3f} to {last.sigma:.3f}"}
     if ev.task == "unsup":
         facts["merging"] = f"maps scaled over: {first.scaling}, merged below KL {first.threshold:g}"
-    return facts | {"picture": protocol.resize, "noise": f"seed {protocol.seed}, draws {protocol.draws}"}
+    prompt = {} if first.threshold is None else {"prompt": "empty"}
+    return facts | {key: str(value) for key, value in ev.protocol._asdict().items()} | prompt
 
 
-def count_into(ledger: Ledger, ev: Evaluation, names: list[str], shape: tuple[int, int], silent: bool) -> None:
+def count_into(ledger, ev, names, shape, silent):
     """Count the pictures that the ledger lacks, a line each, under a bar that shows the best mIoU so far."""
     todo = [name for name in names if name not in ledger.done]
     total = ledger.sum(names, shape)
@@ -99,22 +96,12 @@ def examples(ev: Evaluation, names: list[str]) -> Image.Image:
     return overlay_grid(shown, ev.data.classes)
 
 
-def report_broken(broken: dict[str, str], n: int) -> None:
-    """Say which pictures were left out.  ValueError: all of them."""
-    if broken and len(broken) == n:
-        name, why = next(iter(broken.items()))
-        raise ValueError(f"none of the {n} pictures could be read; the first: {name} ({why})")
-    if broken:
-        print(f"{len(broken)} of {n} pictures could not be read and are left out: "
-              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
-
-
 def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> dict[str, dict]:
     """One task on one data set: count what the ledger lacks, then report all that it has; rows of the table."""
     start = time.time()
     rank, processes = world()
     ev = evaluation(model, data, args.task, Protocol(args.seed, args.prompt, args.resize, args.draws), args.batch_size)
-    merging = {key: value for key, value in (("threshold", args.threshold), ("scaling", args.scaling)) if value is not None}
+    merging = {key: getattr(args, key) for key in ("threshold", "scaling") if getattr(args, key) is not None}
     ev = ev._replace(variants=[v._replace(**merging) for v in ev.variants])
     identity = identity_of(ev)
     names = subset(data.names, args.limit)
@@ -126,7 +113,9 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
 
     ledger = Ledger(out, identity)                                           # with what the other processes wrote
     broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
-    report_broken(broken, len(names))
+    if len(broken) == len(names):
+        raise ValueError(f"none of the {len(names)} pictures of {data.name} could be read; the first: "
+                         f"{broken[names[0]]}")
     total = ledger.sum(names, shape)
     if not total:
         raise ValueError(f"no pixel was scored: the pictures of {data.name} have no labelled pixel")
@@ -142,6 +131,9 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     for fact, value in facts.items():
         print(f"{fact + ':':9s}{value}")
     print(table(rows))
+    if broken:
+        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
+              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
     if len(ev.variants) == 1:
         iou = zip(data.classes, rows[ev.variants[0].name]["IoU"])
         print("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
@@ -154,42 +146,10 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     return rows
 
 
-# ---------------------------------------------------------------------------- pictures of one's own
-
-
-def run_folder(args: argparse.Namespace, model: Seg4Diff, out: Path) -> None:
-    """Label maps (palette PNGs, value k the k-th class) and overlays of a folder's pictures; no truth, no scores."""
-    start = time.time()
-    rank, processes = world()
-    classes = [name.strip() for name in args.classes.split(",") if name.strip()]
-    seg4diff.split_classes(model.text, classes)                              # raises now if a name does not fit
-    names = sorted(p.name for p in args.data_root.iterdir() if p.suffix.lower() in Image.registered_extensions())
-    if not names or len({Path(name).stem for name in names}) < len(names):
-        raise ValueError(f"{args.data_root} must hold pictures, no two of them with the same name before the dot; "
-                         f"it holds {len(names)} pictures")
-    for folder in ("labels", "overlays"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    names = subset(names, args.limit)[rank::processes]
-    broken = {}
-    for name in tqdm(names, desc="segmenting", unit="image", disable=rank > 0):
-        try:
-            image = open_image(args.data_root / name)
-        except ValueError as e:
-            broken[name] = str(e)
-            continue
-        labels = seg4diff.segment(model, image, classes, seed=image_seed(name, args.seed)).labels
-        picture = Image.fromarray(labels.astype(np.uint8))
-        picture.putpalette(palette(len(classes)).ravel().tolist())
-        picture.save(out / "labels" / f"{Path(name).stem}.png")
-        panels(image, labels, classes).save(out / "overlays" / f"{Path(name).stem}.png")
-    report_broken(broken, len(names))
-    print(f"{time.time() - start:.0f} s; wrote {out}/labels and {out}/overlays")
-
-
 # ---------------------------------------------------------------------------- command line
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args):
     """ValueError: options that do not go together, one sentence each."""
     if args.threshold is not None and not args.threshold > 0:
         raise ValueError(f"--threshold must be positive, not {args.threshold}")
@@ -198,19 +158,10 @@ def check(args: argparse.Namespace) -> None:
     if args.prompt == "all" and args.task in ("unsup", "thresholds"):
         raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
     if args.dataset == "all" and args.task not in PAPER:
-        raise ValueError(f"--dataset all is for the tables of the paper: --task ovss or unsup")
-    if (args.dataset == "folder") != (args.classes is not None):
-        raise ValueError("--dataset folder and --classes cat,dog,... go together")
-    if args.dataset == "folder" and (args.task != "ovss" or not args.data_root.is_dir()):
-        raise ValueError("--dataset folder segments the pictures of --data-root, which must be a folder, not "
-                         f"{args.data_root}, and knows --task ovss only")
-    one_picture = (args.prompt, args.resize, args.draws, args.batch_size) == ("present", "squash", 1, None)
-    if args.dataset == "folder" and not one_picture:
-        raise ValueError("--dataset folder looks for all --classes in whole pictures, one at a time: "
-                         "--prompt, --resize, --draws and --batch-size do not go with it")
+        raise ValueError("--dataset all is for the tables of the paper: --task ovss or unsup")
 
 
-def find_sets(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, str]]:
+def find_sets(args):
     """The data sets that are asked for; of the paper's whole table, those that are there, and why others are not."""
     if args.dataset != "all":
         return [DATASETS[args.dataset](args.data_root)], {}
@@ -226,49 +177,37 @@ def find_sets(args: argparse.Namespace) -> tuple[list[Dataset], dict[str, str]]:
     return found, missing
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args):
     check(args)
-    folder = args.dataset == "folder"
-    sets, missing = ([], {}) if folder else find_sets(args)
+    sets, missing = find_sets(args)
     name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
-    device = args.device
-    if device != "cpu" and torch.cuda.is_available() and world()[1] > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"                          # torchrun: a GPU for each process
-    model = seg4diff.load(name, device, args.dtype, segment_only=args.task not in ("layers", "heads"), lora=args.lora)
+    segment_only = args.task not in ("layers", "heads")
+    model = seg4diff.load(name, args.device, args.dtype, segment_only, args.lora)
     if model.name in ("floor", "ceiling"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
     out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
-    if folder:
-        run_folder(args, model, out)
-    elif args.dataset != "all":
+    if args.dataset != "all":
         run(args, model, sets[0], out)
-    else:
-        results = {data.name: run(args, model, data, out / data.name) for data in sets}
-        if world()[0] == 0:
-            print(paper_table(args.task, model.name, results))
-        if world()[0] == 0 and missing:
-            print(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the tree that is "
-                  "expected")
+        return
+    results = {data.name: run(args, model, data, out / data.name) for data in sets}
+    if world()[0] == 0:
+        print(paper_table(args.task, model.name, results))
+        if missing:
+            print(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the expected tree")
 
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--task", default="ovss", choices=TASKS)
-    parser.add_argument("--dataset", default="scenes", choices=[*DATASETS, "all", "folder"],
-                        help="a data set, all of the paper's table, or a folder of one's own")
+    parser.add_argument("--dataset", default="scenes", choices=[*DATASETS, "all"], help="or all of the paper's table")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
-    parser.add_argument("--classes", help="for --dataset folder: names, separated by commas")
     parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
-    parser.add_argument("--prompt", default="present", choices=["present", "all"],
-                        help="the picture's classes, as the paper, or all of the data set")
-    parser.add_argument("--resize", default="squash", choices=["squash", "crop"],
-                        help="squash (as the released code), crop (as the paper says)")
+    parser.add_argument("--prompt", default="present", choices=["present", "all"], help="classes (the paper: present)")
+    parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="paper: crop; its code: squash")
     parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--threshold", type=float, help="unsup: KL below which maps merge (default: the model's)")
-    parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: what maps are scaled over (default: the "
-                        "model's)")
-    parser.add_argument("--batch-size", type=at_least(1), help="pictures at once (default: the model's preset); in fp32 "
-                        "on the CPU it changes no number")
+    parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="pictures at once (default: the model's preset)")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
     add_model_options(parser, default=None)              # nano for scenes, sd3 for real pictures
     command(main, parser)

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import seg4diff
-from seg4diff import Seg4Diff, image_seed
+from loading import Seg4Diff, image_seed
+from seg4diff import Proposals, Segmentation
 from support.data import Dataset, Item, centre_crop, read_ahead
 from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
 
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
-# ---------------------------------------------------------------------------- variants
+# ---------------------------------------------------------------------------- variants: model -> list[Variant]
 
 
 class Variant(NamedTuple):
@@ -34,12 +35,12 @@ class Variant(NamedTuple):
     scaling: str | None = None          # seg4diff.SCALINGS
 
 
-def ovss(m: Seg4Diff) -> list[Variant]:
+def ovss(m):
     """Table 1."""
     return [Variant(m.name, m.preset.block, m.preset.sigma)]
 
 
-def layers(m: Seg4Diff) -> list[Variant]:
+def layers(m):
     """Fig. 8: every block, I2T and T2I."""
     blocks = range(m.transformer.config.depth)
     i2t = [Variant(f"block {i} I2T", i, m.preset.sigma) for i in blocks]
@@ -47,7 +48,7 @@ def layers(m: Seg4Diff) -> list[Variant]:
     return i2t + t2i
 
 
-def heads(m: Seg4Diff) -> list[Variant]:
+def heads(m):
     """Fig. 17: every head of every block."""
     variants = []
     for i in range(m.transformer.config.depth):
@@ -56,14 +57,14 @@ def heads(m: Seg4Diff) -> list[Variant]:
     return variants
 
 
-def timesteps(m: Seg4Diff) -> list[Variant]:
+def timesteps(m):
     """Fig. 15: noise levels, by the number of steps that are left."""
     steps = m.preset.steps
     schedule = seg4diff.sigmas(steps, m.preset.shift).tolist()
     return [Variant(f"t = {n} of {steps}", m.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
 
 
-def normalization(m: Seg4Diff) -> list[Variant]:
+def normalization(m):
     """Table 5: scores before and after the softmax, each map as it is or scaled to [0, 1]."""
     block, sigma = m.preset.block, m.preset.sigma
     return [Variant("before softmax", block, sigma, "logits"),
@@ -72,13 +73,13 @@ def normalization(m: Seg4Diff) -> list[Variant]:
             Variant("after softmax, min-max", block, sigma, minmax=True)]
 
 
-def unsup(m: Seg4Diff) -> list[Variant]:
+def unsup(m):
     """Table 2."""
     p = m.preset
     return [Variant(m.name, p.block, p.sigma, threshold=p.threshold, scaling=p.scaling)]
 
 
-def thresholds(m: Seg4Diff) -> list[Variant]:
+def thresholds(m):
     """How <pad> maps are merged: what Table 2's presets are chosen from."""
     variants = []
     for scaling in seg4diff.SCALINGS:
@@ -98,75 +99,52 @@ class Protocol(NamedTuple):
     draws: int = 1                      # noise draws whose maps are averaged
 
 
-class Prompted(NamedTuple):
-    """A picture, the classes that it is prompted with, and the seed of its noise."""
-    item: Item
-    ids: np.ndarray                     # (K,) int
-    names: list[str]
-    seed: int
-
-
-class Prediction(NamedTuple):
-    labels: np.ndarray                  # (height, width): classes of the data set, or numbers of proposals
-    values: np.ndarray                  # what labels can be: one value for each map that competed
-
-
-def prompted(item: Item, data: Dataset, protocol: Protocol) -> Prompted:
-    ids = np.arange(len(data.classes))
-    if protocol.prompt == "present":
-        ids = np.union1d(classes_in(item.labels), data.always).astype(int)
-    return Prompted(item, ids, [data.classes[k] for k in ids], image_seed(item.name, protocol.seed))
-
-
-Predictions = list[dict[str, Prediction]]                # for each picture {variant: prediction}
-
-
-def predict_named(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+# model, pictures, names and seeds of each, variants, draws -> for each picture {variant: Segmentation or Proposals}
+def predict_named(model, images, names, seeds, variants, draws):
     """One variant: what seg4diff.segment says."""
     (v,) = variants
-    segmentations = seg4diff.segment(model, [p.item.image for p in batch], [p.names for p in batch], block=v.block,
-                                     sigma=v.sigma, seed=[p.seed for p in batch], draws=draws)
-    return [{v.name: Prediction(p.ids[s.labels], p.ids)} for p, s in zip(batch, segmentations)]
+    out = seg4diff.segment(model, images, names, block=v.block, sigma=v.sigma, seed=seeds, draws=draws)
+    return [{v.name: segmentation} for segmentation in out]
 
 
-def predict_unnamed(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+def predict_unnamed(model, images, names, seeds, variants, draws):
     """One variant: what seg4diff.propose says."""
     (v,) = variants
-    found = seg4diff.propose(model, [p.item.image for p in batch], block=v.block, sigma=v.sigma,
-                             seed=[p.seed for p in batch], threshold=v.threshold, scaling=v.scaling, draws=draws)
-    return [{v.name: Prediction(proposals.labels, np.arange(len(proposals.maps)))} for proposals in found]
+    merging = {"threshold": v.threshold, "scaling": v.scaling}
+    out = seg4diff.propose(model, images, block=v.block, sigma=v.sigma, seed=seeds, draws=draws, **merging)
+    return [{v.name: proposals} for proposals in out]
 
 
 @torch.inference_mode()
-def sweep_named(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+def sweep_named(model, images, names, seeds, variants, draws):
     """Many variants off the same passes, by the functions that `segment` is made of."""
-    z0 = seg4diff.encode_image(model, [p.item.image for p in batch])         # (B, C, ., .)
-    out = [{} for _ in batch]
+    z0 = seg4diff.encode_image(model, images)                                # (B, C, ., .)
+    out = [{} for _ in images]
     for sigma in dict.fromkeys(v.sigma for v in variants):
         chosen = [v for v in variants if v.sigma == sigma]
-        attn = seg4diff.attend(model, z0, [p.names for p in batch], blocks=sorted({v.block for v in chosen}),
-                               sigma=sigma, seeds=[p.seed for p in batch], kinds=sorted({v.kind for v in chosen}),
-                               draws=draws)
-        for p, scores_of, row in zip(batch, attn, out):
+        blocks = sorted({v.block for v in chosen})
+        kinds = sorted({v.kind for v in chosen})
+        attn = seg4diff.attend(model, z0, names, blocks=blocks, sigma=sigma, seeds=seeds, kinds=kinds, draws=draws)
+        for b, image in enumerate(images):
             for v in chosen:
-                maps = seg4diff.class_maps(scores_of[v.block, v.kind], v.head, v.minmax)     # (K, h, w)
-                labels = seg4diff.label_map(maps, p.item.labels.shape).cpu().numpy()
-                row[v.name] = Prediction(p.ids[labels], p.ids)
+                maps = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax)       # (K, h, w)
+                labels = seg4diff.label_map(maps, (image.height, image.width)).cpu().numpy()
+                out[b][v.name] = Segmentation(labels, maps, names[b])
     return out
 
 
 @torch.inference_mode()
-def sweep_unnamed(model: Seg4Diff, batch: list[Prompted], variants: list[Variant], draws: int) -> Predictions:
+def sweep_unnamed(model, images, names, seeds, variants, draws):
     """The same <pad> maps merged in many ways, by the functions that `propose` is made of."""
-    z0 = seg4diff.encode_image(model, [p.item.image for p in batch])         # (B, C, ., .)
-    pads = seg4diff.pad_maps(model, z0, block=variants[0].block, sigma=variants[0].sigma,
-                             seeds=[p.seed for p in batch], draws=draws)     # (B, L, h, w)
-    out = [{} for _ in batch]
-    for p, tokens, row in zip(batch, pads, out):
+    z0 = seg4diff.encode_image(model, images)                                # (B, C, ., .)
+    block, sigma = variants[0].block, variants[0].sigma
+    pads = seg4diff.pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)  # (B, L, h, w)
+    out = [{} for _ in images]
+    for b, image in enumerate(images):
         for v in variants:
-            maps, _ = seg4diff.merge_maps(tokens, v.threshold, v.scaling)    # (P, h, w)
-            labels = seg4diff.label_map(maps, p.item.labels.shape).cpu().numpy()
-            row[v.name] = Prediction(labels, np.arange(len(maps)))
+            maps, members = seg4diff.merge_maps(pads[b], v.threshold, v.scaling)             # (P, h, w)
+            labels = seg4diff.label_map(maps, (image.height, image.width)).cpu().numpy()
+            out[b][v.name] = Proposals(labels, maps, members)
     return out
 
 
@@ -187,20 +165,21 @@ def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) 
 
 
 class Scoring(NamedTuple):
+    values: Callable                    # ids of the prompted classes, number of maps -> what the labels stand for
     count: Callable                     # truth, labels, K -> pixel counts (K, .), and the labels under classes' names
     score: Callable                     # counts, added up -> mIoU, mACC, pACC, IoU of each class
     columns: Callable                   # K -> width of the counts
 
 
 class Task(NamedTuple):
-    variants: Callable[[Seg4Diff], list[Variant]]
-    predict: Callable[[Seg4Diff, list[Prompted], list[Variant], int], Predictions]
+    variants: Callable                  # model -> list[Variant]
+    predict: Callable                   # one of the four above
     scoring: Scoring
 
 
 # With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
-NAMED = Scoring(lambda truth, labels, K: (confusion(truth, labels, K), labels), scores, lambda K: K)
-UNNAMED = Scoring(match_proposals, proposal_scores, lambda K: 3)
+NAMED = Scoring(lambda ids, P: ids, lambda truth, labels, K: (confusion(truth, labels, K), labels), scores, lambda K: K)
+UNNAMED = Scoring(lambda ids, P: np.arange(P), match_proposals, proposal_scores, lambda K: 3)
 TASKS = {"ovss": Task(ovss, predict_named, NAMED), "unsup": Task(unsup, predict_unnamed, UNNAMED),
          "thresholds": Task(thresholds, sweep_unnamed, UNNAMED), "layers": Task(layers, sweep_named, NAMED),
          "heads": Task(heads, sweep_named, NAMED), "timesteps": Task(timesteps, sweep_named, NAMED),
@@ -217,7 +196,7 @@ class Evaluation(NamedTuple):
     batch: int                          # pictures at once
 
     @property
-    def scoring(self) -> Scoring:
+    def scoring(self):
         return TASKS[self.task].scoring
 
     def read(self, name: str) -> Item:
@@ -227,21 +206,26 @@ class Evaluation(NamedTuple):
 
     def predict(self, items: list[Item]) -> list[dict[str, np.ndarray]]:
         """For each picture {row of the table: label map (height, width)}: variants, floor and ceiling."""
-        model = self.model
+        model, data, protocol = self.model, self.data, self.protocol
         side = model.preset.size // model.vae.factor // model.transformer.config.patch
-        batch = [prompted(item, self.data, self.protocol) for item in items]
-        predictions = TASKS[self.task].predict(model, batch, self.variants, self.protocol.draws)
+        ids = [np.arange(len(data.classes))] * len(items)
+        if protocol.prompt == "present":
+            ids = [np.union1d(classes_in(item.labels), data.always).astype(int) for item in items]
+        names = [[data.classes[k] for k in prompted] for prompted in ids]
+        seeds = [image_seed(item.name, protocol.seed) for item in items]
+        images = [item.image for item in items]
+        predictions = TASKS[self.task].predict(model, images, names, seeds, self.variants, protocol.draws)
         out = []
-        for p, found in zip(batch, predictions):
-            truth = p.item.labels
+        for item, prompted, seed, variants in zip(items, ids, seeds, predictions):
             rows = {}
-            for name, (labels, values) in found.items():
-                rows[name] = labels
+            for name, prediction in variants.items():
+                values = self.scoring.values(prompted, len(prediction.maps))
+                rows[name] = values[prediction.labels]
                 floor = f"{name} floor" if self.task == "thresholds" else "floor"      # each merges to its own number
                 if floor not in rows:
-                    rows[floor] = values[floor_map(len(values), (side, side), truth.shape, p.seed)]
-            present = classes_in(truth)
-            rows["ceiling"] = present[ceiling_map(truth, present, (side, side))]
+                    rows[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
+            present = classes_in(item.labels)
+            rows["ceiling"] = present[ceiling_map(item.labels, present, (side, side))]
             out.append(rows)
         return out
 
@@ -260,21 +244,18 @@ class Evaluation(NamedTuple):
                 waiting.append(item)
             if waiting and (len(waiting) == self.batch or n == len(names)):
                 for picture, rows in zip(waiting, self.predict(waiting)):
-                    counts = {}
-                    for row, labels in rows.items():
-                        counts[row], _ = self.scoring.count(picture.labels, labels, len(self.data.classes))
-                    yield picture.name, counts
+                    K = len(self.data.classes)
+                    yield picture.name, {r: self.scoring.count(picture.labels, rows[r], K)[0] for r in rows}
                 waiting = []
 
 
-def evaluation(model: Seg4Diff, data: Dataset, task: str, protocol: Protocol | None = None,
-               batch: int | None = None) -> Evaluation:
+def evaluation(model: Seg4Diff, data: Dataset, task: str, protocol: Protocol | None = None, batch=None) -> Evaluation:
     """A task of TASKS with the variants that the model's preset gives it."""
     variants = TASKS[task].variants(model)
     return Evaluation(model, data, task, variants, protocol or Protocol(), batch or model.preset.batch)
 
 
-def add_up(total: Counts, counts: Counts) -> None:
+def add_up(total, counts):
     for row, c in counts.items():
         total[row] = total.get(row, 0) + c
 

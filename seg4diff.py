@@ -1,17 +1,12 @@
-"""The method of Seg4Diff: rectified flow, and image-to-text attention maps as a segmentation, with names (Sec. 3.4) or
-without (Sec. 4.2).
+"""The method of Seg4Diff: rectified flow, guidance by perturbation, and image-to-text attention as a segmentation.
 
     python seg4diff.py segment photo.png car sky "teddy bear" --out overlay.png
     python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
 
-Both use the embedded nano model unless --model names another.  From Python:
-
-    model = seg4diff.load()
+    model = seg4diff.load()                              # the embedded nano, as above, unless --model names another
     seg = seg4diff.segment(model, Image.open("photo.png"), ["car", "sky", "teddy bear"])
 """
-import argparse
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from loading import Seg4Diff, load, sigmas
+from loading import Seg4Diff, load, noise, sigmas
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from support.cli import Parser, add_model_options, at_least, command
 from support.metrics import IGNORE, classes_in
@@ -33,23 +28,12 @@ from text import TextCond, TextEncoders, split_classes
 # ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
 
 
-def image_seed(name: str, seed: int) -> int:
-    """The seed of a picture's noise: its name and the run's seed, not its place in a batch."""
-    return zlib.crc32(f"{seed}/{name}".encode())
-
-
-def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds])
-
-
 def add_noise(z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
     """The noisy latent; Eq. 8 is the same line with t = 1 - sigma.  sigma: number or (B, 1, 1, 1)."""
     return (1 - sigma) * z0 + sigma * eps                                    # Eq. 1
 
 
-def sample(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, schedule: Tensor,
-           callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+def sample(velocity: Callable, z: Tensor, schedule: Tensor, callback: Callable | None = None) -> Tensor:
     """Euler steps along dz/dsigma = velocity(z, sigma) from schedule[0] to schedule[-1].
 
     z (B, C, ., .) noise; sigma reaches velocity as (B,).  callback(i, z) sees the latent after step i.
@@ -80,12 +64,12 @@ def blur_matrix(M: int, kernel: int = 5, std: float = 9.0) -> Tensor:
 
 
 def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: float, pag: float = 0.0,
-                    blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> Callable[[Tensor, Tensor], Tensor]:
+                    blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> Callable:
     """uncond + cfg (cond - uncond) + pag (cond - perturbed): classifier-free guidance, and on top of it Eq. 7.
 
-    All branches go through the model in one batch; cfg 1 and pag 0 leave their branch out. The branch "perturbed"
-    has I2T blurred in `blocks`; `perturb` blurs it in all branches (Fig. 5). To blur is to mix the text values that
-    image queries see: (A blur) V_T = A (blur V_T), see mmdit.joint_attention.
+    All branches go through the model in one batch; cfg 1 and pag 0 leave theirs out. The branch "perturbed" has I2T
+    blurred in `blocks`; `perturb` blurs it in all branches (Fig. 5). To blur A_I2T is to mix the text values that image
+    queries see: (A blur) V_T = A (blur V_T), see mmdit.joint_attention.
     """
     branches = [cond]
     if cfg != 1:
@@ -104,7 +88,7 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
         mix = dict.fromkeys(blocks, last_blurred)
     mix |= dict.fromkeys(perturb, blurred)
 
-    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+    def velocity(z, sigma):
         z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
         vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix)
         vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
@@ -119,8 +103,8 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
 @torch.inference_mode()
 def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None = None, cfg: float | None = None,
              pag: float = 0.0, blocks: Sequence[int] | None = None, perturb: Sequence[int] = (), seed: int = 0,
-             callback: Callable[[int, Tensor], None] | None = None) -> list[Image.Image]:
-    """One picture for each prompt, side model.preset.size; picture i starts from the noise of seed + i.
+             callback: Callable | None = None) -> list[Image.Image]:
+    """One picture for each prompt, side model.preset.size, preset.batch at once; picture i starts from noise seed + i.
 
     steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
     `blocks` (default: the expert block).  perturb: blocks blurred throughout, as in Fig. 5.
@@ -136,15 +120,18 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
         raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; to blur alone name perturb")
     blocks = [model.preset.block] if blocks is None else blocks
     side = model.preset.size // model.vae.factor
-    z = noise((model.vae.channels, side, side), range(seed, seed + len(prompts))).to(model.device)
-    cond = model.text.encode(prompts)
-    uncond = model.text.encode([""] * len(prompts))
-    velocity = guided_velocity(model, cond, uncond, cfg, pag, blocks, perturb)
-    z = sample(velocity, z, sigmas(steps, model.preset.shift).to(model.device), callback)
+    schedule = sigmas(steps, model.preset.shift).to(model.device)            # (S+1,)
     images = []
-    for latent in z.split(1):                                                # one at a time, to save memory
-        x = 127.5 * (model.vae.decode(latent.to(model.dtype))[0].float() + 1)          # (3, px, px)
-        images.append(Image.fromarray(x.clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()))
+    for start in range(0, len(prompts), model.preset.batch):
+        part = prompts[start:start + model.preset.batch]
+        seeds = range(seed + start, seed + start + len(part))
+        z = noise((model.vae.channels, side, side), seeds).to(model.device)  # (B, C, side, side)
+        cond = model.text.encode(part)
+        uncond = model.text.encode([""] * len(part))
+        z = sample(guided_velocity(model, cond, uncond, cfg, pag, blocks, perturb), z, schedule, callback)
+        for latent in z.split(1):                                            # one at a time, to save memory
+            x = 127.5 * (model.vae.decode(latent.to(model.dtype))[0].float() + 1)            # (3, px, px)
+            images.append(Image.fromarray(x.clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()))
     return images
 
 
@@ -183,14 +170,14 @@ def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str =
     (Eq. 10); means commute, so the maps are the same.
     """
     out = []
-    for scores, names in zip(KINDS[kind](qkv), spans):              # (H, N, M)
+    for scores, names in zip(KINDS[kind](qkv), spans):                       # (H, N, M)
         columns = [scores[:, :, span].mean(-1) for span in names]            # K x (H, N)
         out.append(torch.stack(columns, dim=1).unflatten(-1, qkv.grid))      # Eq. 11, (H, K, h, w)
     return out
 
 
 def rescale(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Every map, or whatever lies along `dim`, from its least to its largest value: [0, 1]; a constant one becomes 0."""
+    """Every map, or what lies along `dim`, from its least to its largest value: [0, 1]; a constant one becomes 0."""
     lo = x.amin(dim, keepdim=True)
     hi = x.amax(dim, keepdim=True)
     return (x - lo) / (hi - lo).clamp_min(1e-12)
@@ -225,11 +212,11 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
            ) -> list[dict[tuple[int, str], Tensor]]:
     """Clean latents through the model: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
-    z0 from encode_image, a row for each picture; the noise of picture b comes from seeds[b], and with several draws the
-    maps are means over the seeds seeds[b], seeds[b] + 1, ...  More names than one prompt holds run as several prompts
-    on the same noise. Each softmax map is a share of its pixel's attention over all keys, so maps of different prompts,
-    which are equally full, are compared as they are. classes None: the empty prompt, and every CLIP column, <sos> and
-    <pad> too, is a class.  The run ends at the last block asked for.
+    z0 from encode_image, a row for each picture; its noise is that of seeds[b], and with several draws the maps are
+    means over seeds[b], seeds[b] + 1, ...  More names than one prompt holds run as several prompts on the same noise.
+    Each softmax map is a share of its pixel's attention over all keys, so maps of different prompts, which are equally
+    full, are compared as they are. classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a
+    class.  The run ends at the last block asked for.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
     if not 0 <= sigma <= 1:
@@ -256,8 +243,8 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
                 for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
                     parts[b][i, kind].append(attn)
     out = []
-    for found in parts:                                  # of one picture: draws x prompts x (H, names, h, w)
-        out.append({key: torch.cat(attn, 1).unflatten(1, (draws, -1)).mean(1) for key, attn in found.items()})
+    for part in parts:                                   # of one picture: draws x prompts x (H, names, h, w)
+        out.append({key: torch.cat(attn, 1).unflatten(1, (draws, -1)).mean(1) for key, attn in part.items()})
     return out                                           # B x {(H, K, h, w)}
 
 
@@ -276,9 +263,10 @@ def segment(model: Seg4Diff, image: Image.Image | Sequence[Image.Image],
     if isinstance(image, Image.Image):
         return segment(model, [image], [classes], block=block, sigma=sigma, seed=[seed], kind=kind, head=head,
                        minmax=minmax, draws=draws)[0]
-    for names in classes:
-        if isinstance(names, str) or len(names) > IGNORE:
-            raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
+    if not len(image) == len(classes) == len(seed):
+        raise ValueError(f"{len(image)} pictures, {len(classes)} class lists and {len(seed)} seeds are not equal lists")
+    if any(isinstance(names, str) or len(names) > IGNORE for names in classes):
+        raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
     H = model.transformer.config.heads
     if head is not None and not 0 <= head < H:
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {H - 1}")
@@ -291,8 +279,8 @@ def segment(model: Seg4Diff, image: Image.Image | Sequence[Image.Image],
     out = []
     for one, names, scores in zip(image, classes, attn, strict=True):
         maps = class_maps(scores[block, kind], head, minmax)                 # (K, h, w)
-        labels = label_map(maps, (one.height, one.width))                    # (height, width)
-        out.append(Segmentation(labels.cpu().numpy(), maps.cpu(), list(names)))
+        labels = label_map(maps, (one.height, one.width)).cpu().numpy()
+        out.append(Segmentation(labels, maps.cpu(), list(names)))
     return out
 
 
@@ -302,7 +290,7 @@ def names_of(text: TextEncoders, labels: np.ndarray, classes: Sequence[str]) -> 
     return split_classes(text, names)[0] if names else []
 
 
-# ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2, Table 2
+# ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
 
 SCALINGS = ("map", "token", "none")
 
@@ -314,12 +302,12 @@ class Proposals(NamedTuple):
 
 
 def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, list[list[int]]]:
-    """Attention maps of tokens (L, h, w) -> proposals (P, h, w), and which tokens each gathers.
+    """Attention maps of tokens (L, h, w) -> proposals (P, h, w), and which tokens each gathers (Table 2).
 
-    Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a
-    "map", over the tokens at each position, "token", or "none"). One greedy pass in token order: a map not yet taken
-    gathers all maps, taken ones too, whose symmetric KL to it, half the sum of both directions, is below the
-    threshold, and their mean is a proposal.
+    Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a "map",
+    over the tokens at each position, "token", or "none"). One greedy pass in token order: a map not yet taken gathers
+    all maps, taken ones too, whose symmetric KL to it, half the sum of both directions, is below the threshold, and
+    their mean is a proposal.
     NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
     ValueError: a scaling that does not exist, a threshold that is not positive.
     """
@@ -327,18 +315,15 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
         raise ValueError(f"the threshold must be positive, and scaling one of {', '.join(SCALINGS)}, "
                          f"not {threshold}, {scaling!r}")
     x = maps.float().flatten(1)                                              # (L, N)
-    if scaling == "map":
-        x = rescale(x, 1)
-    if scaling == "token":
-        x = rescale(x, 0)
+    if scaling != "none":
+        x = rescale(x, 1 if scaling == "map" else 0)
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
     cross = p @ log_p.mT                                                     # (L, L): sum of p_i log p_j
-    own = cross.diag()
-    kl = 0.5 * (own[:, None] - cross + own[None] - cross.mT)                 # (L, L)
+    self_cross = cross.diag()                                                # (L,), minus the entropies
+    kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L)
     taken = torch.zeros(len(p), dtype=torch.bool)
-    proposals = []
-    members = []
+    proposals, members = [], []
     for i, near in enumerate((kl < threshold).cpu()):
         if not taken[i]:
             near[i] = True
@@ -367,6 +352,8 @@ def propose(model: Seg4Diff, image: Image.Image | Sequence[Image.Image], *, bloc
     if isinstance(image, Image.Image):
         return propose(model, [image], block=block, sigma=sigma, seed=[seed], threshold=threshold, scaling=scaling,
                        draws=draws)[0]
+    if len(image) != len(seed):
+        raise ValueError(f"{len(image)} pictures and {len(seed)} seeds are not equal lists")
     preset = model.preset
     block = preset.block if block is None else block
     sigma = preset.sigma if sigma is None else sigma
@@ -376,15 +363,15 @@ def propose(model: Seg4Diff, image: Image.Image | Sequence[Image.Image], *, bloc
     out = []
     for one, maps in zip(image, pad_maps(model, z0, block=block, sigma=sigma, seeds=seed, draws=draws), strict=True):
         proposals, members = merge_maps(maps, threshold, scaling)            # (P, h, w)
-        labels = label_map(proposals, (one.height, one.width))               # (height, width)
-        out.append(Proposals(labels.cpu().numpy(), proposals.cpu(), members))
+        labels = label_map(proposals, (one.height, one.width)).cpu().numpy()
+        out.append(Proposals(labels, proposals.cpu(), members))
     return out
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def run_segment(args: argparse.Namespace) -> None:
+def run_segment(args):
     check_out(args.out)
     image = open_image(args.image)
     model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
@@ -395,17 +382,14 @@ def run_segment(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run_generate(args):
     check_out(args.out)
     model = load(args.model, args.device, args.dtype, lora=args.lora)
-    steps = model.preset.steps if args.steps is None else args.steps
-    size = model.preset.batch
-    images = []
-    with tqdm(total=steps * math.ceil(len(args.prompts) / size), desc="sampling", unit="step") as bar:
-        for i in range(0, len(args.prompts), size):
-            images += generate(model, args.prompts[i:i + size], steps=steps, cfg=args.cfg, pag=args.pag,
-                               blocks=args.blocks, perturb=args.perturb, seed=args.seed + i,
-                               callback=lambda i, z: bar.update())
+    steps = args.steps or model.preset.steps
+    batches = math.ceil(len(args.prompts) / model.preset.batch)
+    with tqdm(total=steps * batches, desc="sampling", unit="step") as bar:
+        images = generate(model, args.prompts, steps=steps, cfg=args.cfg, pag=args.pag, blocks=args.blocks,
+                          perturb=args.perturb, seed=args.seed, callback=lambda i, z: bar.update())
     picture = images[0] if len(images) == 1 else sheet(images, args.prompts)
     picture.save(args.out)
     print(f"wrote {args.out} ({picture.width} x {picture.height})")

@@ -38,12 +38,13 @@ def renamed(new: str) -> Callable[[str], None]:
     return parse
 
 
-def add_model_options(parser: argparse.ArgumentParser, default: str | None = "nano", lora: bool = True) -> None:
+def add_model_options(parser: Parser, default: str | None = "nano", lora: bool = True, seed: bool = True) -> None:
     """--model, --lora, --seed, --device, --dtype, as seg4diff.load and the functions of the method take them."""
     parser.add_argument("--model", default=default, help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
     if lora:
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
+    if seed:
+        parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto",
                         help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, float16 (released code)")

@@ -35,7 +35,7 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def wait_for_all() -> None:
+def wait_for_all():
     """Until every process of torchrun is here."""
     if world()[1] > 1:
         if not torch.distributed.is_initialized():
@@ -48,7 +48,7 @@ def digest(protocol: dict) -> str:
     return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def sparse(counts: np.ndarray) -> list[list[int]]:
+def sparse(counts):
     """(K, C) -> [row, column, count] of what is not zero."""
     return [[int(i), int(j), int(counts[i, j])] for i, j in zip(*counts.nonzero())]
 
@@ -73,13 +73,13 @@ class Ledger:
         if b"\n" not in whole:
             self.write({"protocol": protocol})
 
-    def take(self, line: dict) -> None:
+    def take(self, line):
         if "counts" in line:
             self.done[line["name"]] = line["counts"]
         elif "broken" in line:
             self.broken[line["name"]] = line["broken"]
 
-    def write(self, line: dict) -> None:
+    def write(self, line):
         """One line at the end of the file in one write, or nothing.  ValueError: the disk is full."""
         size = self.path.stat().st_size if self.path.exists() else 0
         data = json.dumps(line, default=str).encode() + b"\n"
@@ -94,12 +94,12 @@ class Ledger:
         finally:
             os.close(fd)
 
-    def add(self, name: str, counts: Counts, seed: int) -> None:
+    def add(self, name, counts, seed):
         line = {"name": name, "seed": seed, "hash": self.hash, "counts": {row: sparse(c) for row, c in counts.items()}}
         self.write(line)
         self.take(line)
 
-    def skip(self, name: str, why: str) -> None:
+    def skip(self, name, why):
         """A picture that could not be read; it is tried again when the run is."""
         line = {"name": name, "hash": self.hash, "broken": why}
         self.write(line)

@@ -15,7 +15,7 @@ def miou_of(variants: list, rows: dict, suffix: str = "") -> list[float]:
     return [rows[v.name + suffix]["mIoU"] for v in variants]
 
 
-def plot_layers(ax, variants: list, rows: dict, model) -> None:
+def plot_layers(ax, variants, rows, model):
     """Fig. 8."""
     depth = model.transformer.config.depth
     miou = miou_of(variants, rows)
@@ -24,7 +24,7 @@ def plot_layers(ax, variants: list, rows: dict, model) -> None:
     ax.set(xlabel="block", xticks=range(depth), title="Segmentation performance across blocks (Fig. 8)")
 
 
-def plot_timesteps(ax, variants: list, rows: dict, model) -> None:
+def plot_timesteps(ax, variants, rows, model):
     """Fig. 15."""
     p = model.preset
     ax.plot([v.sigma for v in variants], miou_of(variants, rows), "o-", label=f"block {p.block}")
@@ -32,13 +32,13 @@ def plot_timesteps(ax, variants: list, rows: dict, model) -> None:
     ax.set(xlabel="sigma of the noised picture (0 clean, 1 noise)", title="Against the noise level (Fig. 15)")
 
 
-def plot_normalization(ax, variants: list, rows: dict, model) -> None:
+def plot_normalization(ax, variants, rows, model):
     """Table 5."""
     ax.bar([v.name.replace(", ", ",\n") for v in variants], miou_of(variants, rows), width=0.6)
     ax.set(title="Which score is compared (Table 5)")
 
 
-def plot_thresholds(ax, variants: list, rows: dict, model) -> None:
+def plot_thresholds(ax, variants, rows, model):
     for scaling in dict.fromkeys(v.scaling for v in variants):
         chosen = [v for v in variants if v.scaling == scaling]
         x = [v.threshold for v in chosen]
@@ -49,7 +49,7 @@ def plot_thresholds(ax, variants: list, rows: dict, model) -> None:
            title="Proposals of the empty prompt's tokens; dotted: as many random ones")
 
 
-def plot_heads(ax, variants: list, rows: dict, model) -> None:
+def plot_heads(ax, variants, rows, model):
     """Fig. 17."""
     cfg = model.transformer.config
     miou = miou_of(variants, rows)
