@@ -57,11 +57,12 @@ def identity_of(ev: Evaluation) -> dict:
 
 def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     """What is printed above the table, a fact a line."""
-    model, first, last = ev.model, ev.variants[0], ev.variants[-1]
+    model, first = ev.model, ev.variants[0]
+    blocks = sorted({v.block for v in ev.variants})
+    sigmas = sorted({v.sigma for v in ev.variants})
     facts = {"task": ev.task, "data": f"{ev.data.name}, {n} pictures, {len(ev.data.classes)} classes",
              "model": f"{model.name} ({model.fingerprint}), {str(model.dtype).removeprefix('torch.')}",
-             "block": f"{first.block}" if first.block == last.block else f"{first.block} to {last.block}",
-             "sigma": f"{first.sigma:.3f}" if first.sigma == last.sigma else f"{first.sigma:.3f} to {last.sigma:.3f}"}
+             "block": " ".join(f"{i}" for i in blocks), "sigma": " ".join(f"{sigma:.3f}" for sigma in sigmas)}
     if ev.task == "unsup":
         facts["merging"] = f"maps scaled over: {first.scaling}, merged below KL {first.threshold:g}"
     prompt = {} if first.threshold is None else {"prompt": "empty"}
@@ -96,6 +97,42 @@ def examples(ev: Evaluation, names: list[str]) -> Image.Image:
     return overlay_grid(shown, ev.data.classes)
 
 
+def report(args, ev, ledger, names, total, seconds, out):
+    """What the ledger holds as results.json, printed lines and pictures, in this order; rows of the table.
+
+    ValueError: no picture could be read, or none has a labelled pixel.
+    """
+    broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
+    n = len(names) - len(broken)
+    if not total:
+        reason = next(iter(broken.values()), "it has no labelled pixel")
+        raise ValueError(f"none of the {len(names)} pictures of {ev.data.name} could be read; the first: {reason}")
+    rows = {row: ev.scoring.score(c) for row, c in total.items()}
+    facts = facts_of(ev, n)
+    megabytes = peak_megabytes(ev.model.device)
+    write_json(out / "results.json", {
+        "task": ev.task, "n": n, "facts": facts, "protocol": identity_of(ev), "hash": ledger.hash, "broken": broken,
+        "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": ev.data.classes, "rows": rows,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})
+    for fact, value in facts.items():
+        print(f"{fact + ':':9s}{value}")
+    print(table(rows))
+    if broken:
+        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
+              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
+    if len(ev.variants) == 1:
+        iou = zip(ev.data.classes, rows[ev.variants[0].name]["IoU"])
+        print("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
+        picture = out / "overlays.png"
+        examples(ev, [name for name in names if ledger.done.get(name)][:12]).save(picture)
+    else:
+        picture = out / f"{ev.task}.png"
+        plot(ev.task, ev.variants, rows, ev.model, picture)
+    print(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
+    return rows
+
+
 def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> dict[str, dict]:
     """One task on one data set: count what the ledger lacks, then report all that it has; rows of the table."""
     start = time.time()
@@ -110,40 +147,8 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     wait_for_all()
     if rank > 0:
         return {}
-
     ledger = Ledger(out, identity)                                           # with what the other processes wrote
-    broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
-    if len(broken) == len(names):
-        raise ValueError(f"none of the {len(names)} pictures of {data.name} could be read; the first: "
-                         f"{broken[names[0]]}")
-    total = ledger.sum(names, shape)
-    if not total:
-        raise ValueError(f"no pixel was scored: the pictures of {data.name} have no labelled pixel")
-    rows = {row: ev.scoring.score(c) for row, c in total.items()}
-    facts = facts_of(ev, len(names) - len(broken))
-    seconds = time.time() - start
-    megabytes = peak_megabytes(model.device)
-    write_json(out / "results.json", {
-        "task": args.task, "n": len(names) - len(broken), "facts": facts, "protocol": identity, "hash": ledger.hash,
-        "broken": broken, "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": data.classes,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rows": rows,
-        "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})
-    for fact, value in facts.items():
-        print(f"{fact + ':':9s}{value}")
-    print(table(rows))
-    if broken:
-        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
-              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
-    if len(ev.variants) == 1:
-        iou = zip(data.classes, rows[ev.variants[0].name]["IoU"])
-        print("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
-        picture = out / "overlays.png"
-        examples(ev, [name for name in names if ledger.done.get(name)][:12]).save(picture)
-    else:
-        picture = out / f"{args.task}.png"
-        plot(args.task, ev.variants, rows, model, picture)
-    print(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
-    return rows
+    return report(args, ev, ledger, names, ledger.sum(names, shape), time.time() - start, out)
 
 
 # ---------------------------------------------------------------------------- command line

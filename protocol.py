@@ -6,6 +6,7 @@ evaluate.py is the command for it.  A few pictures without a command:
     rows["nano"]["mIoU"], rows["floor"]["mIoU"], rows["ceiling"]["mIoU"]
 """
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -50,11 +51,9 @@ def layers(m):
 
 def heads(m):
     """Fig. 17: every head of every block."""
-    variants = []
-    for i in range(m.transformer.config.depth):
-        for h in range(m.transformer.config.heads):
-            variants.append(Variant(f"block {i} head {h}", i, m.preset.sigma, head=h))
-    return variants
+    cfg = m.transformer.config
+    pairs = product(range(cfg.depth), range(cfg.heads))
+    return [Variant(f"block {i} head {h}", i, m.preset.sigma, head=h) for i, h in pairs]
 
 
 def timesteps(m):
@@ -81,11 +80,9 @@ def unsup(m):
 
 def thresholds(m):
     """How <pad> maps are merged: what Table 2's presets are chosen from."""
-    variants = []
-    for scaling in seg4diff.SCALINGS:
-        for t in (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
-            variants.append(Variant(f"{scaling} {t:g}", m.preset.block, m.preset.sigma, threshold=t, scaling=scaling))
-    return variants
+    block, sigma = m.preset.block, m.preset.sigma
+    pairs = product(seg4diff.SCALINGS, (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
+    return [Variant(f"{scaling} {t:g}", block, sigma, threshold=t, scaling=scaling) for scaling, t in pairs]
 
 
 # ---------------------------------------------------------------------------- predictions

@@ -97,8 +97,11 @@ class CLIPText(nn.Module):
         self.width = width
         self.text_model = nn.Module()                    # nothing but names: those of the published keys
         self.text_model.embeddings = nn.Module()
-        self.text_model.embeddings.token_embedding = nn.Embedding(vocab, width)
-        self.text_model.embeddings.position_embedding = nn.Embedding(positions, width)
+        # Weights are given, because drawing them on the meta device would import a compiler for two seconds.
+        tokens = torch.empty(vocab, width)
+        places = torch.empty(positions, width)
+        self.text_model.embeddings.token_embedding = nn.Embedding(vocab, width, _weight=tokens)
+        self.text_model.embeddings.position_embedding = nn.Embedding(positions, width, _weight=places)
         self.text_model.encoder = nn.Module()
         self.text_model.encoder.layers = nn.ModuleList(Layer(width, hidden, quick_gelu) for _ in range(layers))
         self.text_model.final_layer_norm = nn.LayerNorm(width)

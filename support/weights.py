@@ -39,13 +39,12 @@ MMDIT_KEYS = {
     r"pos_embed\.pos_embed": "pos_embed", r"pos_embed\.proj": "x_embedder.proj", r"transformer_blocks": "joint_blocks",
     r"time_text_embed\.timestep_embedder": "t_embedder", r"time_text_embed\.text_embedder": "y_embedder",
     r"linear_1": "mlp.0", r"linear_2": "mlp.2", r"net\.0\.proj": "fc1", r"net\.2": "fc2", r"ff\.": "x_block.mlp.",
-    r"ff_context\.": "context_block.mlp.",
+    r"ff_context\.": "context_block.mlp.", r"norm_out\.linear": "final_layer.adaLN_modulation.1",
     r"norm1\.linear": "x_block.adaLN_modulation.1", r"norm1_context\.linear": "context_block.adaLN_modulation.1",
-    r"norm_out\.linear": "final_layer.adaLN_modulation.1", r"proj_out": "final_layer.linear",
-    r"attn\.norm_added_": "context_block.attn.ln_", r"(attn2?)\.norm_([qk])\.": r"x_block.\1.ln_\2.",
-    r"attn\.to_add_out": "context_block.attn.proj", r"(attn2?)\.to_out\.0": r"x_block.\1.proj",
+    r"proj_out": "final_layer.linear", r"attn\.to_add_out": "context_block.attn.proj",
+    r"(attn2?)\.to_out\.0": r"x_block.\1.proj", r"(attn2?)\.to_([qkv])\.(\w+)": r"x_block.\1.qkv.\3#\2",
     r"attn\.add_([qkv])_proj\.(\w+)": r"context_block.attn.qkv.\2#\1",
-    r"(attn2?)\.to_([qkv])\.(\w+)": r"x_block.\1.qkv.\3#\2"}
+    r"(attn2?)\.norm_([qk])\.": r"x_block.\1.ln_\2.", r"attn\.norm_added_": "context_block.attn.ln_"}
 VAE_KEYS = {
     r"down_blocks": "down", r"up_blocks": "up", r"downsamplers\.0": "downsample", r"upsamplers\.0": "upsample",
     r"mid_block\.resnets\.0": "mid.block_1", r"mid_block\.resnets\.1": "mid.block_2", r"resnets": "block",

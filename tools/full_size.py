@@ -33,6 +33,7 @@ import text  # noqa: E402
 from lora import add_lora  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support import weights  # noqa: E402
+from support.checkpoint import pick_device  # noqa: E402
 from support.cli import Parser, command  # noqa: E402
 from support.report import peak_megabytes  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
@@ -112,7 +113,7 @@ def measure_training(path, sizes, device):
             kept.append(kept_bytes(model, batch))
             start = time.time()
             peak = megabytes(partial(magnet.gradient, model, params, [(batch, [0])], magnet.Settings()), model.device)
-            print(f"{N} image tokens: {time.time() - start:.1f} s, kept {kept[-1] / 1e9:.2f} GB, peak {peak / 1000:.1f} GB")
+            print(f"{N} tokens: {time.time() - start:.1f} s, kept {kept[-1] / 1e9:.2f} GB, peak {peak / 1000:.1f} GB")
         slope, constant = np.polyfit(tokens[:2], kept[:2], 1)
         for N in tokens[2:]:
             print(f"by the line through the first two, {N} image tokens: kept {(constant + slope * N) / 1e9:.2f} GB")
@@ -121,6 +122,7 @@ def measure_training(path, sizes, device):
 
 
 def main(args):
+    pick_device(args.device)                             # raises before 6 GB are written if it is not there
     processes = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sd3_random.safetensors"
