@@ -15,6 +15,7 @@ from tqdm import tqdm
 import seg4diff
 from loading import Seg4Diff, image_seed
 from mmdit import JointQKV, i2t_attention, t2i_attention
+from protocol import names_of
 from support.metrics import classes_in, scores
 from text import TextCond
 
@@ -225,7 +226,7 @@ def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: flo
         z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
         eps = seg4diff.noise(z0.shape[1:], [image_seed(item.name, 0)]).to(z0.device)
         z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)               # Eq. 8
-        cond = model.text.encode([seg4diff.names_of(model.text, item.labels, classes)])
+        cond = model.text.encode([names_of(model, item, classes)])
         inputs = (z, torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled)
         plain = model.transformer(*inputs)[0].float()                        # (1, C, ., .)
         blur = seg4diff.blur_matrix(cond.ctx.shape[1])[None].to(z.device)    # (1, M, M), A.3

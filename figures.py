@@ -4,12 +4,11 @@
     python figures.py shares values strip gallery       # Fig. 2 (b, c); Fig. 4, 19, 28; Fig. 7; Fig. 14
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
     python figures.py perturb guide                     # Fig. 5, 31 (18, 20 with our own score); Fig. 6, 32
-    python figures.py expert                            # which block is the semantic grounding expert?
-    python figures.py text                              # at which noise levels do the words matter?
+    python figures.py expert text                       # which block is the expert? at which noise do words matter?
     python figures.py magnet --lora nano/magnet.safetensors      # Fig. 12, 33: maps and pictures without and with
 
-Pictures are generated from prompts, and attention is read on the way, at t = 8 of 28 steps left (shares: at t = 28,
-noise, too).  Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
+Pictures are generated from prompts, and attention is taken on the way, at t = 8 of 28 steps left.  Prompts: captions of
+the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
 """
 import json
 import textwrap
@@ -215,9 +214,9 @@ def perturb(model, prompts, out):
                                f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
     if toy(model) and len(prompts) >= analysis.CHOICES:
         drawn = [scenes.draw(seed) for seed in scenes.VAL_SEEDS[200:200 + len(prompts)]]
+        images = [Image.fromarray(scene.image) for scene in drawn]
         captions = [scenes.caption(scene, np.random.default_rng(i)) for i, scene in enumerate(drawn)]
-        losses = analysis.caption_losses(model, [Image.fromarray(scene.image) for scene in drawn],
-                                         analysis.choices(captions))         # (n, choices)
+        losses = analysis.caption_losses(model, images, analysis.choices(captions))          # (n, choices)
         numbers["validation"] = {"pairs": len(losses), "captions": analysis.CHOICES,
                                  "own caption best [%]": analysis.caption_accuracy(losses),
                                  "own better than the next [%]": 100 * np.mean(losses[:, 0] < losses[:, 1])}
@@ -271,7 +270,7 @@ def expert(model, prompts, out, data, limit=100):
 def text_matters(model, prompts, out, data, limit=100):
     """How much of a picture's flow loss its class names save, and those of the next picture, at each noise level."""
     items = [data.read(name) for name in subset(data.names, min(limit, 32))]
-    named = [seg4diff.names_of(model.text, item.labels, data.classes) for item in items]
+    named = [protocol.names_of(model, item, data.classes) for item in items]
     captions = [[names, "", others] for names, others in zip(named, named[1:] + named[:1])]
     rows = {}
     for sigma in tqdm(sorted({0.1, 0.3, 0.7, 0.9, round(model.preset.sigma, 3)}), desc="text", unit="level"):

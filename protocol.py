@@ -125,8 +125,7 @@ def sweep_named(model, images, names, seeds, variants, draws):
         for b, image in enumerate(images):
             for v in chosen:
                 maps = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax)       # (K, h, w)
-                labels = seg4diff.label_map(maps, (image.height, image.width)).cpu().numpy()
-                out[b][v.name] = Segmentation(labels, maps, names[b])
+                out[b][v.name] = Segmentation(seg4diff.labels_of(maps, image), maps, names[b])
     return out
 
 
@@ -140,8 +139,7 @@ def sweep_unnamed(model, images, names, seeds, variants, draws):
     for b, image in enumerate(images):
         for v in variants:
             maps, members = seg4diff.merge_maps(pads[b], v.threshold, v.scaling)             # (P, h, w)
-            labels = seg4diff.label_map(maps, (image.height, image.width)).cpu().numpy()
-            out[b][v.name] = Proposals(labels, maps, members)
+            out[b][v.name] = Proposals(seg4diff.labels_of(maps, image), maps, members)
     return out
 
 
@@ -250,6 +248,12 @@ def evaluation(model: Seg4Diff, data: Dataset, task: str, protocol: Protocol | N
     """A task of TASKS with the variants that the model's preset gives it."""
     variants = TASKS[task].variants(model)
     return Evaluation(model, data, task, variants, protocol or Protocol(), batch or model.preset.batch)
+
+
+def names_of(model: Seg4Diff, item: Item, classes: list[str]) -> list[str]:
+    """The classes of a picture, as many as fit into one prompt; none if nothing is labelled."""
+    names = [classes[k] for k in classes_in(item.labels)]
+    return seg4diff.split_classes(model.text, names)[0] if names else []
 
 
 def add_up(total, counts):

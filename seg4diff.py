@@ -21,11 +21,11 @@ from tqdm import tqdm
 from loading import Seg4Diff, load, noise, sigmas
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from support.cli import Parser, add_model_options, at_least, command
-from support.metrics import IGNORE, classes_in
+from support.metrics import IGNORE
 from support.pictures import check_out, open_image, panels, sheet
-from text import TextCond, TextEncoders, split_classes
+from text import TextCond, split_classes
 
-# ---------------------------------------------------------------------------- rectified flow, Sec. 3.2
+# ---------------------------------------------------------------------------- flow, sampler, guidance, Sec. 3.2, 3.3
 
 
 def add_noise(z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
@@ -45,31 +45,25 @@ def sample(velocity: Callable, z: Tensor, schedule: Tensor, callback: Callable |
     return z
 
 
-# ---------------------------------------------------------------------------- perturbation and guidance, Sec. 3.3
-
-
 def blur_matrix(M: int, kernel: int = 5, std: float = 9.0) -> Tensor:
     """(M, M): A_I2T @ blur_matrix blurs along the text tokens with a Gaussian (A.3); rows and columns sum to 1.
 
-    NOTE(paper): it pads by reflection "to preserve the total attention mass". Mass is preserved if the edge itself
-    is repeated (b a | a b c), as here; without, the much attended <sos> token would lose two fifths of its mass.
+    NOTE(paper): it pads by reflection "to preserve the total attention mass", for which the edge itself must be
+    repeated (b a | a b c), as here; without, the much attended <sos> token would lose two fifths of its mass.
     """
     reach = kernel // 2
     offsets = torch.arange(-reach, reach + 1)
-    weight = torch.exp(-offsets.square() / (2 * std ** 2))
-    to = torch.arange(M)[:, None] + offsets                                  # (M, kernel), beyond the ends too
-    period = to % (2 * M)                                                    # reflected again where M < reach
-    to = torch.where(period < M, period, 2 * M - 1 - period)
-    return torch.zeros(M, M).scatter_add_(1, to, (weight / weight.sum()).expand(M, kernel))   # (M, M)
+    weight = torch.exp(-offsets.square() / (2 * std ** 2))                   # (kernel,)
+    edges = np.pad(np.eye(M, dtype=np.float32), ((reach, reach), (0, 0)), "symmetric")       # (M+2*reach, M)
+    return sum(w * torch.from_numpy(edges[k:k + M]) for k, w in enumerate(weight / weight.sum()))    # (M, M)
 
 
 def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: float, pag: float = 0.0,
                     blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> Callable:
     """uncond + cfg (cond - uncond) + pag (cond - perturbed): classifier-free guidance, and on top of it Eq. 7.
 
-    All branches go through the model in one batch; cfg 1 and pag 0 leave theirs out. The branch "perturbed" has I2T
-    blurred in `blocks`; `perturb` blurs it in all branches (Fig. 5). To blur A_I2T is to mix the text values that image
-    queries see: (A blur) V_T = A (blur V_T), see mmdit.joint_attention.
+    All branches go through the model in one batch. "perturbed" has I2T blurred in `blocks`; `perturb` blurs it in all
+    branches (Fig. 5). To blur A_I2T is to mix the text values that image queries see (mmdit.joint_attention).
     """
     branches = [cond]
     if cfg != 1:
@@ -139,6 +133,7 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
 
 # What one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M).
 KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_attention(qkv).mT}
+Images = Image.Image | Sequence[Image.Image]             # one picture, or several, which return lists
 
 
 class Segmentation(NamedTuple):
@@ -148,11 +143,11 @@ class Segmentation(NamedTuple):
 
 
 @torch.inference_mode()
-def encode_image(model: Seg4Diff, image: Image.Image | Sequence[Image.Image]) -> Tensor:
+def encode_image(model: Seg4Diff, image: Images) -> Tensor:
     """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time.
 
-    NOTE(official): the paper crops the centre; its code squashes, and so do we, in one antialiased bilinear step (the
-    code first shrinks the short side to 640, and resizes without antialiasing).
+    NOTE(official): the paper crops the centre; its code squashes (after the short side became 640, not antialiased),
+    and so do we, in one antialiased bilinear step.
     """
     size = model.preset.size
     latents = []
@@ -166,8 +161,7 @@ def encode_image(model: Seg4Diff, image: Image.Image | Sequence[Image.Image]) ->
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
     """Scores of each class on the patch grid, head by head: B tensors (H, K, h, w); spans[b][k]: columns of class k.
 
-    A class of several tokens gets the mean of their columns (Sec. 3.4). The paper takes the mean over heads first
-    (Eq. 10); means commute, so the maps are the same.
+    Several tokens: the mean of their columns (Sec. 3.4), before that over heads; means commute, so Eq. 10 holds.
     """
     out = []
     for scores, names in zip(KINDS[kind](qkv), spans):                       # (H, N, M)
@@ -190,10 +184,7 @@ def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> T
 
 
 def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) -> bilinear to (height, width) -> the best class at every pixel, (height, width) int64.
-
-    ValueError: maps that are not finite, which would silently become the first class.
-    """
+    """(K, h, w) -> bilinear to (height, width) -> every pixel's best class, int64.  ValueError: maps not finite."""
     if not maps.isfinite().all():
         raise ValueError("the attention maps are not finite numbers; float16 can overflow: try bfloat16 or float32")
     best = maps.new_full(size, -torch.inf, dtype=torch.float32)              # (height, width)
@@ -206,17 +197,21 @@ def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return labels
 
 
+def labels_of(maps: Tensor, image: Image.Image) -> np.ndarray:
+    """`label_map` at the size of a picture."""
+    return label_map(maps, (image.height, image.width)).cpu().numpy()
+
+
 @torch.inference_mode()
 def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None, *, blocks: Sequence[int], sigma: float,
            seeds: Sequence[int], kinds: Sequence[str] = ("softmax",), draws: int = 1
            ) -> list[dict[tuple[int, str], Tensor]]:
     """Clean latents through the model: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
-    z0 from encode_image, a row for each picture; its noise is that of seeds[b], and with several draws the maps are
-    means over seeds[b], seeds[b] + 1, ...  More names than one prompt holds run as several prompts on the same noise.
-    Each softmax map is a share of its pixel's attention over all keys, so maps of different prompts, which are equally
-    full, are compared as they are. classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a
-    class.  The run ends at the last block asked for.
+    z0 from encode_image, a row for each picture; its noise is that of seeds[b], maps are means over so many draws, of
+    seeds[b], seeds[b] + 1, ...  More names than a prompt holds run as several prompts on the same noise: softmax maps
+    are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they are.
+    classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a class.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
     if not 0 <= sigma <= 1:
@@ -226,6 +221,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     for b in range(B):
         prompts = [[]] if classes is None else split_classes(model.text, classes[b])
         rows += [(b, names) for names in prompts]
+    columns = [slice(i, i + 1) for i in range(model.text.length)]
     parts = [{(i, kind): [] for i in blocks for kind in kinds} for _ in range(B)]
     for draw in range(draws):
         eps = noise(z0.shape[1:], [seed + draw for seed in seeds]).to(z0.device)             # (B, C, ., .)
@@ -236,9 +232,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
             levels = torch.full((len(pictures),), sigma, device=z.device)
             _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
                                         stop_at=max(blocks))
-            spans = cond.spans
-            if classes is None:
-                spans = [[slice(i, i + 1) for i in range(model.text.length)]] * len(pictures)
+            spans = [columns] * len(pictures) if classes is None else cond.spans
             for i, kind in parts[0]:
                 for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
                     parts[b][i, kind].append(attn)
@@ -249,15 +243,14 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
 
 
 @torch.inference_mode()
-def segment(model: Seg4Diff, image: Image.Image | Sequence[Image.Image],
-            classes: Sequence[str] | Sequence[Sequence[str]], *, block: int | None = None, sigma: float | None = None,
+def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | None = None, sigma: float | None = None,
             seed: int | Sequence[int] = 0, kind: str = "softmax", head: int | None = None, minmax: bool = False,
             draws: int = 1) -> Segmentation | list[Segmentation]:
     """Open-vocabulary segmentation (Sec. 3.4, Fig. 7): every pixel of a picture gets one of its `classes`.
 
-    One picture, its class names and a seed, or equal lists of them; lists go through the model together and return a
-    list.  block and sigma default to the model's preset. kind (KINDS), head and minmax are the variants of Fig. 9 and
-    of the supplement's B.2 to B.4; draws: noise draws that the maps are averaged over.
+    One picture, its class names and a seed, or equal lists of them, which go through the model together.
+    block and sigma default to the model's preset. kind (KINDS), head and minmax are the variants of Fig. 9 and of the
+    supplement's B.2 to B.4; draws: noise draws that the maps are averaged over.
     ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
     """
     if isinstance(image, Image.Image):
@@ -279,15 +272,8 @@ def segment(model: Seg4Diff, image: Image.Image | Sequence[Image.Image],
     out = []
     for one, names, scores in zip(image, classes, attn, strict=True):
         maps = class_maps(scores[block, kind], head, minmax)                 # (K, h, w)
-        labels = label_map(maps, (one.height, one.width)).cpu().numpy()
-        out.append(Segmentation(labels, maps.cpu(), list(names)))
+        out.append(Segmentation(labels_of(maps, one), maps.cpu(), list(names)))
     return out
-
-
-def names_of(text: TextEncoders, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """The classes of a label map (height, width), as many as fit into one prompt; none if nothing is labelled."""
-    names = [classes[k] for k in classes_in(labels)]
-    return split_classes(text, names)[0] if names else []
 
 
 # ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
@@ -306,8 +292,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
 
     Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a "map",
     over the tokens at each position, "token", or "none"). One greedy pass in token order: a map not yet taken gathers
-    all maps, taken ones too, whose symmetric KL to it, half the sum of both directions, is below the threshold, and
-    their mean is a proposal.
+    all maps, taken ones too, whose symmetric KL to it is below the threshold, and their mean is a proposal.
     NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
     ValueError: a scaling that does not exist, a threshold that is not positive.
     """
@@ -321,7 +306,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     p = log_p.exp()
     cross = p @ log_p.mT                                                     # (L, L): sum of p_i log p_j
     self_cross = cross.diag()                                                # (L,), minus the entropies
-    kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L)
+    kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L), mean of both directions
     taken = torch.zeros(len(p), dtype=torch.bool)
     proposals, members = [], []
     for i, near in enumerate((kl < threshold).cpu()):
@@ -341,30 +326,27 @@ def pad_maps(model: Seg4Diff, z0: Tensor, *, block: int, sigma: float, seeds: Se
 
 
 @torch.inference_mode()
-def propose(model: Seg4Diff, image: Image.Image | Sequence[Image.Image], *, block: int | None = None,
-            sigma: float | None = None, seed: int | Sequence[int] = 0, threshold: float | None = None,
-            scaling: str | None = None, draws: int = 1) -> Proposals | list[Proposals]:
+def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: float | None = None,
+            seed: int | Sequence[int] = 0, threshold: float | None = None, scaling: str | None = None, draws: int = 1
+            ) -> Proposals | list[Proposals]:
     """Regions without any names (Sec. 4.2): <sos>, <eos> and <pad> of the empty prompt, their maps merged.
 
-    One picture and a seed, or equal lists of them, which return a list.  What is not given comes from the model's
-    preset.  ValueError: block, sigma, scaling that does not exist, a threshold that is not positive.
+    One picture and a seed, or equal lists.  What is not given comes from the preset.  ValueError: see merge_maps.
     """
     if isinstance(image, Image.Image):
         return propose(model, [image], block=block, sigma=sigma, seed=[seed], threshold=threshold, scaling=scaling,
                        draws=draws)[0]
     if len(image) != len(seed):
         raise ValueError(f"{len(image)} pictures and {len(seed)} seeds are not equal lists")
-    preset = model.preset
-    block = preset.block if block is None else block
-    sigma = preset.sigma if sigma is None else sigma
-    threshold = preset.threshold if threshold is None else threshold
-    scaling = preset.scaling if scaling is None else scaling
+    block = model.preset.block if block is None else block
+    sigma = model.preset.sigma if sigma is None else sigma
+    threshold = model.preset.threshold if threshold is None else threshold
+    scaling = model.preset.scaling if scaling is None else scaling
     z0 = encode_image(model, image)                                          # (B, C, ., .)
     out = []
     for one, maps in zip(image, pad_maps(model, z0, block=block, sigma=sigma, seeds=seed, draws=draws), strict=True):
         proposals, members = merge_maps(maps, threshold, scaling)            # (P, h, w)
-        labels = label_map(proposals, (one.height, one.width)).cpu().numpy()
-        out.append(Proposals(labels, proposals.cpu(), members))
+        out.append(Proposals(labels_of(proposals, one), proposals.cpu(), members))
     return out
 
 

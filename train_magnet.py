@@ -53,7 +53,7 @@ def flow_loss(model, data, names, seed):
         z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
         seeds = [image_seed(name, seed + i) for i in range(len(sigma))]
         eps = seg4diff.noise(z0.shape[1:], seeds).to(model.device)           # (4, C, ., .)
-        cond = model.text.encode([seg4diff.names_of(model.text, item.labels, data.classes)] * len(sigma))
+        cond = model.text.encode([protocol.names_of(model, item, data.classes)] * len(sigma))
         loss, _ = flow_matching(model, z0, eps, sigma, cond.ctx, cond.pooled)
         total += loss.item() / len(names)
     return total

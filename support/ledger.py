@@ -95,14 +95,14 @@ class Ledger:
             os.close(fd)
 
     def add(self, name, counts, seed):
-        line = {"name": name, "seed": seed, "hash": self.hash, "counts": {row: sparse(c) for row, c in counts.items()}}
-        self.write(line)
-        self.take(line)
+        self.record({"name": name, "seed": seed, "counts": {row: sparse(c) for row, c in counts.items()}})
 
     def skip(self, name, why):
         """A picture that could not be read; it is tried again when the run is."""
-        line = {"name": name, "hash": self.hash, "broken": why}
-        self.write(line)
+        self.record({"name": name, "broken": why})
+
+    def record(self, line):
+        self.write(line | {"hash": self.hash})
         self.take(line)
 
     def sum(self, names: list[str], shape: tuple[int, int]) -> Counts:
