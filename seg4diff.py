@@ -217,6 +217,8 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
     B = len(z0)
+    if len(seeds) != B or (classes is not None and len(classes) != B):
+        raise ValueError(f"{B} pictures, {len(seeds)} seeds, {len(classes or seeds)} class lists: give equal lists")
     rows = []                                            # (picture, names of one of its prompts)
     for b in range(B):
         prompts = [[]] if classes is None else split_classes(model.text, classes[b])
@@ -254,10 +256,9 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
     ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
     """
     if isinstance(image, Image.Image):
-        return segment(model, [image], [classes], block=block, sigma=sigma, seed=[seed], kind=kind, head=head,
+        return segment(model, [image], [classes], block=block, sigma=sigma, seed=seed, kind=kind, head=head,
                        minmax=minmax, draws=draws)[0]
-    if not len(image) == len(classes) == len(seed):
-        raise ValueError(f"{len(image)} pictures, {len(classes)} class lists and {len(seed)} seeds are not equal lists")
+    seeds = [seed] * len(image) if isinstance(seed, int) else seed
     if any(isinstance(names, str) or len(names) > IGNORE for names in classes):
         raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
     H = model.transformer.config.heads
@@ -268,9 +269,9 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
     block = model.preset.block if block is None else block
     sigma = model.preset.sigma if sigma is None else sigma
     z0 = encode_image(model, image)                                          # (B, C, ., .)
-    attn = attend(model, z0, classes, blocks=[block], sigma=sigma, seeds=seed, kinds=[kind], draws=draws)
+    attn = attend(model, z0, classes, blocks=[block], sigma=sigma, seeds=seeds, kinds=[kind], draws=draws)
     out = []
-    for one, names, scores in zip(image, classes, attn, strict=True):
+    for one, names, scores in zip(image, classes, attn):
         maps = class_maps(scores[block, kind], head, minmax)                 # (K, h, w)
         out.append(Segmentation(labels_of(maps, one), maps.cpu(), list(names)))
     return out
@@ -334,17 +335,16 @@ def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: 
     One picture and a seed, or equal lists.  What is not given comes from the preset.  ValueError: see merge_maps.
     """
     if isinstance(image, Image.Image):
-        return propose(model, [image], block=block, sigma=sigma, seed=[seed], threshold=threshold, scaling=scaling,
+        return propose(model, [image], block=block, sigma=sigma, seed=seed, threshold=threshold, scaling=scaling,
                        draws=draws)[0]
-    if len(image) != len(seed):
-        raise ValueError(f"{len(image)} pictures and {len(seed)} seeds are not equal lists")
+    seeds = [seed] * len(image) if isinstance(seed, int) else seed
     block = model.preset.block if block is None else block
     sigma = model.preset.sigma if sigma is None else sigma
     threshold = model.preset.threshold if threshold is None else threshold
     scaling = model.preset.scaling if scaling is None else scaling
     z0 = encode_image(model, image)                                          # (B, C, ., .)
     out = []
-    for one, maps in zip(image, pad_maps(model, z0, block=block, sigma=sigma, seeds=seed, draws=draws), strict=True):
+    for one, maps in zip(image, pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)):
         proposals, members = merge_maps(maps, threshold, scaling)            # (P, h, w)
         out.append(Proposals(labels_of(proposals, one), proposals.cpu(), members))
     return out

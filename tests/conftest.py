@@ -20,13 +20,13 @@ from vae import VAE  # noqa: E402
 
 torch.set_num_threads(1)                   # for tensors this small; on a busy machine more threads wait for each other
 
-ARGS = Namespace(init=None, seed=0, text_widths=(64, 128), text_length=28, text_layers=2, width=64, depth=3, head_dim=32)
+ARGS = Namespace(seed=0, text_widths=(64, 128), text_length=28, text_layers=2, width=64, depth=3, head_dim=32)
 
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory) -> Path:
     """nano's architecture at width 64, untrained, in SD3's key layout; no parameter is left at zero."""
-    mmdit, text, merges = pretrain.build(ARGS, 16)
+    mmdit, text, merges = pretrain.new_model(ARGS, 16)
     torch.manual_seed(1)
     vae = VAE((16, 24, 48, 64), 1, 1, 16)
     with torch.no_grad():

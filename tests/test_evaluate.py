@@ -8,20 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import seg4diff
-from evaluate import (
-    TASKS,
-    Protocol,
-    ceiling_map,
-    confusion,
-    floor_map,
-    image_seed,
-    match_proposals,
-    proposal_scores,
-    scores,
-)
-from support.data import DATASETS, IGNORE, Item
+from loading import image_seed
+from protocol import TASKS, Protocol, Variant, ceiling_map, evaluation, floor_map, measure
+from support.data import DATASETS, Item
+from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
 
 ROWS = {"ovss": 1, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
         "normalization": 4}                                                  # 3 blocks, 2 heads
@@ -76,12 +67,15 @@ def test_matching_by_hand():
 def test_matching_against_all_permutations():
     rng = np.random.default_rng(0)
     for classes, proposals in ((2, 5), (4, 4), (5, 3)):
-        truth, pred = rng.integers(0, classes, (8, 9)).astype(np.uint8), 2 * rng.integers(0, proposals, (8, 9))
+        truth = rng.integers(0, classes, (8, 9)).astype(np.uint8)
+        pred = 2 * rng.integers(0, proposals, (8, 9))
         truth[0, :4] = IGNORE
         counts, named = match_proposals(truth, pred, 6)
-        valid, n = truth != IGNORE, max(classes, proposals)
+        valid = truth != IGNORE
+        n = max(classes, proposals)
         overlap = [[int(((truth == k) & (pred == 2 * p)).sum()) for p in range(n)] for k in range(n)]
-        assert counts[:, 0].sum() == max(sum(overlap[k][p] for k, p in enumerate(way)) for way in permutations(range(n)))
+        best = max(sum(overlap[k][p] for k, p in enumerate(order)) for order in permutations(range(n)))
+        assert counts[:, 0].sum() == best
         for k in range(6):
             assert counts[k].tolist() == [(named[truth == k] == k).sum(), ((named == k) & valid & (truth != k)).sum(),
                                           (named[truth == k] != k).sum()]
@@ -98,8 +92,8 @@ def test_scores_of_matches_by_hand():
 
 def test_a_pair_without_a_common_pixel_is_no_match():
     """Class 1 is left the region that lies in class 0 alone: no match, so no false positive either."""
-    truth, pred = np.array([[0, 0, 0, 0, 1]], np.uint8), np.array([[7, 7, 7, 9, 7]])
-    counts, named = evaluate.match_proposals(truth, pred, 2)
+    truth = np.array([[0, 0, 0, 0, 1]], np.uint8)
+    counts, named = match_proposals(truth, np.array([[7, 7, 7, 9, 7]]), 2)
     assert counts.tolist() == [[3, 1, 1], [0, 0, 1]] and named.tolist() == [[0, 0, 0, 255, 0]]
 
 
@@ -135,19 +129,12 @@ def test_ceiling_loses_what_is_smaller_than_a_cell():
     assert not ceiling_map(labels, np.array([0, 1]), (16, 16)).any()
 
 
-def test_image_seed():
-    """The same in every process, or no run could be repeated; Python's own hash() is not."""
-    assert image_seed("2007_000033", 0) == 878262805
-    names = [str(i) for i in range(500)]
-    assert len({image_seed(n, s) for n in names for s in range(3)}) == 1500
-    assert image_seed("12", 3) != image_seed("2", 31)
-
-
 # ---------------------------------------------------------------------------- predictions
 
 
 def test_scenes_and_scenes_dev():
-    val, dev = DATASETS["scenes"](), DATASETS["scenes-dev"]()
+    val = DATASETS["scenes"]()
+    dev = DATASETS["scenes-dev"]()
     assert len(val.names) == len(set(val.names)) == 200 and dev.names and not set(val.names) & set(dev.names)
     for data in (val, dev):
         item = data.read(data.names[1])
@@ -155,21 +142,49 @@ def test_scenes_and_scenes_dev():
         assert item.name == data.names[1] and item.labels.max() < len(data.classes)
 
 
-def test_predict_is_segment_with_the_present_classes(tiny):
-    """Same prompt, noise and argmax as the one-picture way; labels index the data set's classes."""
+@pytest.mark.parametrize("task", ["ovss", "layers"])
+def test_predictions_are_those_of_segment(tiny, task):
+    """Same prompt, noise and argmax as one picture alone; labels index the data set's classes."""
     data = DATASETS["scenes"]()
     items = [data.read(name) for name in data.names[:3]]
-    variants = [evaluate.Variant("a", 1, tiny.preset.sigma), evaluate.Variant("b", 2, 0.3, "t2i", True, 1)]
-    for item, got in zip(items, evaluate.predict(tiny, items, data, variants, Protocol(5))):
-        assert got.keys() == {"a", "b", "floor", "ceiling"}
+    variants = [Variant("a", 1, tiny.preset.sigma)]
+    if task == "layers":                                                     # a task that sweeps over variants
+        variants.append(Variant("b", 2, 0.3, "t2i", True, 1))
+    ev = evaluation(tiny, data, task, Protocol(seed=5))._replace(variants=variants)
+    for item, rows in zip(items, ev.predict(items), strict=True):
+        assert rows.keys() == {*(v.name for v in variants), "floor", "ceiling"}
         present = np.unique(item.labels)
         names = [data.classes[k] for k in present]
         for v in variants:
             seg = seg4diff.segment(tiny, item.image, names, block=v.block, sigma=v.sigma, kind=v.kind, head=v.head,
                                    minmax=v.minmax, seed=image_seed(item.name, 5))
-            assert (got[v.name] == present[seg.labels]).mean() > 0.999
-        assert all(set(np.unique(x)) <= set(present) for x in got.values())
-        assert (got["ceiling"] == item.labels).mean() > 0.9
+            assert (rows[v.name] == present[seg.labels]).mean() > 0.999
+        assert all(set(np.unique(labels)) <= set(present) for labels in rows.values())
+        assert (rows["ceiling"] == item.labels).mean() > 0.9
+
+
+@pytest.mark.parametrize("task", ["unsup", "thresholds"])
+def test_unnamed_regions_are_those_of_propose(tiny, task):
+    data = DATASETS["scenes"]()
+    items = [data.read(name) for name in data.names[:2]]
+    variant = Variant("u", 1, 0.4, threshold=0.003, scaling="map")
+    floor = "u floor" if task == "thresholds" else "floor"
+    ev = evaluation(tiny, data, task, Protocol(seed=2))._replace(variants=[variant])
+    for item, rows in zip(items, ev.predict(items), strict=True):
+        proposals = seg4diff.propose(tiny, item.image, block=1, sigma=0.4, seed=image_seed(item.name, 2),
+                                     threshold=0.003, scaling="map")
+        assert (rows["u"] == proposals.labels).mean() > 0.999 and len(proposals.maps) > 1
+        assert len(np.unique(rows[floor])) == len(proposals.maps)            # as many random ones
+
+
+@pytest.mark.parametrize("task, function", [("ovss", "segment"), ("unsup", "propose")])
+def test_one_road(command, tiny_file, monkeypatch, task, function):
+    """The function that is taught is the function that the benchmark runs."""
+    def stop(*args, **kwargs):
+        raise ValueError(f"stopped in {function}")
+    monkeypatch.setattr(seg4diff, function, stop)
+    code, out, err = command("evaluate.py", "--task", task, "--model", tiny_file, "--limit", 1, "--device", "cpu")
+    assert (code, out) == (2, "") and err.splitlines()[-1] == f"error: stopped in {function}"
 
 
 def test_ignored_pixels_are_not_prompted(tiny):
@@ -177,8 +192,9 @@ def test_ignored_pixels_are_not_prompted(tiny):
     item = data.read(data.names[0])
     labels = item.labels.copy()
     labels[labels == labels[0, 0]] = IGNORE
-    (got,) = evaluate.predict(tiny, [Item(item.image, labels, "x")], data, TASKS["ovss"](tiny), Protocol())
-    assert set(np.unique(got["tiny"])) <= set(np.unique(labels)) - {IGNORE}
+    (rows,) = evaluation(tiny, data, "ovss").predict([Item(item.image, labels, "x")])
+    assert set(np.unique(rows["tiny"])) <= set(np.unique(labels)) - {IGNORE}
+    assert classes_in(labels).tolist() == sorted(set(np.unique(labels)) - {IGNORE})
 
 
 def test_a_picture_without_any_class_is_passed_over(tiny):
@@ -188,99 +204,125 @@ def test_a_picture_without_any_class_is_passed_over(tiny):
     def read(name):
         item = data.read(name)
         return item._replace(labels=np.full_like(item.labels, IGNORE)) if name == unlabelled else item
-    for names in (data.names[:3], data.names[1:3]):
-        counts = dict(evaluate.tally(tiny, replace(data, read=read), names, TASKS["ovss"](tiny), Protocol(), batch_size=2))
+    ev = evaluation(tiny, replace(data, read=read), "ovss", batch=2)
+    for names in (data.names[:3], data.names[1:3], data.names[:2]):          # in the middle, first, last
+        counts = dict(ev.count(names))
         assert counts.pop(unlabelled) == {} and set(counts) | {unlabelled} == set(names)
         assert [c["tiny"].sum() for c in counts.values()] == [128 * 128] * (len(names) - 1)
 
 
 @pytest.mark.parametrize("task", ["ovss", "layers", "unsup"])
 def test_batch_size_changes_nothing(tiny, task):
-    data, variants = DATASETS["scenes"](), TASKS[task](tiny)
-    one, five = (dict(evaluate.tally(tiny, data, data.names[:6], variants, Protocol(), batch_size=b)) for b in (1, 5))
-    assert list(one) == list(five) == data.names[:6]
+    data = DATASETS["scenes"]()
+    names = data.names[:6]
+    ev = evaluation(tiny, data, task)
+    one, five = (dict(ev._replace(batch=batch).count(names)) for batch in (1, 5))
+    assert list(one) == list(five) == names
+    scored = [0, 2] if task == "unsup" else slice(None)                      # TP and FN make up the picture
     for a, b in zip(one.values(), five.values()):
-        assert a.keys() == b.keys() == {v.name for v in variants} | {"floor", "ceiling"}
+        assert a.keys() == b.keys() == {v.name for v in ev.variants} | {"floor", "ceiling"}
         for row in a:                                  # fp32's last bit may move a pixel that sits on a border
-            assert a[row][:, [0, 2] if task == "unsup" else slice(None)].sum() == 128 * 128
+            assert a[row][:, scored].sum() == 128 * 128
             assert np.abs(a[row] - b[row]).sum() <= 4
         assert all((a[row] == b[row]).all() for row in ("floor", "ceiling"))
 
 
+def test_measure(tiny):
+    """The same numbers without a ledger, of the task's variants or of those given."""
+    data = DATASETS["scenes"]()
+    names = data.names[:3]
+    rows = measure(tiny, data, names, "layers")
+    total = {}
+    for _, counts in evaluation(tiny, data, "layers").count(names):
+        for row, c in counts.items():
+            total[row] = total.get(row, 0) + c
+    assert rows == {row: scores(c) for row, c in total.items()}
+    some = [Variant("u", 1, 0.4, threshold=0.003, scaling="map")]
+    assert measure(tiny, data, names, "unsup", some, Protocol(seed=1)).keys() == {"u", "floor", "ceiling"}
+
+    def read(name):
+        raise OSError("it is gone")
+    with pytest.raises(ValueError, match=f"{names[0]} cannot be read: it is gone"):
+        measure(tiny, replace(data, read=read), names, "ovss")
+
+
 def test_several_draws_are_averaged(tiny):
     data = DATASETS["scenes"]()
-    item, v = data.read(data.names[0]), TASKS["ovss"](tiny)[0]
+    item = data.read(data.names[0])
     present = np.unique(item.labels)
-    names, seed = [data.classes[k] for k in present], image_seed(item.name, 0)
+    names = [data.classes[k] for k in present]
+    seed = image_seed(item.name, 0)
     maps = torch.stack([seg4diff.segment(tiny, item.image, names, seed=seed + i).maps for i in range(3)]).mean(0)
-    (got,) = evaluate.predict(tiny, [item], data, [v], Protocol(draws=3))
     want = present[seg4diff.label_map(maps, item.labels.shape).numpy()]
-    assert (got["tiny"] == want).mean() > 0.999
-    assert (got["tiny"] != evaluate.predict(tiny, [item], data, [v], Protocol())[0]["tiny"]).mean() > 0.001
+    (three,) = evaluation(tiny, data, "ovss", Protocol(draws=3)).predict([item])
+    (one,) = evaluation(tiny, data, "ovss").predict([item])
+    assert (three["tiny"] == want).mean() > 0.999
+    assert (three["tiny"] != one["tiny"]).mean() > 0.001
 
 
 def test_every_class_of_the_data_set_competes(tiny):
     """Prompt all: as segment does with all names; what is not in the picture can be predicted, and is then wrong."""
     data = DATASETS["scenes"]()
     item = data.read(data.names[0])
-    (got,) = evaluate.predict(tiny, [item], data, TASKS["ovss"](tiny), Protocol(prompt="all"))
+    (rows,) = evaluation(tiny, data, "ovss", Protocol(prompt="all")).predict([item])
     assert len(seg4diff.split_classes(tiny.text, data.classes * 3)) > 1
     seg = seg4diff.segment(tiny, item.image, data.classes, seed=image_seed(item.name, 0))
-    assert (got["tiny"] == seg.labels).mean() > 0.999
-    assert set(np.unique(got["floor"])) == set(range(15)) > set(np.unique(item.labels))
-    assert (got["ceiling"] == item.labels).mean() > 0.9
+    assert (rows["tiny"] == seg.labels).mean() > 0.999
+    assert set(np.unique(rows["floor"])) == set(range(15)) > set(np.unique(item.labels))
+    assert (rows["ceiling"] == item.labels).mean() > 0.9
 
 
 def test_a_class_that_always_competes_is_never_scored(tiny):
     """As background in the released code's COCO-Object: pixels it wins are lost to the true class."""
     data = DATASETS["scenes"]()
     item = next(i for i in map(data.read, data.names) if 7 not in i.labels)
-    always, ovss = replace(data, always=(7,)), TASKS["ovss"](tiny)
+    always = evaluation(tiny, replace(data, always=(7,)), "ovss")
     present = np.union1d(np.unique(item.labels), [7])
-    (got,) = evaluate.predict(tiny, [item], always, ovss, Protocol())
+    (rows,) = always.predict([item])
     seg = seg4diff.segment(tiny, item.image, [data.classes[k] for k in present], seed=image_seed(item.name, 0))
-    assert (got["tiny"] == present[seg.labels]).mean() > 0.999
-    (_, with_it), = evaluate.tally(tiny, always, [item.name], ovss, Protocol(), 1)
-    (_, without), = evaluate.tally(tiny, data, [item.name], ovss, Protocol(), 1)
-    assert with_it["floor"][:, 7].sum() > 0 == without["floor"][:, 7].sum() and not with_it["floor"][7].any()
-    counts = with_it["floor"]
-    s = scores(counts)
-    assert s["IoU"][7] is None and s["pACC"] == pytest.approx(100 * np.trace(counts) / item.labels.size)
+    assert (rows["tiny"] == present[seg.labels]).mean() > 0.999
+    ((_, with_it),) = always.count([item.name])
+    ((_, without),) = evaluation(tiny, data, "ovss").count([item.name])
+    assert with_it["floor"][:, 7].sum() > 0 == without["floor"][:, 7].sum()
+    assert with_it["floor"].sum() == without["floor"].sum() and not with_it["floor"][7].any()
+    s = scores(with_it["floor"])
+    assert s["IoU"][7] is None and s["pACC"] == pytest.approx(100 * np.trace(with_it["floor"]) / item.labels.size)
     assert (with_it["ceiling"] == without["ceiling"]).all()
 
 
 def test_crop_takes_the_truth_along(tiny):
     """A wide picture, of which only the middle counts: as if it had been cut before."""
-    data, ovss = DATASETS["scenes"](), TASKS["ovss"](tiny)
+    data = DATASETS["scenes"]()
+    name = data.names[0]
 
     def wide(name):
         item = data.read(name)
-        image, labels = Image.new("RGB", (200, 128), "red"), np.full((128, 200), 14, np.uint8)
+        image = Image.new("RGB", (200, 128), "red")
         image.paste(item.image, (36, 0))
+        labels = np.full((128, 200), 14, np.uint8)
         labels[:, 36:164] = item.labels
         return Item(image, labels, name)
-    (name, crop), = evaluate.tally(tiny, replace(data, read=wide), data.names[:1], ovss, Protocol(resize="crop"), 1)
-    (_, cut), = evaluate.tally(tiny, data, data.names[:1], ovss, Protocol(), 1)
-    (_, squash), = evaluate.tally(tiny, replace(data, read=wide), data.names[:1], ovss, Protocol(), 1)
-    assert name == data.names[0] and all((crop[row] == cut[row]).all() for row in cut)
+
+    def count(data, **options):
+        ((counted, counts),) = evaluation(tiny, data, "ovss", Protocol(**options)).count([name])
+        assert counted == name
+        return counts
+
+    crop = count(replace(data, read=wide), resize="crop")
+    squash = count(replace(data, read=wide))
+    cut = count(data)
+    assert all((crop[row] == cut[row]).all() for row in cut)
     assert squash["tiny"].sum() == 128 * 200 and crop["tiny"].sum() == 128 * 128
-
-
-def test_unnamed_regions_are_those_of_propose(tiny):
-    data, v = DATASETS["scenes"](), evaluate.Variant("u", 1, 0.4, threshold=0.003, scaling="map")
-    items = [data.read(name) for name in data.names[:2]]
-    for item, got in zip(items, evaluate.predict(tiny, items, data, [v], Protocol(2))):
-        found = seg4diff.propose(tiny, item.image, block=1, sigma=0.4, seed=image_seed(item.name, 2), threshold=0.003,
-                                 scaling="map")
-        assert (got["u"] == found.labels).mean() > 0.999 and len(found.maps) > 1
-        assert len(np.unique(got["floor"])) == len(found.maps)               # as many random ones
 
 
 # ---------------------------------------------------------------------------- the command
 
 
-def results(folder) -> dict:
-    return json.loads((folder / "results.json").read_text())
+def results(folder, strict: bool = False) -> dict:
+    """results.json; strict: without NaN and Infinity, which are no JSON."""
+    def refuse(constant):
+        raise AssertionError(constant)
+    return json.loads((folder / "results.json").read_text(), parse_constant=refuse if strict else None)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -289,36 +331,53 @@ def test_task(command, tiny_file, tmp_path, task):
     assert code == 0, err
     folder = tmp_path / "out" / f"{task}-scenes-tiny"
     picture = "overlays.png" if ROWS[task] == 1 else f"{task}.png"
-    result = results(folder)
+    result = results(folder, strict=True)
     assert {p.name for p in folder.iterdir()} == {picture, "results.json", f"ledger-{result['hash']}-0.jsonl"}
     assert min(Image.open(folder / picture).size) > 200
-    rows, variants = result["rows"], result["variants"]
+    rows = result["rows"]
+    variants = result["variants"]
     floors = [f"{v['name']} floor" for v in variants] if task == "thresholds" else ["floor"]
-    assert len(variants) == ROWS[task] and list(rows) == [*(v["name"] for v in variants), *floors, "ceiling"]
+    names = [v["name"] for v in variants]
+    assert len(names) == ROWS[task] and sorted(rows) == sorted([*names, *floors, "ceiling"])
+    printed = [row for line in out.splitlines() for row in rows if line.startswith(f"{row:{max(map(len, rows))}s} ")]
+    assert [row for row in printed if row in names] == names and [row for row in printed if row in floors] == floors
+    assert printed[-1] == "ceiling" and (task == "thresholds" or printed[-2] == "floor")
     assert all(0 <= rows[floor]["mIoU"] < rows["ceiling"]["mIoU"] <= 100 for floor in floors)
     assert rows["ceiling"]["pACC"] > 90
     for name, row in rows.items():
         assert len(row["IoU"]) == len(result["classes"]) == 15
-        seen = [x for x in row["IoU"] if x is not None]                # of classes that occur
-        assert len(seen) < 15 and row["mIoU"] == pytest.approx(np.mean(seen))
+        occurring = [x for x in row["IoU"] if x is not None]
+        assert len(occurring) < 15 and row["mIoU"] == pytest.approx(np.mean(occurring))
         assert f"{name} " in out and f"{row['mIoU']:.1f}" in out
     different = len({round(rows[v["name"]]["pACC"], 6) for v in variants})
     assert different > 5 if task == "thresholds" else different == len(variants)             # no two are the same
     assert result["task"] == task and result["arguments"]["limit"] == "2" and result["seconds"] > 0
     assert result["versions"]["torch"] == torch.__version__ and result["broken"] == {}
-    told = ["2 pictures", "15 classes", "tiny", result["protocol"]["model"][1], "float32", "sigma 0.", "squash", "draws 1",
-            "seed 0", "empty prompt" if task in ("unsup", "thresholds") else "prompt: present classes"]
-    assert result["caption"] in out and all(word in result["caption"] for word in told)
-    assert ("token" in result["caption"] and "KL 0.1" in result["caption"]) == (task == "unsup")
+    facts = result["facts"]
+    assert all(f"{fact}:" in out and value in out for fact, value in facts.items())
+    assert facts["task"] == task and facts["data"] == "scenes, 2 pictures, 15 classes"
+    assert facts["model"] == f"tiny ({result['protocol']['model'][1]}), float32"
+    assert facts["block"] == ("0 1 2" if task in ("layers", "heads") else "1")
+    levels = sorted({v["sigma"] for v in variants})
+    assert facts["sigma"] == " ".join(f"{sigma:.3f}" for sigma in levels) and "0.515" in facts["sigma"]
+    assert facts["prompt"] == ("empty" if task in ("unsup", "thresholds") else "present")
+    assert (facts["resize"], facts["seed"], facts["draws"]) == ("squash", "0", "1")
+    assert ("merging" in facts) == (task == "unsup")
+    if task == "unsup":
+        assert "token" in facts["merging"] and "KL 0.1" in facts["merging"]
 
 
 def test_what_the_tasks_compare(tiny):
     def made(task):
-        return {(v.block, round(v.sigma, 4), v.kind, v.minmax, v.head) for v in TASKS[task](tiny)}
+        return {(v.block, round(v.sigma, 4), v.kind, v.minmax, v.head) for v in TASKS[task].variants(tiny)}
+
+    def merging(task):
+        return {(v.threshold, v.scaling) for v in TASKS[task].variants(tiny)}
     s = 0.5151
-    assert made("ovss") == {(1, s, "softmax", False, None)}
-    assert [(v.threshold, v.scaling) for v in TASKS["unsup"](tiny)] == [(0.1, "token")]      # the released code's
-    assert len({(v.threshold, v.scaling) for v in TASKS["thresholds"](tiny)}) == 24
+    assert made("ovss") == made("unsup") == made("thresholds") == {(1, s, "softmax", False, None)}
+    assert merging("unsup") == {(0.1, "token")}                              # the released code's
+    assert len(merging("thresholds")) == 24
+    assert merging("ovss") == merging("layers") == {(None, None)}
     assert made("layers") == {(b, s, kind, False, None) for b in range(3) for kind in ("softmax", "t2i")}
     assert made("heads") == {(b, s, "softmax", False, h) for b in range(3) for h in range(2)}
     assert made("normalization") == {(1, s, kind, m, None) for kind in ("logits", "softmax") for m in (False, True)}
@@ -328,37 +387,37 @@ def test_what_the_tasks_compare(tiny):
 
 def test_options_have_effects(command, tiny_file, tmp_path):
     def run(name, *options):
-        fixed = ("--model", tiny_file, "--device", "cpu", "--out", tmp_path / name)
+        fixed = ("--limit", 2, "--model", tiny_file, "--device", "cpu", "--out", tmp_path / name)
         code, _, err = command("evaluate.py", *fixed, *options)
         assert code == 0, err
         return results(tmp_path / name)
 
-    base, again = run("a", "--limit", 2), run("deep/er", "--limit", 2, "--batch-size", 1)
-    assert again["arguments"]["batch_size"] == "1"
-    assert base["rows"]["floor"] != run("b", "--limit", 2, "--seed", 1)["rows"]["floor"]
-    other = results(tmp_path / "b")["rows"]
-    assert other["tiny"]["pACC"] != base["rows"]["tiny"]["pACC"]
-    assert other["ceiling"]["pACC"] == base["rows"]["ceiling"]["pACC"]       # the truth has no seed
+    base = run("base")
+    again = run("deep/er", "--batch-size", 1)
+    assert again["arguments"]["batch_size"] == "1" and again["hash"] == base["hash"]
     for row in base["rows"]:
         assert again["rows"][row]["pACC"] == pytest.approx(base["rows"][row]["pACC"], abs=0.02)
-    more = {name: run(name, "--limit", 2, *options) for name, options in (
-        ("draws", ("--draws", 2)), ("all", ("--prompt", "all")), ("crop", ("--resize", "crop")))}
-    assert more["draws"]["rows"]["floor"] == more["crop"]["rows"]["floor"] == base["rows"]["floor"]
-    assert more["draws"]["rows"]["tiny"]["pACC"] != base["rows"]["tiny"]["pACC"]
-    assert more["crop"]["rows"]["tiny"] == base["rows"]["tiny"]               # scenes are square already
-    assert more["all"]["rows"]["floor"]["pACC"] < base["rows"]["floor"]["pACC"] and "all classes" in more["all"]["caption"]
-    assert len({r["hash"] for r in (base, *more.values())}) == 4 and again["hash"] == base["hash"]
-    low, high = (run(f"u{t}", "--limit", 2, "--task", "unsup", "--scaling", "map", "--threshold", t) for t in (1e-9, 50))
-    assert high["rows"]["floor"]["mIoU"] == high["rows"]["tiny"]["mIoU"]      # one proposal: the whole picture
-    assert high["rows"]["tiny"]["IoU"] != low["rows"]["tiny"]["IoU"] and "scaled over: map" in low["caption"]
-    assert run("c", "--limit", 3)["rows"]["ceiling"]["pACC"] != base["rows"]["ceiling"]["pACC"]
-    assert run("d", "--limit", 2, "--dataset", "scenes-dev")["rows"]["ceiling"] != base["rows"]["ceiling"]
+
+    rows = base["rows"]
+    seed = run("seed", "--seed", 1)["rows"]
+    assert seed["floor"] != rows["floor"] and seed["tiny"]["pACC"] != rows["tiny"]["pACC"]
+    assert seed["ceiling"]["pACC"] == rows["ceiling"]["pACC"]                # the truth has no seed
+
+    draws = run("draws", "--draws", 2)
+    every = run("all", "--prompt", "all")
+    crop = run("crop", "--resize", "crop")
+    assert draws["rows"]["floor"] == crop["rows"]["floor"] == rows["floor"]
+    assert draws["rows"]["tiny"]["pACC"] != rows["tiny"]["pACC"]
+    assert crop["rows"]["tiny"] == rows["tiny"]                              # scenes are square already
+    assert every["rows"]["floor"]["pACC"] < rows["floor"]["pACC"] and every["facts"]["prompt"] == "all"
+    assert len({result["hash"] for result in (base, draws, every, crop)}) == 4
+
+    merging = ("--task", "unsup", "--scaling", "map", "--threshold")
+    low = run("low", *merging, 1e-9)
+    high = run("high", *merging, 50)["rows"]
+    assert high["floor"]["mIoU"] == high["tiny"]["mIoU"]                     # one proposal: the whole picture
+    assert high["tiny"]["IoU"] != low["rows"]["tiny"]["IoU"] and "scaled over: map" in low["facts"]["merging"]
+
+    assert run("limit", "--limit", 3)["rows"]["ceiling"]["pACC"] != rows["ceiling"]["pACC"]
+    assert run("dev", "--dataset", "scenes-dev")["rows"]["ceiling"] != rows["ceiling"]
     assert not (tmp_path / "out").exists()
-
-
-def test_results_are_json(command, tiny_file, tmp_path):
-    command("evaluate.py", "--model", tiny_file, "--limit", 1, "--out", tmp_path / "r", "--device", "cpu")
-
-    def refuse(constant):
-        raise AssertionError(constant)
-    json.loads((tmp_path / "r" / "results.json").read_text(), parse_constant=refuse)

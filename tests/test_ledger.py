@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,13 @@ from test_data import put
 
 import evaluate
 import seg4diff
+from loading import image_seed
+from protocol import evaluation
 from support.data import DATASETS
 from support.ledger import Ledger, digest
 
-ROOT, PROTOCOL = Path(seg4diff.__file__).parent, {"task": "ovss", "seed": 0}
+ROOT = Path(seg4diff.__file__).parent
+PROTOCOL = {"task": "ovss", "seed": 0}
 
 
 def some(seed: int) -> dict[str, np.ndarray]:
@@ -36,36 +38,37 @@ def test_sums_are_exact(tmp_path):
     """Also beyond what fp64 holds, in any order of pictures, and over the files of several processes."""
     for i in range(6):
         Ledger(tmp_path, PROTOCOL, rank=i % 3).add(f"p{i}", some(i), seed=i)
-    book = Ledger(tmp_path, PROTOCOL)
-    for names in (["p0"], ["p5", "p1", "p3"], [f"p{i}" for i in range(6)], ["p1", "absent"], []):
-        total = book.sum(names, ["tiny", "floor"], (4, 4))
+    ledger = Ledger(tmp_path, PROTOCOL)
+    for names in (["p0"], ["p5", "p1", "p3"], [f"p{i}" for i in range(6)], ["p1", "absent"]):
+        total = ledger.sum(names, (4, 4))
+        assert total.keys() == {"tiny", "floor"}
         for row in total:
-            want = sum((some(int(n[1]))[row] for n in names if n != "absent"), np.zeros((4, 4), np.int64))
+            want = sum(some(int(name[1]))[row] for name in names if name != "absent")
             assert total[row].dtype == np.int64 and (total[row] == want).all()
-    assert book.sum(["p0"], ["other"], (4, 4))["other"].sum() == 0
+    assert ledger.sum([], (4, 4)) == ledger.sum(["absent"], (4, 4)) == {}
     assert [line["seed"] for line in lines(tmp_path) if "counts" in line] == [0, 3, 1, 4, 2, 5]
-    assert all(line["hash"] == book.hash for line in lines(tmp_path) if "counts" in line)
+    assert all(line["hash"] == ledger.hash for line in lines(tmp_path) if "counts" in line)
     assert lines(tmp_path)[0] == {"protocol": PROTOCOL}
     large = Ledger(tmp_path / "large", PROTOCOL)
     for name in "ab":
         large.add(name, {"tiny": np.array([[2**53 + 1]])}, seed=0)
-    assert Ledger(tmp_path / "large", PROTOCOL).sum(["a", "b"], ["tiny"], (1, 1))["tiny"].item() == 2**54 + 2
+    assert Ledger(tmp_path / "large", PROTOCOL).sum(["a", "b"], (1, 1))["tiny"].item() == 2**54 + 2
 
 
 @pytest.mark.parametrize("cut", [1, 20, 10_000])
 def test_half_a_line_is_dropped(tmp_path, cut):
-    book = Ledger(tmp_path, PROTOCOL)
-    book.add("a", some(0), seed=0)
-    whole = book.path.read_bytes()
-    book.add("b", some(1), seed=0)
-    book.path.write_bytes(book.path.read_bytes()[:-cut] if cut < 10_000 else whole.split(b"\n")[0][:-3])
+    ledger = Ledger(tmp_path, PROTOCOL)
+    ledger.add("a", some(0), seed=0)
+    first_line, _ = ledger.path.read_bytes().split(b"\n", 1)
+    ledger.add("b", some(1), seed=0)
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-cut] if cut < 10_000 else first_line[:-3])
     again = Ledger(tmp_path, PROTOCOL)
     assert set(again.done) == ({"a"} if cut < 10_000 else set())
     for i, name in enumerate("ab"):
         again.add(name, some(i), seed=0)
     last = Ledger(tmp_path, PROTOCOL)
     assert set(last.done) == {"a", "b"} and lines(tmp_path)[0] == {"protocol": PROTOCOL}
-    assert (last.sum(["a", "b"], ["tiny"], (4, 4))["tiny"] == some(0)["tiny"] + some(1)["tiny"]).all()
+    assert (last.sum(["a", "b"], (4, 4))["tiny"] == some(0)["tiny"] + some(1)["tiny"]).all()
 
 
 def test_half_a_line_of_another_process_is_left_to_it(tmp_path):
@@ -88,11 +91,11 @@ def test_another_protocol_is_another_file(tmp_path):
 
 @pytest.mark.parametrize("damage", [b"not json\n", b"\x00\x00\n", b"\xff\xfe{}\n", b"3\n"])
 def test_a_damaged_ledger_is_named(tmp_path, damage):
-    book = Ledger(tmp_path, PROTOCOL)
-    book.path.write_bytes(book.path.read_bytes() + damage)
+    ledger = Ledger(tmp_path, PROTOCOL)
+    ledger.path.write_bytes(ledger.path.read_bytes() + damage)
     with pytest.raises(ValueError, match="cannot be used.*--out") as raised:
         Ledger(tmp_path, PROTOCOL)
-    assert str(book.path) in str(raised.value)
+    assert str(ledger.path) in str(raised.value)
 
 
 def test_a_folder_that_cannot_be(tmp_path):
@@ -109,25 +112,25 @@ def test_a_folder_that_cannot_be(tmp_path):
 def run(command, tiny_file, tmp_path):
     """run("folder", ...) evaluates the first four scenes, one at a time -> (code, stdout, stderr, results)."""
     def one(out: str, *options) -> tuple[int, str, str, dict]:
-        given = dict(zip(options[::2], options[1::2]))
-        usual = {"--limit": 4, "--batch-size": 1, "--model": tiny_file, "--device": "cpu", "--out": tmp_path / out}
-        code, told, err = command("evaluate.py", *sum((usual | given).items(), ()))
+        usual = ("--limit", 4, "--batch-size", 1, "--model", tiny_file, "--device", "cpu", "--out", tmp_path / out)
+        code, printed, err = command("evaluate.py", *usual, *options)        # of an option given twice the last holds
         path = tmp_path / out / "results.json"
-        return code, told, err, json.loads(path.read_text()) if path.exists() else {}
+        return code, printed, err, json.loads(path.read_text()) if path.exists() else {}
     return one
 
 
 def stop_after(monkeypatch, n: int, error: BaseException) -> list:
     """The n-th picture after this one raises `error`; the list holds the pictures' noise seeds so far."""
-    seen, attend = [], seg4diff.attend
+    seeds = []
+    attend = seg4diff.attend
 
     def counting(*args, **kwargs):
-        if len(seen) == n:
+        if len(seeds) == n:
             raise error
-        seen.extend(kwargs["seeds"])
+        seeds.extend(kwargs["seeds"])
         return attend(*args, **kwargs)
     monkeypatch.setattr(seg4diff, "attend", counting)
-    return seen
+    return seeds
 
 
 @pytest.mark.parametrize("task", ["ovss", "unsup"])
@@ -141,14 +144,15 @@ def test_a_killed_run_goes_on_where_it_stopped(run, monkeypatch, tmp_path, task)
             run("killed", "--task", task)
     done = [line["name"] for line in lines(tmp_path / "killed") if "counts" in line]
     assert len(done) == 3 and not (tmp_path / "killed/results.json").exists()
-    ledger, = (tmp_path / "killed").iterdir()
+    (ledger,) = (tmp_path / "killed").iterdir()
     ledger.write_bytes(ledger.read_bytes()[:-7])               # and the kill fell into the writing of the third
     with monkeypatch.context() as m:
-        seen = stop_after(m, 99, KeyboardInterrupt())
+        seeds = stop_after(m, 99, KeyboardInterrupt())
         code, _, err, resumed = run("killed", "--task", task)
     names = [line["name"] for line in lines(tmp_path / "whole") if "counts" in line]
-    assert seen[:2] == [seg4diff.image_seed(name, 0) for name in names[2:]] and len(seen) == 2 + 4     # 4 examples drawn
-    assert code == 0 and resumed["rows"] == whole["rows"] and resumed["n"] == 4
+    assert code == 0, err
+    assert seeds[:2] == [image_seed(name, 0) for name in names[2:]] and len(seeds) == 2 + 4      # 4 examples are drawn
+    assert resumed["rows"] == whole["rows"] and resumed["n"] == 4
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
@@ -163,35 +167,42 @@ def test_more_pictures_later(run, tmp_path):
     assert len(lines(tmp_path / "grown")) == 6                  # nothing was counted anew
 
 
-@pytest.mark.parametrize("option", [("--seed", 1), ("--draws", 2), ("--prompt", "all"), ("--resize", "crop"),
-                                    ("--dataset", "scenes-dev"), ("--task", "unsup"), ("--dtype", "bfloat16")])
-def test_what_touches_a_number_begins_anew(run, tmp_path, option):
-    first, other = run("out", "--limit", 1)[3], run("out", "--limit", 1, *option)[3]
-    assert first["hash"] != other["hash"] and len(list((tmp_path / "out").glob("*.jsonl"))) == 2
+def test_what_touches_a_number_begins_anew(run, tmp_path):
+    """Each of these options is another run with a ledger of its own."""
+    options = [(), ("--seed", 1), ("--draws", 2), ("--prompt", "all"), ("--resize", "crop"),
+               ("--dataset", "scenes-dev"), ("--task", "unsup"), ("--dtype", "bfloat16")]
+    for number, option in enumerate(options, 1):
+        code, _, err, result = run("out", "--limit", 1, *option)
+        assert code == 0, err
+        ledgers = {path.name for path in (tmp_path / "out").glob("*.jsonl")}
+        assert len(ledgers) == number and f"ledger-{result['hash']}-0.jsonl" in ledgers
 
 
 def test_where_the_batch_size_may_touch_a_number_it_begins_anew(run, tmp_path):
     """In bf16 sums are rounded, and their order may depend on the batch."""
     one, two = (run("out", "--limit", 2, "--dtype", "bfloat16", "--batch-size", n)[3] for n in (1, 2))
-    assert one["hash"] != two["hash"] and "bfloat16" in one["caption"]
+    assert one["hash"] != two["hash"] and "bfloat16" in one["facts"]["model"]
 
 
 def test_a_changed_program_begins_anew(tiny, tmp_path, monkeypatch):
-    """Any line of any of its files, but not of what only stands beside them."""
+    """Any line of the files that counts depend on (all of evaluate.CODE), but not of what only stands beside them."""
     copy = tmp_path / "code"
-    (copy / "nano").mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), ROOT / "support/classes.json", ROOT / "nano/scenes.py"]:
-        (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+    for file in (*evaluate.CODE, "README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).write_bytes((ROOT / file).read_bytes())
     monkeypatch.setattr(evaluate, "__file__", str(copy / "evaluate.py"))
-    args = Namespace(task="ovss", limit=1, seed=0, prompt="present", resize="squash", draws=1, batch_size=1)
-    hashes = []
-    for changed in (None, "README.md", "mmdit.py", "nano/scenes.py", "support/classes.json"):
-        if changed:
-            with open(copy / changed, "a") as f:
-                f.write("# changed\n")
-        evaluate.run(args, tiny, DATASETS["scenes"](), tmp_path / "out")
-        hashes.append(json.loads((tmp_path / "out/results.json").read_text())["hash"])
-    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+    ev = evaluation(tiny, DATASETS["scenes"](), "ovss")
+    before = evaluate.identity_of(ev)
+    for file in ("README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
+        with open(copy / file, "a") as f:
+            f.write("# changed\n")
+    assert evaluate.identity_of(ev) == before
+    identities = [before]
+    for file in evaluate.CODE:
+        with open(copy / file, "a") as f:
+            f.write("# changed\n")
+        identities.append(evaluate.identity_of(ev))
+    assert len({digest(identity) for identity in identities}) == 1 + len(evaluate.CODE)
 
 
 def test_changed_weights_begin_anew(run, tiny_file, tmp_path):
@@ -200,30 +211,34 @@ def test_changed_weights_begin_anew(run, tiny_file, tmp_path):
     data = bytearray(tiny_file.read_bytes())
     data[-1] ^= 1
     other.write_bytes(data)
-    first, second = run("out", "--limit", 1)[3], run("out", "--limit", 1, "--model", other)[3]
+    first = run("out", "--limit", 1)[3]
+    second = run("out", "--limit", 1, "--model", other)[3]
     assert first["protocol"]["model"][0] == second["protocol"]["model"][0] and first["hash"] != second["hash"]
 
 
 @pytest.mark.parametrize("short", [True, False])
 def test_disk_full(run, monkeypatch, tmp_path, short):
     """The third picture's line finds no room, or for a part only: one sentence, the file as it was, and it goes on."""
-    whole, write = run("whole")[3], os.write
+    whole = run("whole")[3]
+    write = os.write
+    written = []
 
     def full(fd, data):
-        if b'"counts"' in data and len(written) == 2:
-            if short:
+        if b'"counts"' in data:
+            if len(written) == 2 and short:
                 return write(fd, data[:30])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(data) if b'"counts"' in data else None
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(data)
         return write(fd, data)
-    written = []
+
     with monkeypatch.context() as m:
         m.setattr(os, "write", full)
         code, _, err, result = run("out")
     sentence = err.splitlines()[-1]
     assert code == 2 and sentence.startswith("error: ") and "2 pictures are kept" in sentence and not result
     assert "space left" in sentence and "ledger-" in sentence and "Traceback" not in err
-    path, = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").iterdir()
     assert path.read_bytes().endswith(b"".join(written)) and len(lines(tmp_path / "out")) == 3
     assert run("out")[3]["rows"] == whole["rows"]
 
@@ -242,7 +257,8 @@ def test_disk_full_at_once(run, monkeypatch):
 @pytest.fixture
 def voc(tmp_path):
     """Eight pictures of cars and cats on a VOC tree, four of them broken, each in its own way."""
-    base, rng = tmp_path / "data/VOCdevkit/VOC2012", np.random.default_rng(0)
+    base = tmp_path / "data/VOCdevkit/VOC2012"
+    rng = np.random.default_rng(0)
     labels = np.full((40, 60), 7, np.uint8)
     labels[:, 20:] = 8
     for i in range(8):
@@ -250,8 +266,9 @@ def voc(tmp_path):
         put(base / f"SegmentationClass/p{i}.png", labels, palette=True)
     (base / "ImageSets/Segmentation").mkdir(parents=True)
     (base / "ImageSets/Segmentation/val.txt").write_text("".join(f"p{i}\n" for i in range(8)))
-    photo, mask = (base / "JPEGImages/p1.jpg"), (base / "SegmentationClass/p2.png")
+    photo = base / "JPEGImages/p1.jpg"
     photo.write_bytes(photo.read_bytes()[:-600])
+    mask = base / "SegmentationClass/p2.png"
     mask.write_bytes(mask.read_bytes()[:60])
     (base / "SegmentationClass/p4.png").unlink()
     put(base / "SegmentationClass/p6.png", labels[:, :50])
@@ -265,11 +282,12 @@ def test_broken_files_are_named_counted_and_skipped(run, voc, tmp_path):
     options = ("--dataset", "voc", "--data-root", tmp_path / "data", "--limit", 8, "--batch-size", 3)
     code, out, err, result = run("out", *options)
     assert code == 0, err
-    assert result["broken"].keys() == BROKEN and result["n"] == 4 and "4 pictures, 20 classes" in result["caption"]
-    said = next(line for line in out.splitlines() if "4 of 8 pictures could not be read" in line)
-    assert all(f"{name} (" in said for name in BROKEN) and "50 x 40" in said and "p4.png" in said
-    confusion = Ledger(tmp_path / "out", result["protocol"]).sum([f"p{i}" for i in range(8)], ["tiny"], (20, 20))["tiny"]
-    assert confusion.sum() == 4 * 40 * 60
+    assert result["broken"].keys() == BROKEN and result["n"] == 4
+    assert result["facts"]["data"] == "voc, 4 pictures, 20 classes"
+    (sentence,) = [line for line in out.splitlines() if "4 of 8 pictures could not be read" in line]
+    assert all(f"{name} (" in sentence for name in BROKEN) and "(50, 40)" in sentence and "p4.png" in sentence
+    total = Ledger(tmp_path / "out", result["protocol"]).sum([f"p{i}" for i in range(8)], (20, 20))
+    assert total["tiny"].sum() == 4 * 40 * 60
 
     put(voc / "SegmentationClass/p4.png", np.full((40, 60), 8), palette=True)          # mended: it is tried again
     code, out, _, mended = run("out", *options)
@@ -289,7 +307,7 @@ def test_all_broken_is_an_error(run, voc, tmp_path):
 
 
 def test_two_processes_count_as_one(run, tiny_file, tmp_path):
-    """As torchrun starts them; each does half, rank 0 alone reports."""
+    """As torchrun starts them, from another folder; each does half, rank 0 alone reports."""
     options = ["--limit", "5", "--batch-size", "1", "--model", str(tiny_file), "--device", "cpu"]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -297,18 +315,18 @@ def test_two_processes_count_as_one(run, tiny_file, tmp_path):
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     two = [subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *options, "--out", str(tmp_path / "two")],
                             env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE) for r in range(2)]
+                            stderr=subprocess.PIPE, cwd=tmp_path) for r in range(2)]
     one = run("one", "--limit", 5)[3]
-    told = [p.communicate(timeout=100) for p in two]
-    assert [p.returncode for p in two] == [0, 0], told
+    printed = [p.communicate(timeout=100) for p in two]
+    assert [p.returncode for p in two] == [0, 0], printed
     result = json.loads((tmp_path / "two/results.json").read_text())
     assert result["rows"] == one["rows"] and result["n"] == 5 and result["hash"] == one["hash"]
     names = [line["name"] for line in lines(tmp_path / "one") if "counts" in line]
     for rank in range(2):
         path = tmp_path / "two" / f"ledger-{result['hash']}-{rank}.jsonl"
-        own = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-        assert [line["name"] for line in own] == names[rank::2]
-    assert result["caption"] in told[0][0] and told[1][0] == ""
+        written = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        assert [line["name"] for line in written] == names[rank::2]
+    assert all(fact in printed[0][0] for fact in result["facts"].values()) and printed[1][0] == ""
 
     three = run("two", "--limit", 6)[3]         # and a single process goes on from there
     assert three["n"] == 6 and len(list((tmp_path / "two").glob("*.jsonl"))) == 2

@@ -3,10 +3,20 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import convolve1d
+from torch import Tensor
 
 import seg4diff
-from mmdit import MMDiT, MMDiTConfig, i2t, joint_probs
-from seg4diff import blur_i2t, blur_matrix, generate, guided_velocity, perturbed_blocks
+from mmdit import JointQKV, MMDiT, MMDiTConfig, i2t, joint_probs
+from seg4diff import blur_matrix, generate, guided_velocity
+
+
+def blur_i2t(probs: Tensor, qkv: JointQKV) -> Tensor:
+    """The perturbation as the paper has it, an `edit`: joint attention (B, H, N+M, N+M), its I2T part blurred."""
+    N = qkv.n_img
+    M = probs.shape[-1] - N
+    out = probs.clone()
+    out[:, :, :N, N:] = probs[:, :, :N, N:] @ blur_matrix(M)
+    return out
 
 
 @pytest.mark.parametrize("M", [3, 5, 17, 154])
@@ -33,11 +43,14 @@ def test_reflection_without_the_edge_would_lose_mass():
 
 def random_model(qk_norm: bool, dual: tuple[int, ...]) -> MMDiT:
     torch.manual_seed(0)
-    model = MMDiT(MMDiTConfig(width=128, depth=3, head_dim=64, patch=2, channels=4, pos_grid=8, ctx_dim=16, pooled_dim=8,
-                              mlp=256, time_dim=32, qk_norm=qk_norm, dual_blocks=dual))
+    model = MMDiT(MMDiTConfig(width=128, depth=3, head_dim=64, patch=2, channels=4, pos_grid=8, ctx_dim=16,
+                              pooled_dim=8, mlp=256, time_dim=32, qk_norm=qk_norm, dual_blocks=dual))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.fill_(2.0) if ".ln_" in name else p.normal_(std=0.2)           # attention that is far from uniform
+            if ".ln_" in name:
+                p.fill_(2.0)                                                 # attention that is far from uniform
+            else:
+                p.normal_(std=0.2)
     return model.eval()
 
 
@@ -45,20 +58,23 @@ def random_model(qk_norm: bool, dual: tuple[int, ...]) -> MMDiT:
 @torch.inference_mode()
 def test_mixed_values_are_the_explicit_blur(qk_norm, dual):
     model = random_model(qk_norm, dual)
-    z, sigma, ctx, pooled = torch.randn(2, 4, 12, 8), torch.tensor([0.3, 0.9]), torch.randn(2, 11, 16), torch.randn(2, 8)
-    plain, taps = model(z, sigma, ctx, pooled, capture={0, 1})
+    args = torch.randn(2, 4, 12, 8), torch.tensor([0.3, 0.9]), torch.randn(2, 11, 16), torch.randn(2, 8)
+    plain, taps = model(*args, capture={0, 1})
+    blur = blur_matrix(11)[None]                                             # (1, M, M), for every row of the batch
+    first_only = torch.stack([blur_matrix(11), torch.eye(11)])               # (B, M, M)
     for blocks in ([1], [0, 2]):
-        explicit, _ = model(z, sigma, ctx, pooled, edit={i: blur_i2t for i in blocks})
-        fast, _ = model(z, sigma, ctx, pooled, mix=perturbed_blocks(blocks, [True, True], 11, z.device))
+        explicit, _ = model(*args, edit=dict.fromkeys(blocks, blur_i2t))
+        fast, _ = model(*args, mix=dict.fromkeys(blocks, blur))
         assert (explicit - fast).abs().max() < 1e-4 * plain.abs().max() < (explicit - plain).abs().max()
-        first, _ = model(z, sigma, ctx, pooled, mix=perturbed_blocks(blocks, [True, False], 11, z.device))
-        assert torch.allclose(first[0], fast[0], atol=1e-4) and torch.allclose(first[1], plain[1], atol=1e-4)
+        first, _ = model(*args, mix=dict.fromkeys(blocks, first_only))
+        assert torch.allclose(first[0], fast[0], atol=1e-4)
+        assert torch.allclose(first[1], plain[1], atol=1e-4)
     probs = joint_probs(taps[1])
     blurred = blur_i2t(probs, taps[1])
     N = taps[1].n_img
-    assert torch.allclose(i2t(blurred, N).sum(-1), i2t(probs, N).sum(-1), atol=1e-6)         # mass of every image token
+    assert torch.allclose(i2t(blurred, N).sum(-1), i2t(probs, N).sum(-1), atol=1e-6)         # mass of each image token
     blurred[:, :, :N, N:] = probs[:, :, :N, N:]
-    assert torch.equal(blurred, probs)                                                       # nothing else was touched
+    assert torch.equal(blurred, probs)                                       # nothing else was touched
 
 
 def test_a_block_cannot_be_edited_and_mixed():
@@ -70,23 +86,27 @@ def test_a_block_cannot_be_edited_and_mixed():
 
 @torch.inference_mode()
 def test_equation_7_by_hand(tiny):
-    cond, uncond = tiny.text.encode(["red car", "snow"]), tiny.text.encode(["", ""])
-    z, sigma = seg4diff.noise((16, 8, 8), [0, 1]), torch.full((2,), 0.7)
+    """Guidance alone (pag 0), the perturbation alone (cfg 1), and both, with a noise level for each picture."""
+    cond = tiny.text.encode(["red car", "snow"])
+    uncond = tiny.text.encode(["", ""])
+    z = seg4diff.noise((16, 8, 8), [0, 1])
+    sigma = torch.tensor([0.9, 0.3])
 
     def alone(c, edit=None):
         return tiny.transformer(z, sigma, c.ctx, c.pooled, edit=edit)[0]
+
+    vel = alone(cond)
+    empty = alone(uncond)
     worse = alone(cond, {1: blur_i2t})
-    eps, empty = alone(cond), alone(uncond)
-    assert (worse - eps).abs().max() > 1e-4
-    for cfg, pag in ((3.0, 0.0), (1.0, 2.0), (3.0, 2.0), (3.0, -1.0)):
-        want = empty + cfg * (eps - empty) + pag * (eps - worse)                             # Eq. 7 over guidance
-        got = guided_velocity(tiny, cond, uncond, cfg, pag, [1])(z, sigma)
-        assert torch.allclose(got, want, atol=1e-4)
-    got = guided_velocity(tiny, cond, uncond, 1.0, perturb=[1])(z, sigma)
-    assert torch.allclose(got, worse, atol=1e-4)
-    both = guided_velocity(tiny, cond, uncond, 3.0, perturb=[1])(z, sigma)
     empty_worse = alone(uncond, {1: blur_i2t})
-    assert torch.allclose(both, empty_worse + 3 * (worse - empty_worse), atol=1e-4)
+    assert (worse - vel).abs().max() > 1e-4
+    for cfg, pag in ((0, 0.0), (1, 0.0), (3.5, 0.0), (1.0, 2.0), (3.0, 2.0), (3.0, -1.0)):
+        want = empty + cfg * (vel - empty) + pag * (vel - worse)             # Eq. 7 over guidance
+        got = guided_velocity(tiny, cond, uncond, cfg, pag, [1])(z, sigma)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    for cfg in (1.0, 3.0):                                                   # Fig. 5: every branch is blurred
+        got = guided_velocity(tiny, cond, uncond, cfg, perturb=[1])(z, sigma)
+        torch.testing.assert_close(got, empty_worse + cfg * (worse - empty_worse), atol=1e-4, rtol=0)
 
 
 def test_options_of_generate(tiny):
@@ -96,23 +116,14 @@ def test_options_of_generate(tiny):
     usual = picture()
     assert (usual == picture(pag=0.0)).all()
     expert = picture(pag=5.0)
-    assert (expert == picture(pag=5.0, blocks=[tiny.preset.block])).all() and (expert != usual).any()
-    assert (picture(pag=5.0, blocks=[0, 2]) != expert).any() and (picture(perturb=[0]) != usual).any()
-    for options in (dict(pag=1.0, blocks=[3]), dict(perturb=[-1])):
+    assert (expert == picture(pag=5.0, blocks=[tiny.preset.block])).all()
+    assert (expert != usual).any()
+    assert (picture(pag=5.0, blocks=[0, 2]) != expert).any()
+    assert (picture(perturb=[0]) != usual).any()
+    for options in ({"pag": 1.0, "blocks": [3]}, {"perturb": [-1]}):
         with pytest.raises(ValueError, match="blocks are 0 to 2"):
             picture(**options)
     with pytest.raises(ValueError, match="scale pag is 0"):
         picture(blocks=[2])
     with pytest.raises(ValueError, match="finite"):
         picture(pag=float("nan"))
-
-
-def test_command_line(command, tiny_file, tmp_path):
-    def run(*options):
-        code, _, err = command("seg4diff.py", "generate", "snow", "--model", tiny_file, "--steps", 2, *options)
-        assert code == 0, err
-        return (tmp_path / "image.png").read_bytes()
-    usual = run()
-    assert len({usual, run("--pag", 4), run("--pag", 4, "--blocks", 0, 2), run("--perturb", 1)}) == 4
-    code, _, err = command("seg4diff.py", "generate", "snow", "--model", tiny_file, "--perturb", 7)
-    assert code == 2 and "no block 7" in err

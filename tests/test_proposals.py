@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import seg4diff
+from mmdit import i2t_attention
 from nano import scenes
 from seg4diff import SCALINGS, merge_maps
 
@@ -22,7 +23,9 @@ def merged(maps: np.ndarray, threshold: float, scaling: str) -> tuple[list[list[
         for n in range(N):
             x[:, n] = (maps[:, n] - maps[:, n].min()) / max(maps[:, n].max() - maps[:, n].min(), 1e-12)
     p = [np.exp(row) / sum(math.exp(v) for v in row) for row in x]
-    taken, members, means = set(), [], []
+    taken = set()
+    members = []
+    means = []
     for i in range(L):
         if i in taken:
             continue
@@ -40,17 +43,17 @@ def merged(maps: np.ndarray, threshold: float, scaling: str) -> tuple[list[list[
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_merging_against_loops(scaling):
-    seen = set()
+    numbers = set()
     for seed in range(4):
         maps = np.random.default_rng(seed).normal(0, 1, (10, 4, 5)).astype(np.float32)
         for threshold in (1e-9, 0.03, 0.06, 0.12, 0.4, 1.0, 100):
             members, means = merged(maps.reshape(10, 20), threshold, scaling)
-            proposals, found = merge_maps(torch.from_numpy(maps), threshold, scaling)
-            assert found == members and proposals.shape == (len(members), 4, 5)
+            proposals, gathered = merge_maps(torch.from_numpy(maps), threshold, scaling)
+            assert gathered == members and proposals.shape == (len(members), 4, 5)
             np.testing.assert_allclose(proposals.flatten(1).numpy(), means, rtol=1e-5)
             torch.testing.assert_close(proposals.sum((1, 2)), torch.ones(len(members)))
-            seen.add(len(members))
-    assert {1, 10} < seen                                # from all maps in one to none merged, and cases between
+            numbers.add(len(members))
+    assert {1, 10} < numbers                             # from all maps in one to none merged, and cases between
 
 
 def test_a_map_that_is_taken_is_gathered_again():
@@ -63,7 +66,8 @@ def test_a_map_that_is_taken_is_gathered_again():
     threshold = float((near + far) / 2)
     proposals, members = merge_maps(line, threshold, "none")
     assert members == [[0, 1], [1, 2]]
-    torch.testing.assert_close(proposals.flatten(1).double(), torch.stack([p[:2].mean(0), p[1:].mean(0)]), rtol=1e-5, atol=0)
+    means = torch.stack([p[:2].mean(0), p[1:].mean(0)])
+    torch.testing.assert_close(proposals.flatten(1).double(), means, rtol=1e-5, atol=0)
     assert merge_maps(line[[1, 0, 2]], threshold, "none")[1] == [[0, 1, 2]]
     assert merge_maps(line, float(near) * 0.99, "none")[1] == [[0], [1], [2]]
 
@@ -75,7 +79,8 @@ def test_what_is_scaled():
     assert merge_maps(torch.stack([x, 9 * x + 3]), 1e-6, "none")[1] == [[0], [1]]
     assert merge_maps(torch.stack([x, x + 1]), 1e-6, "none")[1] == [[0, 1]]                  # softmax sees no offset
     three = torch.stack([x, x + 1, x.flip(1)])
-    assert merge_maps(three, 1e-6, "map")[1] == [[0, 1], [2]] and merge_maps(three, 1e-6, "token")[1] == [[0], [1], [2]]
+    assert merge_maps(three, 1e-6, "map")[1] == [[0, 1], [2]]
+    assert merge_maps(three, 1e-6, "token")[1] == [[0], [1], [2]]
     constant = merge_maps(torch.ones(3, 2, 2), 0.1, "map")                   # no contrast, no division by zero
     assert constant[1] == [[0, 1, 2]] and torch.equal(constant[0], torch.full((1, 2, 2), 0.25))
 
@@ -89,30 +94,62 @@ def test_pad_maps_are_the_clip_columns_of_the_empty_prompt(tiny):
     for b in range(2):
         z = seg4diff.add_noise(z0[b:b + 1], seg4diff.noise((16, 8, 8), [1 + b]), 0.4)
         _, taps = tiny.transformer(z, torch.tensor([0.4]), cond.ctx, cond.pooled, capture={1}, stop_at=1)
-        own = seg4diff.i2t_attention(taps[1])[0].mean(0)                     # (N, M)
-        torch.testing.assert_close(maps[b].flatten(1), own[:, :28].mT, atol=1e-6, rtol=1e-4)
-        assert (maps[b].sum(0) < own.sum(1).view(8, 8)).all()
+        attn = i2t_attention(taps[1])[0].mean(0)                             # (N, M)
+        torch.testing.assert_close(maps[b].flatten(1), attn[:, :28].mT, atol=1e-6, rtol=1e-4)
+        assert (maps[b].sum(0) < attn.sum(1).view(8, 8)).all()
 
 
 def test_propose(tiny):
     image = Image.fromarray(scenes.draw(0).image).resize((90, 61))
-    found = seg4diff.propose(tiny, image, threshold=1e-3, scaling="map")
-    assert found.labels.shape == (61, 90) and found.labels.max() < len(found.maps) == len(found.members) > 1
-    assert sorted(set(sum(found.members, []))) == list(range(28))
-    by_hand = seg4diff.pad_maps(tiny, seg4diff.encode_image(tiny, image), block=1, sigma=tiny.preset.sigma, seeds=[0])[0]
+
+    def propose(**options):
+        return seg4diff.propose(tiny, image, **{"threshold": 1e-3, "scaling": "map"} | options)
+
+    usual = propose()
+    assert usual.labels.shape == (61, 90) and usual.labels.max() < len(usual.maps) == len(usual.members) > 1
+    assert sorted(set(sum(usual.members, []))) == list(range(28))
+    z0 = seg4diff.encode_image(tiny, image)
+    by_hand = seg4diff.pad_maps(tiny, z0, block=1, sigma=tiny.preset.sigma, seeds=[0])[0]
     maps, members = merge_maps(by_hand, 1e-3, "map")
-    assert members == found.members and (seg4diff.label_map(maps, (61, 90)).numpy() == found.labels).all()
-    others = [seg4diff.propose(tiny, image, **{"threshold": 1e-3, "scaling": "map"} | o).maps for o in (
-        dict(block=2), dict(sigma=0.9), dict(seed=1), dict(scaling="none"), dict(threshold=1e-9))]
-    assert all(m.shape != found.maps.shape or not torch.equal(m, found.maps) for m in others)
-    usual = seg4diff.propose(tiny, image)                                    # the model's own, here SD3's
-    same = seg4diff.propose(tiny, image, threshold=0.1, scaling="token", block=1, sigma=tiny.preset.sigma, seed=0)
-    assert usual.members == same.members and torch.equal(usual.maps, same.maps)
+    assert members == usual.members and (seg4diff.label_map(maps, (61, 90)).numpy() == usual.labels).all()
+    for option in ({"block": 2}, {"sigma": 0.9}, {"seed": 1}, {"scaling": "none"}, {"threshold": 1e-9}):
+        other = propose(**option).maps
+        assert other.shape != usual.maps.shape or not torch.equal(other, usual.maps), option
+    preset = seg4diff.propose(tiny, image)                                   # of the model, here SD3's
+    same = propose(threshold=0.1, scaling="token", block=1, sigma=tiny.preset.sigma, seed=0)
+    assert preset.members == same.members and torch.equal(preset.maps, same.maps)
 
 
-@pytest.mark.parametrize("options, told", [
-    (dict(threshold=0), "positive"), (dict(threshold=-1), "positive"), (dict(threshold=math.nan), "positive"),
-    (dict(scaling="pixel"), "map, token, none"), (dict(block=3), "blocks are 0 to 2"), (dict(sigma=1.5), "not 1.5")])
-def test_propose_errors(tiny, options, told):
-    with pytest.raises(ValueError, match=told):
+def test_several_draws_are_averaged(tiny):
+    image = Image.fromarray(scenes.draw(0).image)
+    z0 = seg4diff.encode_image(tiny, image)
+    options = {"block": 1, "sigma": 0.4}
+    each = torch.stack([seg4diff.pad_maps(tiny, z0, seeds=[seed], **options) for seed in (5, 6, 7)])
+    mean = seg4diff.pad_maps(tiny, z0, seeds=[5], draws=3, **options)
+    torch.testing.assert_close(mean, each.mean(0), atol=1e-6, rtol=1e-4)
+    _, members = merge_maps(mean[0], 0.003, "map")
+    assert seg4diff.propose(tiny, image, seed=5, draws=3, threshold=0.003, scaling="map", **options).members == members
+
+
+def test_a_list_of_pictures_is_each_alone(tiny):
+    sizes = ((90, 61), (40, 40), (9, 70))
+    images = [Image.fromarray(scenes.draw(i).image).resize(size) for i, size in enumerate(sizes)]
+    options = {"threshold": 1e-3, "scaling": "map", "block": 2, "sigma": 0.4}
+    together = seg4diff.propose(tiny, images, seed=[5, 6, 7], **options)
+    assert len(together) == 3
+    for image, seed, one in zip(images, (5, 6, 7), together):
+        alone = seg4diff.propose(tiny, image, seed=seed, **options)
+        assert one.members == alone.members and one.labels.shape == (image.height, image.width)
+        torch.testing.assert_close(one.maps, alone.maps, atol=1e-6, rtol=1e-4)
+        assert (one.labels == alone.labels).mean() > 0.999
+    assert len(seg4diff.propose(tiny, images[:1], **options)) == 1           # a seed for all of them: 0
+    with pytest.raises(ValueError, match="3 pictures, 1 seeds.*equal lists"):
+        seg4diff.propose(tiny, images, seed=[5], **options)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"threshold": 0}, "positive"), ({"threshold": -1}, "positive"), ({"threshold": math.nan}, "positive"),
+    ({"scaling": "pixel"}, "map, token, none"), ({"block": 3}, "blocks are 0 to 2"), ({"sigma": 1.5}, "not 1.5")])
+def test_propose_errors(tiny, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
         seg4diff.propose(tiny, Image.new("RGB", (8, 8)), **options)
