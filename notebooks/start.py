@@ -1,34 +1,35 @@
-"""What every notebook begins with: a model, prompts for it, and a way to show pictures small enough to be committed."""
+"""What every notebook begins with: where the code lies, which model, how much of it, and how pictures are shown."""
+import io
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
-import numpy as np
 from IPython.display import Image as Show
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import figures                                           # noqa: E402
-import pictures                                          # noqa: E402
-import seg4diff                                          # noqa: E402
-from nano import scenes                                  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))   # the notebooks import the repository's files
+warnings.filterwarnings("ignore", "IProgress not found")                # progress bars are lines of text here
 
 MODEL = os.environ.get("SEG4DIFF_MODEL", "nano")        # "sd3" once its weights are at hand
+QUICK = bool(os.environ.get("SEG4DIFF_QUICK"))            # fewer pictures and steps, as the test-suite runs them
 SEED = 0
-set_matplotlib_formats("png")
-model = seg4diff.load(MODEL, dtype="float32")           # fp32, so that what is redone by hand can be compared
 out = Path(tempfile.mkdtemp())                          # figures are written there, then shown
-toy = figures.toy(model)                                # nano, or a model that was trained like it
-prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[7:15]] if toy else \
-    (Path(__file__).parent.parent / "prompts.txt").read_text().splitlines()[:4]
 
 
 def show(picture: str | Image.Image, width: int = 900, plot: bool = False) -> Show:
-    """A picture, or the file in `out` of that name, at most `width` wide; plots as PNG, the rest as JPEG."""
-    return Show(pictures.small(Image.open(out / picture) if isinstance(picture, str) else picture, width, plot))
+    """A picture, or the file in `out` of that name, at most `width` wide and small enough to be committed.
 
-
-cfg = model.mmdit.config
-print(f"{model.name}: {cfg.depth} blocks, {cfg.heads} heads, expert block {model.preset.block}")
+    A plot is shown as PNG of 256 colours, anything else as JPEG.
+    """
+    if isinstance(picture, str):
+        picture = Image.open(out / picture)
+    picture = picture.convert("RGB")
+    picture.thumbnail((width, 10 * width))
+    file = io.BytesIO()
+    if plot:
+        picture.quantize(256).save(file, "PNG")
+    else:
+        picture.save(file, "JPEG", quality=82)
+    return Show(file.getvalue())

@@ -1,6 +1,5 @@
 """Pictures to look at: label maps in colour, legends, sheets.  Plots are made where their numbers are."""
 import colorsys
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -146,18 +145,6 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
-
-
-def small(picture: Image.Image, width: int, plot: bool = False) -> bytes:
-    """A picture as a file small enough for a notebook, at most `width` wide: JPEG, or PNG of 128 colours for a plot."""
-    picture = picture.convert("RGB")
-    picture.thumbnail((width, 10 * width))
-    file = io.BytesIO()
-    if plot:
-        picture.quantize(128).save(file, "PNG")
-    else:
-        picture.save(file, "JPEG", quality=82)
-    return file.getvalue()
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -1,5 +1,4 @@
 """Label maps in colour, legends and sheets, by hand."""
-import io
 
 import numpy as np
 import pytest
@@ -71,13 +70,3 @@ def test_overlay_grid():
     row = [grid.getpixel((i * 194 + 90 + (6 if i > 2 else 0), 100)) for i in range(6)]
     assert row == [(100, 100, 100), over[0], over[0], (100, 100, 100), over[0], over[1]]
     assert [grid.getpixel((i * 194 + 90, 300)) for i in range(3)] == [(100, 100, 100), over[1], over[0]]
-
-
-def test_small_files():
-    """A notebook's copy: narrower, never wider, colours kept in JPEG and exact in a plot of few colours."""
-    red = Image.new("RGBA", (600, 300), (200, 30, 30, 255))
-    photo, plot = (Image.open(io.BytesIO(pictures.small(red, 300, p))) for p in (False, True))
-    assert (photo.format, photo.size, plot.format) == ("JPEG", (300, 150), "PNG")
-    assert np.abs(np.subtract(photo.getpixel((9, 9)), (200, 30, 30))).max() < 6
-    assert plot.convert("RGB").getpixel((9, 9)) == (200, 30, 30)
-    assert Image.open(io.BytesIO(pictures.small(red, 900))).size == (600, 300)
