@@ -213,15 +213,16 @@ class Evaluation(NamedTuple):
         out = []
         for item, prompted, seed, variants in zip(items, ids, seeds, predictions):
             rows = {}
+            floors = {}
             for name, prediction in variants.items():
                 values = self.scoring.values(prompted, len(prediction.maps))
                 rows[name] = values[prediction.labels]
                 floor = f"{name} floor" if self.task == "thresholds" else "floor"      # each merges to its own number
-                if floor not in rows:
-                    rows[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
+                if floor not in floors:
+                    floors[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
             present = classes_in(item.labels)
-            rows["ceiling"] = present[ceiling_map(item.labels, present, (side, side))]
-            out.append(rows)
+            ceiling = present[ceiling_map(item.labels, present, (side, side))]
+            out.append(rows | floors | {"ceiling": ceiling})
         return out
 
     def count(self, names: list[str]) -> Iterator[tuple[str, Counts | Exception]]:

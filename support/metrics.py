@@ -71,10 +71,8 @@ def proposal_scores(counts: np.ndarray) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """mIoU, mACC, pACC, a row to a variant; floor and ceiling last."""
+    """mIoU, mACC, pACC, a row to a variant."""
     width = max(map(len, rows))
-    last = {"floor": 1, "ceiling": 2}
-    rows = dict(sorted(rows.items(), key=lambda row: last.get(row[0], 0)))
     lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
     lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
     return "\n".join(lines)
