@@ -87,6 +87,8 @@ def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: in
     Returns pictures, the encoded prompts, {t: {block: JointQKV}}.  ValueError: a t that the sampler does not visit.
     """
     steps = model.preset.steps
+    if len(prompts) > model.preset.batch:
+        raise ValueError(f"{len(prompts)} prompts are more than a batch of this model, {model.preset.batch}")
     if not all(1 <= t <= steps for t in at):
         raise ValueError(f"the sampler has steps 1 to {steps}, not {list(at)}")
     latents = {}
@@ -174,14 +176,14 @@ def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Seq
         cond = model.text.encode(list(captions[i]))
         loss = 0.0
         for k in range(CAPTION_DRAWS):
-            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)
-            z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)           # Eq. 1
+            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)      # (1, C, ., .)
+            z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)
             vel = []
             for ctx, pooled in zip(cond.ctx.split(size), cond.pooled.split(size)):
                 B = len(ctx)
                 level = torch.full((B,), sigma, device=z.device)
                 vel.append(model.transformer(z.expand(B, -1, -1, -1), level, ctx, pooled)[0].float())
-            loss = loss + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))             # Eq. 2, (captions,)
+            loss = loss + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))             # (captions,)
         out.append((loss / CAPTION_DRAWS).cpu().numpy())
     return np.stack(out)                                                     # (pictures, captions)
 
@@ -225,7 +227,7 @@ def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: flo
     for item in tqdm(labelled, desc="sensitivity", unit="image"):
         z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
         eps = seg4diff.noise(z0.shape[1:], [image_seed(item.name, 0)]).to(z0.device)
-        z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)               # Eq. 8
+        z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)
         cond = model.text.encode([names_of(model, item, classes)])
         inputs = (z, torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled)
         plain = model.transformer(*inputs)[0].float()                        # (1, C, ., .)

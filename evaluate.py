@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import seg4diff
 from loading import Seg4Diff, image_seed
-from protocol import TASKS, Evaluation, Protocol, add_up, evaluation
-from support.cli import Parser, add_model_options, at_least, command
+from protocol import TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
+from support.cli import Parser, add_model_options, at_least, command, positive
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.ledger import Ledger, wait_for_all, world, write_json
 from support.metrics import table
@@ -46,7 +46,8 @@ CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.
 
 def identity_of(ev: Evaluation) -> dict:
     """Everything that the counts depend on; the ledger keeps runs apart by it."""
-    model, data = ev.model, ev.data
+    model = ev.model
+    data = ev.data
     code = "".join((Path(__file__).parent / file).read_text() for file in CODE)
     exact = model.device.type == "cpu" and model.dtype == torch.float32      # there the batch size changes no number
     return {"task": ev.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
@@ -57,16 +58,19 @@ def identity_of(ev: Evaluation) -> dict:
 
 def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     """What is printed above the table, a fact a line."""
-    model, first = ev.model, ev.variants[0]
+    model = ev.model
     blocks = sorted({v.block for v in ev.variants})
     sigmas = sorted({v.sigma for v in ev.variants})
     facts = {"task": ev.task, "data": f"{ev.data.name}, {n} pictures, {len(ev.data.classes)} classes",
              "model": f"{model.name} ({model.fingerprint}), {str(model.dtype).removeprefix('torch.')}",
-             "block": " ".join(f"{i}" for i in blocks), "sigma": " ".join(f"{sigma:.3f}" for sigma in sigmas)}
+             "block": " ".join(map(str, blocks)), "sigma": " ".join(f"{sigma:.3f}" for sigma in sigmas)}
+    for choice, value in ev.protocol._asdict().items():
+        facts[choice] = str(value)
+    if ev.scoring is UNNAMED:
+        facts["prompt"] = "empty"
     if ev.task == "unsup":
-        facts["merging"] = f"maps scaled over: {first.scaling}, merged below KL {first.threshold:g}"
-    prompt = {} if first.threshold is None else {"prompt": "empty"}
-    return facts | {key: str(value) for key, value in ev.protocol._asdict().items()} | prompt
+        facts["merging"] = f"maps scaled over: {ev.variants[0].scaling}, merged below KL {ev.variants[0].threshold:g}"
+    return facts
 
 
 def count_into(ledger, ev, names, shape, silent):
@@ -104,9 +108,11 @@ def report(args, ev, ledger, names, total, seconds, out):
     """
     broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
     n = len(names) - len(broken)
-    if not total:
-        reason = next(iter(broken.values()), "it has no labelled pixel")
+    if n == 0:
+        reason = next(iter(broken.values()))
         raise ValueError(f"none of the {len(names)} pictures of {ev.data.name} could be read; the first: {reason}")
+    if not total:
+        raise ValueError(f"no pixel can be scored: no picture of {ev.data.name} has a labelled pixel")
     rows = {row: ev.scoring.score(c) for row, c in total.items()}
     facts = facts_of(ev, n)
     megabytes = peak_megabytes(ev.model.device)
@@ -156,11 +162,9 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
 
 def check(args):
     """ValueError: options that do not go together, one sentence each."""
-    if args.threshold is not None and not args.threshold > 0:
-        raise ValueError(f"--threshold must be positive, not {args.threshold}")
     if (args.threshold is not None or args.scaling is not None) and args.task != "unsup":
         raise ValueError("--threshold and --scaling belong to --task unsup")
-    if args.prompt == "all" and args.task in ("unsup", "thresholds"):
+    if args.prompt == "all" and TASKS[args.task].scoring is UNNAMED:
         raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
     if args.dataset == "all" and args.task not in PAPER:
         raise ValueError("--dataset all is for the tables of the paper: --task ovss or unsup")
@@ -210,9 +214,9 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", default="present", choices=["present", "all"], help="classes (the paper: present)")
     parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="paper: crop; its code: squash")
     parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
-    parser.add_argument("--threshold", type=float, help="unsup: KL below which maps merge (default: the model's)")
+    parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
     parser.add_argument("--batch-size", type=at_least(1), help="pictures at once (default: the model's preset)")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
-    add_model_options(parser, default=None)              # nano for scenes, sd3 for real pictures
+    add_model_options(parser, default=None, default_help="nano for scenes, sd3 for real pictures")
     command(main, parser)

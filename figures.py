@@ -303,7 +303,7 @@ def class_shares(model, item, data):
 
 def strip(model, prompts, out, data):
     """Fig. 7: a picture, a heat map for each class name, and the argmax over them."""
-    item = data.read(data.names[3])
+    item = data.read(data.names[0])
     names, argmax, maps = class_shares(model, item, data)
     title = f"Block {model.preset.block} of {model.name} (Fig. 7); maps: each class's share, dark 0, bright 1"
     row = [item.image, *maps, argmax]
@@ -390,7 +390,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default="all", help="magnet only with --lora")
+    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default=["all"],
+                        help="magnet only with --lora")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
     parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; twice as many pictures, text: 32")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")

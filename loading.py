@@ -115,7 +115,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
                         clip_tokenizer(weights.merges(files)), transformer.config.ctx_dim)
     name = Path(name_or_path).name.removesuffix(".safetensors")
     model = Seg4Diff(transformer, VAE.from_state_dict(sd["vae"]), text, preset, name, weights.fingerprint(files))
-    check_fit(model, segment_only)
+    check_fit(model, name_or_path, segment_only)
     if lora is not None:
         load_lora(transformer, lora)
         merge_lora(transformer)
@@ -124,18 +124,21 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     return model
 
 
-def check_fit(model: Seg4Diff, segment_only: bool) -> None:
+def check_fit(model, path, segment_only):
     """ValueError: parts that are not of one model."""
-    cfg, vae, text, size = model.transformer.config, model.vae, model.text, model.preset.size
+    cfg = model.transformer.config
+    vae = model.vae
+    text = model.text
+    size = model.preset.size
     if not (cfg.whole or segment_only):
-        raise ValueError(f"{model.name} is incomplete: its block {cfg.depth - 1} is not a last block")
+        raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
     grid = size // vae.factor // cfg.patch
-    for what, found, wanted in (
+    for what, value, wanted in (
             ("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
             ("channels in the MM-DiT's latent", cfg.channels, vae.channels),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
             ("text columns that do not fit the context", max(0, text.width - cfg.ctx_dim), 0),
             ("patches of a side beyond the model's positions", max(0, grid - cfg.pos_grid), 0),
             ("pixels beyond whole patches", size % (vae.factor * cfg.patch), 0)):
-        if found != wanted:
-            raise ValueError(f"the parts of {model.name} do not fit each other: {found} {what}, not {wanted}")
+        if value != wanted:
+            raise ValueError(f"the parts of {path} do not fit each other: {value} {what}, not {wanted}")

@@ -57,9 +57,9 @@ class Settings(NamedTuple):
 def flow_matching(model: Seg4Diff, z0: Tensor, eps: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, capture=()):
     """The flow-matching loss, and q, k, v of the blocks to capture, from one forward pass.
 
-    z0 and eps (B, C, ., .): clean latents and their noise, fp32; sigma (B,): noise levels in [0, 1].
+    z0 (B or 1, C, ., .), eps (B, C, ., .): clean latents and their noise, fp32; sigma (B,): noise levels in [0, 1].
     """
-    z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])              # Eq. 1, (B, C, ., .)
+    z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])              # (B, C, ., .)
     vel, taps = model.transformer(z.to(model.dtype), sigma, ctx, pooled, capture=capture)
     return F.mse_loss(vel.float(), eps - z0), taps                           # Eq. 2
 
@@ -210,7 +210,9 @@ def gradient(model: Seg4Diff, params: list[nn.Parameter], batches: list[tuple], 
         mean += torch.stack(list(losses.values())).detach() / len(batches)
     processes = world()[1]
     if processes > 1:
-        for x in (*(p.grad for p in params), mean):
-            torch.distributed.all_reduce(x)                                               # the sum over processes
-            x.div_(processes)
-    return dict(zip(losses, mean.tolist(), strict=True))
+        parts = [*(p.grad for p in params), mean]
+        flat = torch.cat([x.flatten() for x in parts])   # in one message
+        torch.distributed.all_reduce(flat)               # the sum over processes
+        for x, reduced in zip(parts, flat.split([x.numel() for x in parts])):
+            x.copy_(reduced.view_as(x) / processes)
+    return dict(zip(("flow", "focal", "dice", "loss"), mean.tolist()))

@@ -110,15 +110,15 @@ def joint_attention(qkv: JointQKV, edit: Edit | None = None, mix: Tensor | None 
     I2T attention multiplied by mix from the right, without forming it; text queries see the values as they are.
     """
     q, k, v, N, _ = qkv
-    if mix is not None:
+    if edit is None and mix is None:
+        out = F.scaled_dot_product_attention(q, k, v)                        # Eq. 5, (B, H, N+M, d)
+    elif mix is not None:
         mixed = torch.cat([v[:, :, :N], mix[:, None].to(v.dtype) @ v[:, :, N:]], dim=2)      # (B, H, N+M, d)
         image = F.scaled_dot_product_attention(q[:, :, :N], k, mixed)        # (B, H, N, d)
         text = F.scaled_dot_product_attention(q[:, :, N:], k, v)             # (B, H, M, d)
         out = torch.cat([image, text], dim=2)                                # (B, H, N+M, d)
-    elif edit is not None:
-        out = edit(joint_probs(qkv), qkv).to(v.dtype) @ v                    # (B, H, N+M, d)
     else:
-        out = F.scaled_dot_product_attention(q, k, v)                        # Eq. 5, (B, H, N+M, d)
+        out = edit(joint_probs(qkv), qkv).to(v.dtype) @ v                    # (B, H, N+M, d)
     return out.transpose(1, 2).flatten(2)                                    # (B, N+M, D)
 
 
@@ -282,9 +282,9 @@ class JointBlock(nn.Module):
 
     def joint(self, x, text, c, grid):
         """x (B, N, D), text (B, M, D), conditioning c (B, D) -> both streams' q, k, v joined, and their modulations."""
-        image_qkv, image_mod = self.x_block.pre_attention(x, c)              # 3 x (B, H, N, d)
-        text_qkv, text_mod = self.context_block.pre_attention(text, c)       # 3 x (B, H, M, d)
-        q, k, v = (torch.cat(x, dim=2) for x in zip(image_qkv, text_qkv))    # Eq. 3, 3 x (B, H, N+M, d)
+        image, image_mod = self.x_block.pre_attention(x, c)                  # 3 x (B, H, N, d)
+        words, text_mod = self.context_block.pre_attention(text, c)          # 3 x (B, H, M, d)
+        q, k, v = (torch.cat(both, dim=2) for both in zip(image, words))     # Eq. 3, 3 x (B, H, N+M, d)
         return JointQKV(q, k, v, x.shape[1], grid), image_mod, text_mod
 
     def forward(self, x, text, c, grid, edit=None, mix=None):

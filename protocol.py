@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import seg4diff
 from loading import Seg4Diff, image_seed
-from seg4diff import Proposals, Segmentation
 from support.data import Dataset, Item, centre_crop, read_ahead
 from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
 
@@ -65,7 +65,8 @@ def timesteps(m):
 
 def normalization(m):
     """Table 5: scores before and after the softmax, each map as it is or scaled to [0, 1]."""
-    block, sigma = m.preset.block, m.preset.sigma
+    block = m.preset.block
+    sigma = m.preset.sigma
     return [Variant("before softmax", block, sigma, "logits"),
             Variant("before softmax, min-max", block, sigma, "logits", minmax=True),
             Variant("after softmax", block, sigma),
@@ -80,7 +81,8 @@ def unsup(m):
 
 def thresholds(m):
     """How <pad> maps are merged: what Table 2's presets are chosen from."""
-    block, sigma = m.preset.block, m.preset.sigma
+    block = m.preset.block
+    sigma = m.preset.sigma
     pairs = product(seg4diff.SCALINGS, (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
     return [Variant(f"{scaling} {t:g}", block, sigma, threshold=t, scaling=scaling) for scaling, t in pairs]
 
@@ -96,50 +98,72 @@ class Protocol(NamedTuple):
     draws: int = 1                      # noise draws whose maps are averaged
 
 
-# model, pictures, names and seeds of each, variants, draws -> for each picture {variant: Segmentation or Proposals}
-def predict_named(model, images, names, seeds, variants, draws):
-    """One variant: what seg4diff.segment says."""
-    (v,) = variants
-    out = seg4diff.segment(model, images, names, block=v.block, sigma=v.sigma, seed=seeds, draws=draws)
-    return [{v.name: segmentation} for segmentation in out]
+class Batch(NamedTuple):
+    images: list[Image.Image]
+    ids: list[np.ndarray]               # of each picture, the classes that it is prompted with: (K,) uint8
+    names: list[list[str]]              # the names of these classes
+    seeds: list[int]                    # of its noise
 
 
-def predict_unnamed(model, images, names, seeds, variants, draws):
-    """One variant: what seg4diff.propose says."""
-    (v,) = variants
-    merging = {"threshold": v.threshold, "scaling": v.scaling}
-    out = seg4diff.propose(model, images, block=v.block, sigma=v.sigma, seed=seeds, draws=draws, **merging)
-    return [{v.name: proposals} for proposals in out]
+class Prediction(NamedTuple):
+    labels: np.ndarray                  # (height, width) uint8: classes of the data set, or numbers of proposals
+    values: np.ndarray                  # what labels can be: one value for each map that competed, uint8
 
 
-@torch.inference_mode()
-def sweep_named(model, images, names, seeds, variants, draws):
-    """Many variants off the same passes, by the functions that `segment` is made of."""
-    z0 = seg4diff.encode_image(model, images)                                # (B, C, ., .)
-    out = [{} for _ in images]
-    for sigma in dict.fromkeys(v.sigma for v in variants):
-        chosen = [v for v in variants if v.sigma == sigma]
-        blocks = sorted({v.block for v in chosen})
-        kinds = sorted({v.kind for v in chosen})
-        attn = seg4diff.attend(model, z0, names, blocks=blocks, sigma=sigma, seeds=seeds, kinds=kinds, draws=draws)
-        for b, image in enumerate(images):
-            for v in chosen:
-                maps = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax)       # (K, h, w)
-                out[b][v.name] = Segmentation(seg4diff.labels_of(maps, image), maps, names[b])
+# Four functions of (model, batch, variants, draws), which return {variant: Prediction} for each picture
+def predict_named(model, batch, variants, draws):
+    """Each variant is a call of seg4diff.segment."""
+    out = [{} for _ in batch.images]
+    for v in variants:
+        segmentations = seg4diff.segment(model, batch.images, batch.names, block=v.block, sigma=v.sigma, draws=draws,
+                                         seed=batch.seeds, kind=v.kind, head=v.head, minmax=v.minmax)
+        for row, ids, segmentation in zip(out, batch.ids, segmentations):
+            row[v.name] = Prediction(ids[segmentation.labels], ids)
+    return out
+
+
+def predict_unnamed(model, batch, variants, draws):
+    """Each variant is a call of seg4diff.propose."""
+    out = [{} for _ in batch.images]
+    for v in variants:
+        regions = seg4diff.propose(model, batch.images, block=v.block, sigma=v.sigma, draws=draws, seed=batch.seeds,
+                                   threshold=v.threshold, scaling=v.scaling)
+        for row, proposals in zip(out, regions):
+            values = np.arange(len(proposals.maps), dtype=np.uint8)
+            row[v.name] = Prediction(values[proposals.labels], values)
     return out
 
 
 @torch.inference_mode()
-def sweep_unnamed(model, images, names, seeds, variants, draws):
-    """The same <pad> maps merged in many ways, by the functions that `propose` is made of."""
-    z0 = seg4diff.encode_image(model, images)                                # (B, C, ., .)
-    block, sigma = variants[0].block, variants[0].sigma
-    pads = seg4diff.pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)  # (B, L, h, w)
-    out = [{} for _ in images]
-    for b, image in enumerate(images):
+def sweep_named(model, batch, variants, draws):
+    """Many variants off the same passes, by the functions that `segment` is made of."""
+    z0 = seg4diff.encode_image(model, batch.images)                          # (B, C, ., .)
+    out = [{} for _ in batch.images]
+    for sigma in dict.fromkeys(v.sigma for v in variants):
+        chosen = [v for v in variants if v.sigma == sigma]
+        blocks = sorted({v.block for v in chosen})
+        kinds = sorted({v.kind for v in chosen})
+        attn = seg4diff.attend(model, z0, batch.names, blocks=blocks, sigma=sigma, seeds=batch.seeds, kinds=kinds,
+                               draws=draws)
+        for row, image, ids, scores_of in zip(out, batch.images, batch.ids, attn):
+            for v in chosen:
+                maps = seg4diff.class_maps(scores_of[v.block, v.kind], v.head, v.minmax)     # (K, h, w)
+                row[v.name] = Prediction(ids[seg4diff.labels_of(maps, image)], ids)
+    return out
+
+
+@torch.inference_mode()
+def sweep_unnamed(model, batch, variants, draws):
+    """The <pad> maps of one block and noise level merged in many ways, by the functions that `propose` is made of."""
+    ((block, sigma),) = {(v.block, v.sigma) for v in variants}
+    z0 = seg4diff.encode_image(model, batch.images)                          # (B, C, ., .)
+    pads = seg4diff.pad_maps(model, z0, block=block, sigma=sigma, seeds=batch.seeds, draws=draws)      # (B, L, h, w)
+    out = [{} for _ in batch.images]
+    for row, image, tokens in zip(out, batch.images, pads):
         for v in variants:
-            maps, members = seg4diff.merge_maps(pads[b], v.threshold, v.scaling)             # (P, h, w)
-            out[b][v.name] = Proposals(seg4diff.labels_of(maps, image), maps, members)
+            maps, _ = seg4diff.merge_maps(tokens, v.threshold, v.scaling)    # (P, h, w)
+            values = np.arange(len(maps), dtype=np.uint8)
+            row[v.name] = Prediction(values[seg4diff.labels_of(maps, image)], values)
     return out
 
 
@@ -160,7 +184,6 @@ def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) 
 
 
 class Scoring(NamedTuple):
-    values: Callable                    # ids of the prompted classes, number of maps -> what the labels stand for
     count: Callable                     # truth, labels, K -> pixel counts (K, .), and the labels under classes' names
     score: Callable                     # counts, added up -> mIoU, mACC, pACC, IoU of each class
     columns: Callable                   # K -> width of the counts
@@ -170,13 +193,18 @@ class Task(NamedTuple):
     variants: Callable                  # model -> list[Variant]
     predict: Callable                   # one of the four above
     scoring: Scoring
+    floor: str = "floor"                # name of a variant's floor: random maps, as many as compete in it
+
+
+def count_named(truth, labels, K):
+    return confusion(truth, labels, K), labels
 
 
 # With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
-NAMED = Scoring(lambda ids, P: ids, lambda truth, labels, K: (confusion(truth, labels, K), labels), scores, lambda K: K)
-UNNAMED = Scoring(lambda ids, P: np.arange(P), match_proposals, proposal_scores, lambda K: 3)
+NAMED = Scoring(count_named, scores, lambda K: K)
+UNNAMED = Scoring(match_proposals, proposal_scores, lambda K: 3)
 TASKS = {"ovss": Task(ovss, predict_named, NAMED), "unsup": Task(unsup, predict_unnamed, UNNAMED),
-         "thresholds": Task(thresholds, sweep_unnamed, UNNAMED), "layers": Task(layers, sweep_named, NAMED),
+         "thresholds": Task(thresholds, sweep_unnamed, UNNAMED, "{} floor"), "layers": Task(layers, sweep_named, NAMED),
          "heads": Task(heads, sweep_named, NAMED), "timesteps": Task(timesteps, sweep_named, NAMED),
          "normalization": Task(normalization, sweep_named, NAMED)}
 
@@ -201,28 +229,27 @@ class Evaluation(NamedTuple):
 
     def predict(self, items: list[Item]) -> list[dict[str, np.ndarray]]:
         """For each picture {row of the table: label map (height, width)}: variants, floor and ceiling."""
-        model, data, protocol = self.model, self.data, self.protocol
+        model = self.model
+        data = self.data
+        task = TASKS[self.task]
         side = model.preset.size // model.vae.factor // model.transformer.config.patch
-        ids = [np.arange(len(data.classes))] * len(items)
-        if protocol.prompt == "present":
-            ids = [np.union1d(classes_in(item.labels), data.always).astype(int) for item in items]
+        ids = [np.arange(len(data.classes), dtype=np.uint8)] * len(items)
+        if self.protocol.prompt == "present":
+            ids = [np.union1d(classes_in(item.labels), data.always).astype(np.uint8) for item in items]
         names = [[data.classes[k] for k in prompted] for prompted in ids]
-        seeds = [image_seed(item.name, protocol.seed) for item in items]
-        images = [item.image for item in items]
-        predictions = TASKS[self.task].predict(model, images, names, seeds, self.variants, protocol.draws)
+        seeds = [image_seed(item.name, self.protocol.seed) for item in items]
+        batch = Batch([item.image for item in items], ids, names, seeds)
         out = []
-        for item, prompted, seed, variants in zip(items, ids, seeds, predictions):
-            rows = {}
-            floors = {}
-            for name, prediction in variants.items():
-                values = self.scoring.values(prompted, len(prediction.maps))
-                rows[name] = values[prediction.labels]
-                floor = f"{name} floor" if self.task == "thresholds" else "floor"      # each merges to its own number
-                if floor not in floors:
-                    floors[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
+        predicted = task.predict(model, batch, self.variants, self.protocol.draws)
+        for item, seed, predictions in zip(items, seeds, predicted):
+            rows = {name: labels for name, (labels, _) in predictions.items()}
+            for name, (_, values) in predictions.items():
+                floor = task.floor.format(name)
+                if floor not in rows:
+                    rows[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
             present = classes_in(item.labels)
-            ceiling = present[ceiling_map(item.labels, present, (side, side))]
-            out.append(rows | floors | {"ceiling": ceiling})
+            rows["ceiling"] = present[ceiling_map(item.labels, present, (side, side))]
+            out.append(rows)
         return out
 
     def count(self, names: list[str]) -> Iterator[tuple[str, Counts | Exception]]:

@@ -3,7 +3,7 @@
     python seg4diff.py segment photo.png car sky "teddy bear" --out overlay.png
     python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
 
-    model = seg4diff.load()                              # the embedded nano, as above, unless --model names another
+    model = seg4diff.load()                              # the embedded nano; --model and load("sd3") name others
     seg = seg4diff.segment(model, Image.open("photo.png"), ["car", "sky", "teddy bear"])
 """
 import math
@@ -86,8 +86,10 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
         z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
         vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix)
         vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
-        vel_cond = vel[0] if cfg == 1 else vel[1]
-        guided = vel_cond if cfg == 1 else vel[0] + cfg * (vel_cond - vel[0])
+        vel_cond = guided = vel[0]
+        if cfg != 1:
+            vel_cond = vel[1]
+            guided = vel[0] + cfg * (vel_cond - vel[0])
         if pag != 0:
             guided = guided + pag * (vel_cond - vel[-1])                     # Eq. 7
         return guided
@@ -150,9 +152,10 @@ def encode_image(model: Seg4Diff, image: Images) -> Tensor:
     and so do we, in one antialiased bilinear step.
     """
     size = model.preset.size
+    images = [image] if isinstance(image, Image.Image) else image
     latents = []
-    for one in [image] if isinstance(image, Image.Image) else image:
-        square = one.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    for picture in images:
+        square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1    # (1, 3, size, size)
         latents.append(model.vae.encode(x.to(model.device, model.dtype)))
     return torch.cat(latents)                                                # (B, C, ., .)
@@ -161,11 +164,12 @@ def encode_image(model: Seg4Diff, image: Images) -> Tensor:
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
     """Scores of each class on the patch grid, head by head: B tensors (H, K, h, w); spans[b][k]: columns of class k.
 
-    Several tokens: the mean of their columns (Sec. 3.4), before that over heads; means commute, so Eq. 10 holds.
+    A class of several tokens gets the mean of their columns (Sec. 3.4). The paper takes the mean over heads first
+    (Eq. 10); means commute, so the maps are the same.
     """
     out = []
-    for scores, names in zip(KINDS[kind](qkv), spans):                       # (H, N, M)
-        columns = [scores[:, :, span].mean(-1) for span in names]            # K x (H, N)
+    for scores, picture_spans in zip(KINDS[kind](qkv), spans):               # (H, N, M)
+        columns = [scores[:, :, span].mean(-1) for span in picture_spans]    # K x (H, N)
         out.append(torch.stack(columns, dim=1).unflatten(-1, qkv.grid))      # Eq. 11, (H, K, h, w)
     return out
 
@@ -217,8 +221,10 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
     B = len(z0)
-    if len(seeds) != B or (classes is not None and len(classes) != B):
-        raise ValueError(f"{B} pictures, {len(seeds)} seeds, {len(classes or seeds)} class lists: give equal lists")
+    if len(seeds) != B:
+        raise ValueError(f"{B} pictures and {len(seeds)} seeds are not equal lists")
+    if classes is not None and len(classes) != B:
+        raise ValueError(f"{B} pictures and {len(classes)} lists of class names are not equal lists")
     rows = []                                            # (picture, names of one of its prompts)
     for b in range(B):
         prompts = [[]] if classes is None else split_classes(model.text, classes[b])
@@ -250,16 +256,16 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
             draws: int = 1) -> Segmentation | list[Segmentation]:
     """Open-vocabulary segmentation (Sec. 3.4, Fig. 7): every pixel of a picture gets one of its `classes`.
 
-    One picture, its class names and a seed, or equal lists of them, which go through the model together.
+    One picture and its class names, or equal lists, which go through the model together; a seed for each, or for all.
     block and sigma default to the model's preset. kind (KINDS), head and minmax are the variants of Fig. 9 and of the
     supplement's B.2 to B.4; draws: noise draws that the maps are averaged over.
     ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
     """
-    if isinstance(image, Image.Image):
-        return segment(model, [image], [classes], block=block, sigma=sigma, seed=seed, kind=kind, head=head,
-                       minmax=minmax, draws=draws)[0]
-    seeds = [seed] * len(image) if isinstance(seed, int) else seed
-    if any(isinstance(names, str) or len(names) > IGNORE for names in classes):
+    single = isinstance(image, Image.Image)
+    images = [image] if single else image
+    names = [classes] if single else classes
+    seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
+    if any(isinstance(x, str) or len(x) > IGNORE for x in names):
         raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
     H = model.transformer.config.heads
     if head is not None and not 0 <= head < H:
@@ -268,13 +274,13 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
     block = model.preset.block if block is None else block
     sigma = model.preset.sigma if sigma is None else sigma
-    z0 = encode_image(model, image)                                          # (B, C, ., .)
-    attn = attend(model, z0, classes, blocks=[block], sigma=sigma, seeds=seeds, kinds=[kind], draws=draws)
+    z0 = encode_image(model, images)                                         # (B, C, ., .)
+    attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=[kind], draws=draws)
     out = []
-    for one, names, scores in zip(image, classes, attn):
+    for b, scores in enumerate(attn):
         maps = class_maps(scores[block, kind], head, minmax)                 # (K, h, w)
-        out.append(Segmentation(labels_of(maps, one), maps.cpu(), list(names)))
-    return out
+        out.append(Segmentation(labels_of(maps, images[b]), maps.cpu(), list(names[b])))
+    return out[0] if single else out
 
 
 # ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
@@ -332,22 +338,23 @@ def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: 
             ) -> Proposals | list[Proposals]:
     """Regions without any names (Sec. 4.2): <sos>, <eos> and <pad> of the empty prompt, their maps merged.
 
-    One picture and a seed, or equal lists.  What is not given comes from the preset.  ValueError: see merge_maps.
+    One picture or a list; a seed for each, or for all.  What is not given comes from the preset.
+    ValueError: see merge_maps.
     """
-    if isinstance(image, Image.Image):
-        return propose(model, [image], block=block, sigma=sigma, seed=seed, threshold=threshold, scaling=scaling,
-                       draws=draws)[0]
-    seeds = [seed] * len(image) if isinstance(seed, int) else seed
+    single = isinstance(image, Image.Image)
+    images = [image] if single else image
+    seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
     block = model.preset.block if block is None else block
     sigma = model.preset.sigma if sigma is None else sigma
     threshold = model.preset.threshold if threshold is None else threshold
     scaling = model.preset.scaling if scaling is None else scaling
-    z0 = encode_image(model, image)                                          # (B, C, ., .)
+    z0 = encode_image(model, images)                                         # (B, C, ., .)
+    maps = pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)           # (B, L, h, w)
     out = []
-    for one, maps in zip(image, pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)):
-        proposals, members = merge_maps(maps, threshold, scaling)            # (P, h, w)
-        out.append(Proposals(labels_of(proposals, one), proposals.cpu(), members))
-    return out
+    for b in range(len(images)):
+        proposals, members = merge_maps(maps[b], threshold, scaling)         # (P, h, w)
+        out.append(Proposals(labels_of(proposals, images[b]), proposals.cpu(), members))
+    return out[0] if single else out
 
 
 # ---------------------------------------------------------------------------- command line

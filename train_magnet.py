@@ -26,7 +26,7 @@ import seg4diff
 from loading import Seg4Diff, image_seed
 from lora import add_lora, read_lora, save_lora
 from magnet import NORMALISATIONS, Settings, features, flow_matching, gradient
-from support.cli import Parser, add_model_options, at_least, command, renamed
+from support.cli import Parser, add_model_options, at_least, command, positive, renamed
 from support.data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
 from support.ledger import wait_for_all, world, write_json, write_tensors
 from support.report import peak_megabytes, plot_losses
@@ -36,6 +36,11 @@ RECIPES = {                                 # what differs between data sets; th
     "coco": Settings(val="coco-object", steps=3000),
     "sa1b": Settings(maps="heads"),
 }
+MEANINGS = {"steps": "of the optimiser", "warmup": "steps until the full rate", "lr": "learning rate",
+            "batch": "pictures at once and process", "rank": "of the LoRA", "mask_weight": "lambda_mask of Eq. 13",
+            "val": "data set measured on the way", "match": "a mask gets the map that fits, or that of its name",
+            "maps": "candidates: mean over heads, or each head's", "normalise": "maps, to [0, 1]",
+            "sigma": "how noise levels are drawn"}
 PICTURES = 10_000                           # of the training: Sec. 4.1
 STEP = 16                                   # pictures a step, of all processes: 2 GPUs x 4 x 2, Sec. 4.1
 DECAY, CLIP = 1e-4, 0.01                    # weight decay, largest gradient norm: released code
@@ -147,9 +152,11 @@ def resume(path, identity, params, opt):
         return 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise EOFError("it holds no state")
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} is broken ({e}); remove it, or name another --out") from None
-    saved = state["run"]
+    saved = state.get("run", {})
     other = [f"{key} {saved.get(key)} instead of {value}" for key, value in identity.items() if saved.get(key) != value]
     if other:
         raise ValueError(f"{path.parent} holds a run with {'; '.join(other)}; name another --out, or remove it")
@@ -207,7 +214,8 @@ def train(args, settings, model, data, val, out):
         losses = gradient(model, params, list(islice(stream, accumulate)), settings)
         losses["norm"] = torch.nn.utils.clip_grad_norm_(params, CLIP).item()
         if not all(map(math.isfinite, losses.values())):                     # they must not reach the weights
-            raise ValueError(f"not finite: {losses} at step {step}; a smaller --lr may help; {out} has the last state")
+            kept = f"{out} has the last good state" if (out / "state.pt").exists() else "nothing was saved yet"
+            raise ValueError(f"not finite at step {step}: {losses}; {kept}; a smaller --lr may help")
         opt.step()
         log.append({"step": step, "lr": opt.param_groups[0]["lr"], **losses})
         bar.set_postfix({key: f"{losses[key]:.4f}" for key in ("flow", "focal", "dice")})
@@ -248,14 +256,15 @@ if __name__ == "__main__":
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--captions", type=Path, help="JSON {image id: caption} for coco or sa1b")
     parser.add_argument("--limit", type=at_least(1), default=PICTURES, help="training pictures, always the same ones")
-    add_model_options(parser, default=None, lora=False)
-    numbers = {"steps": at_least(1), "warmup": at_least(0), "lr": at_least(1e-12, float), "batch": at_least(1),
+    add_model_options(parser, default=None, default_help="nano for scenes, else sd3", lora=False)
+    numbers = {"steps": at_least(1), "warmup": at_least(0), "lr": positive, "batch": at_least(1),
                "rank": at_least(1), "mask_weight": at_least(0, float)}
     choices = {"val": ["none", *DATASETS], "match": ["hungarian", "name"], "maps": ["mean", "heads"],
                "normalise": NORMALISATIONS, "sigma": ["uniform", "logit-normal"]}
-    for key in (*numbers, *choices):
+    for key, meaning in MEANINGS.items():
         values = ", ".join(f"{data}: {getattr(recipe, key)}" for data, recipe in RECIPES.items())
-        parser.add_argument("--" + key.replace("_", "-"), type=numbers.get(key), choices=choices.get(key), help=values)
+        parser.add_argument("--" + key.replace("_", "-"), type=numbers.get(key), choices=choices.get(key),
+                            help=f"{meaning} ({values})")
     parser.add_argument("--candidates", type=renamed("--maps mean or --maps heads"), help=argparse.SUPPRESS)
     parser.add_argument("--accumulate", type=at_least(1), help=f"batches a step (default: {STEP} pictures or more)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory: activations are computed twice")

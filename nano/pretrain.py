@@ -223,7 +223,7 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
         keep_pooled = torch.rand(len(z0), 1, generator=generator) < args.pooled         # (B, 1)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             cond = text.encode(captions)
-            z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])                 # Eq. 1
+            z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])                 # (B, C, h, w)
             vel, _ = velocity(z, sigma, cond.ctx, cond.pooled * keep_pooled.to(device))
         loss = F.mse_loss(vel.float(), eps - z0)                                        # Eq. 2
         rate = min(1, (progress.step + 1) / 200, (1 - done) / args.cooldown + 0.01)     # warm up, hold, fall

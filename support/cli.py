@@ -31,6 +31,14 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return parse
 
 
+def positive(text: str) -> float:
+    """A `type` for add_argument: finite numbers above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, not {text}")
+    return value
+
+
 def renamed(new: str) -> Callable[[str], None]:
     """A `type` for an option of an older version: whatever its value, the answer is the new spelling."""
     def parse(text: str) -> None:
@@ -38,9 +46,11 @@ def renamed(new: str) -> Callable[[str], None]:
     return parse
 
 
-def add_model_options(parser: Parser, default: str | None = "nano", lora: bool = True, seed: bool = True) -> None:
+def add_model_options(parser: Parser, default: str | None = "nano", default_help: str = "nano", lora: bool = True,
+                      seed: bool = True) -> None:
     """--model, --lora, --seed, --device, --dtype, as seg4diff.load and the functions of the method take them."""
-    parser.add_argument("--model", default=default, help=f"{', '.join(weights.NAMES)}, a .safetensors file or a folder")
+    names = ", ".join(weights.NAMES)
+    parser.add_argument("--model", default=default, help=f"{names}, a .safetensors file or a folder ({default_help})")
     if lora:
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     if seed:

@@ -197,10 +197,11 @@ def coco(root, name):
 
     Label PNGs hold fine ids: 0 to 90 things (category id - 1), 91 to 181 stuff, 255 unlabelled.
     """
-    base = need(name, root, "coco", "val2017/*.jpg", "*/val2017/*.png (*: stuffthingmaps or annotations)")
-    labels = base / "stuffthingmaps/val2017"
-    if not labels.is_dir():
-        labels = base / "annotations/val2017"
+    folder = "stuffthingmaps"
+    if not (root / "coco/stuffthingmaps/val2017").is_dir() and (root / "coco/annotations/val2017").is_dir():
+        folder = "annotations"
+    base = need(name, root, "coco", "val2017/*.jpg", f"{folder}/val2017/*.png")
+    labels = base / folder / "val2017"
     pairs = by_stem(base / "val2017", labels)
     if name == "stuff27":
         table = np.full(65536, IGNORE, np.uint8)
@@ -322,7 +323,7 @@ def sa1b_pairs(root, captions):
     """
     caption_of = captions_of(captions)
     base = need("sa1b", root, "sa1b", "**/sa_*.jpg", "**/sa_*.json (beside each sa_*.jpg)")
-    paths = {p.stem: p for p in sorted(base.rglob("sa_*.json"))}
+    paths = {p.stem: p for p in sorted(base.rglob("sa_*.json")) if p.with_suffix(".jpg").exists()}
 
     def read(stem):
         image = Image.open(paths[stem].with_suffix(".jpg"))
@@ -332,8 +333,8 @@ def sa1b_pairs(root, captions):
             raise ValueError(f"{paths[stem]} holds no annotations with a segmentation each") from None
         least = LEAST_AREA * image.width * image.height
         largest = sorted(encoded, key=rle.area, reverse=True)[:MAX_MASKS]
-        masks = [rle.decode(e) for e in largest if rle.area(e) > least]
-        masks = np.array(masks, bool).reshape(-1, image.height, image.width)                 # (K, height, width)
+        masks = [rle.decode(e).astype(bool) for e in largest if rle.area(e) > least]
+        masks = np.stack(masks) if masks else np.zeros((0, image.height, image.width), bool)     # (K, height, width)
         return Pair(image.convert("RGB"), masks, [], caption_of.get(number(stem), ""))
     return Dataset("sa1b", list(paths), read)
 

@@ -1,6 +1,4 @@
-"""How a label map is scored (A.4): with names by a confusion matrix, without by matching regions to classes; and the
-floor and the ceiling that each score stands between.
-"""
+"""How a label map is scored (A.4): with names by a confusion matrix, without by matching regions to classes."""
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 

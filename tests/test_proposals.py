@@ -143,7 +143,7 @@ def test_a_list_of_pictures_is_each_alone(tiny):
         torch.testing.assert_close(one.maps, alone.maps, atol=1e-6, rtol=1e-4)
         assert (one.labels == alone.labels).mean() > 0.999
     assert len(seg4diff.propose(tiny, images[:1], **options)) == 1           # a seed for all of them: 0
-    with pytest.raises(ValueError, match="3 pictures, 1 seeds.*equal lists"):
+    with pytest.raises(ValueError, match="3 pictures and 1 seeds are not equal lists"):
         seg4diff.propose(tiny, images, seed=[5], **options)
 
 
