@@ -117,7 +117,7 @@ def report(args, ev, ledger, names, total, seconds, out):
     facts = facts_of(ev, n)
     megabytes = peak_megabytes(ev.model.device)
     write_json(out / "results.json", {
-        "task": ev.task, "n": n, "facts": facts, "protocol": identity_of(ev), "hash": ledger.hash, "broken": broken,
+        "task": ev.task, "n": n, "facts": facts, "identity": identity_of(ev), "hash": ledger.hash, "broken": broken,
         "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": ev.data.classes, "rows": rows,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})

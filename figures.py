@@ -7,8 +7,8 @@
     python figures.py expert text                       # which block is the expert? at which noise do words matter?
     python figures.py magnet --lora nano/magnet.safetensors      # Fig. 12, 33: maps and pictures without and with
 
-Pictures are generated from prompts, and attention is taken on the way, at t = 8 of 28 steps left.  Prompts: captions of
-the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
+Pictures are generated from prompts; attention is that of a second pass at t = 8 of 28 steps left (shares: 28, too).
+Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
 """
 import json
 import textwrap
@@ -390,8 +390,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default=["all"],
-                        help="magnet only with --lora")
+    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default="all", help="magnet needs --lora")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
     parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; twice as many pictures, text: 32")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")

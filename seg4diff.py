@@ -22,7 +22,7 @@ from loading import Seg4Diff, load, noise, sigmas
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from support.cli import Parser, add_model_options, at_least, command
 from support.metrics import IGNORE
-from support.pictures import check_out, open_image, panels, sheet
+from support.pictures import check_out, open_image, panels, sheet, to_image
 from text import TextCond, split_classes
 
 # ---------------------------------------------------------------------------- flow, sampler, guidance, Sec. 3.2, 3.3
@@ -34,10 +34,7 @@ def add_noise(z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 def sample(velocity: Callable, z: Tensor, schedule: Tensor, callback: Callable | None = None) -> Tensor:
-    """Euler steps along dz/dsigma = velocity(z, sigma) from schedule[0] to schedule[-1].
-
-    z (B, C, ., .) noise; sigma reaches velocity as (B,).  callback(i, z) sees the latent after step i.
-    """
+    """Euler steps along dz/dsigma = velocity(z (B, C, ., .), sigma (B,)); callback(i, z) sees z after step i."""
     for i in range(len(schedule) - 1):
         z = z + (schedule[i + 1] - schedule[i]) * velocity(z, schedule[i].expand(len(z)))
         if callback is not None:
@@ -100,10 +97,10 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
 def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None = None, cfg: float | None = None,
              pag: float = 0.0, blocks: Sequence[int] | None = None, perturb: Sequence[int] = (), seed: int = 0,
              callback: Callable | None = None) -> list[Image.Image]:
-    """One picture for each prompt, side model.preset.size, preset.batch at once; picture i starts from noise seed + i.
+    """One picture of side preset.size for each prompt, preset.batch at once; picture i starts from noise seed + i.
 
     steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
-    `blocks` (default: the expert block).  perturb: blocks blurred throughout, as in Fig. 5.
+    `blocks` (default: the expert block).  perturb: blocks blurred throughout (Fig. 5).  callback: as in `sample`.
     ValueError: steps < 1, no prompt, a scale that is not finite, a block that does not exist, blocks without pag.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -125,15 +122,14 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
         cond = model.text.encode(part)
         uncond = model.text.encode([""] * len(part))
         z = sample(guided_velocity(model, cond, uncond, cfg, pag, blocks, perturb), z, schedule, callback)
-        for latent in z.split(1):                                            # one at a time, to save memory
-            x = 127.5 * (model.vae.decode(latent.to(model.dtype))[0].float() + 1)            # (3, px, px)
-            images.append(Image.fromarray(x.clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()))
+        for latent in z.to(model.dtype).split(1):                            # one at a time, to save memory
+            images.append(to_image(model.vae.decode(latent)[0]))
     return images
 
 
 # ---------------------------------------------------------------------------- I2T maps -> masks, Sec. 3.4
 
-# What one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M).
+# what one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M)
 KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_attention(qkv).mT}
 Images = Image.Image | Sequence[Image.Image]             # one picture, or several, which return lists
 
@@ -164,8 +160,7 @@ def encode_image(model: Seg4Diff, image: Images) -> Tensor:
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
     """Scores of each class on the patch grid, head by head: B tensors (H, K, h, w); spans[b][k]: columns of class k.
 
-    A class of several tokens gets the mean of their columns (Sec. 3.4). The paper takes the mean over heads first
-    (Eq. 10); means commute, so the maps are the same.
+    A class of several tokens gets the mean of their columns (Sec. 3.4), here before the mean over heads (Eq. 10).
     """
     out = []
     for scores, picture_spans in zip(KINDS[kind](qkv), spans):               # (H, N, M)
@@ -221,10 +216,9 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
     B = len(z0)
-    if len(seeds) != B:
-        raise ValueError(f"{B} pictures and {len(seeds)} seeds are not equal lists")
-    if classes is not None and len(classes) != B:
-        raise ValueError(f"{B} pictures and {len(classes)} lists of class names are not equal lists")
+    for what, values in (("seeds", seeds), ("lists of class names", classes)):
+        if values is not None and len(values) != B:
+            raise ValueError(f"{B} pictures and {len(values)} {what} are not equal lists")
     rows = []                                            # (picture, names of one of its prompts)
     for b in range(B):
         prompts = [[]] if classes is None else split_classes(model.text, classes[b])
@@ -247,7 +241,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     out = []
     for part in parts:                                   # of one picture: draws x prompts x (H, names, h, w)
         out.append({key: torch.cat(attn, 1).unflatten(1, (draws, -1)).mean(1) for key, attn in part.items()})
-    return out                                           # B x {(H, K, h, w)}
+    return out
 
 
 @torch.inference_mode()
@@ -267,9 +261,9 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
     if any(isinstance(x, str) or len(x) > IGNORE for x in names):
         raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
-    H = model.transformer.config.heads
-    if head is not None and not 0 <= head < H:
-        raise ValueError(f"there is no head {head}: this model's heads are 0 to {H - 1}")
+    last = model.transformer.config.heads - 1
+    if head is not None and not 0 <= head <= last:
+        raise ValueError(f"there is no head {head}: this model's heads are 0 to {last}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
     block = model.preset.block if block is None else block
@@ -338,8 +332,7 @@ def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: 
             ) -> Proposals | list[Proposals]:
     """Regions without any names (Sec. 4.2): <sos>, <eos> and <pad> of the empty prompt, their maps merged.
 
-    One picture or a list; a seed for each, or for all.  What is not given comes from the preset.
-    ValueError: see merge_maps.
+    One picture or a list; a seed for each, or for all; the rest from the preset.  ValueError: see merge_maps.
     """
     single = isinstance(image, Image.Image)
     images = [image] if single else image

@@ -199,7 +199,7 @@ class TextEncoders(nn.Module):
         hidden_g, pooled_g = self.clip_g(ids.masked_fill(after_end, 0))      # CLIP-G pads with 0, CLIP-L with the end
         clip = torch.cat([hidden_l, hidden_g], dim=-1)                       # (B, L, W_l+W_g)
         # zero columns up to ctx_dim on the right, L zero rows below in T5's place
-        ctx = F.pad(clip, (0, self.ctx_dim - self.width, 0, self.length))    # Eq. 9, (B, 2L, ctx_dim)
+        ctx = F.pad(clip, (0, self.ctx_dim - self.width, 0, self.length))    # (B, 2L, ctx_dim)
         return TextCond(ctx, torch.cat([pooled_l, pooled_g], dim=-1), list(tokens), list(spans))
 
 

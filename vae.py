@@ -65,7 +65,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))        # zeros right and below only: (B, C, h/2, w/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))        # zeros right and below only: half the sides
 
 
 class Upsample(nn.Module):
@@ -74,7 +74,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))       # (B, C, 2h, 2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))       # twice the sides
 
 
 class Level(nn.Module):

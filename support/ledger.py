@@ -1,8 +1,8 @@
 """A ledger of finished pictures: one line each, so that a killed run goes on where it stopped and loses nothing.
 
-    book = Ledger(folder, protocol)                      # what was written under this very protocol is in book.done
-    book.add(name, {"nano": counts, "floor": counts})    # on the disk before the next picture is begun
-    total = Ledger(folder, protocol).sum(names)          # exact: whole numbers, whoever counted them
+    ledger = Ledger(folder, identity)                    # .done: what was written under this very identity
+    ledger.add(name, {"nano": counts}, seed)             # on the disk before the next picture is begun
+    total = Ledger(folder, identity).sum(names, shape)   # exact: whole numbers, whichever process counted them
 
 Several processes (torchrun) write a file each in one folder; whoever opens a ledger reads them all.
 """
@@ -43,22 +43,24 @@ def wait_for_all():
         torch.distributed.barrier()
 
 
-def digest(protocol: dict) -> str:
-    """12 hex digits that change with any entry of the protocol."""
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def digest(identity: dict) -> str:
+    """12 hex digits that change with any entry of the identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def sparse(counts):
-    """(K, C) -> [row, column, count] of what is not zero."""
+    """(rows, columns) -> [row, column, count] of what is not zero."""
     return [[int(i), int(j), int(counts[i, j])] for i, j in zip(*counts.nonzero())]
 
 
 class Ledger:
     """`done` {name: {row: [[i, j, count], ...]}}, `broken` {name: why it could not be read}."""
 
-    def __init__(self, folder: Path, protocol: dict, rank: int = 0):
+    def __init__(self, folder: Path, identity: dict, rank: int = 0):
         """ValueError: the folder cannot be made, or read.  A line that a kill left half written is dropped."""
-        self.hash, self.done, self.broken = digest(protocol), {}, {}
+        self.hash = digest(identity)
+        self.done = {}
+        self.broken = {}
         self.path = folder / f"ledger-{self.hash}-{rank}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ class Ledger:
         except (OSError, ValueError, TypeError) as e:                # not JSON, not one of our lines
             raise ValueError(f"the ledger {self.path} cannot be used: {e}; name another folder with --out") from None
         if b"\n" not in whole:
-            self.write({"protocol": protocol})
+            self.write({"identity": identity})
 
     def take(self, line):
         if "counts" in line:

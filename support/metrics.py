@@ -28,7 +28,9 @@ def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.nda
     class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
     Pixels whose truth is IGNORE are left out of all counts.
     """
-    valid, counts, named = truth != IGNORE, np.zeros((K, 3), np.int64), np.full(truth.shape, IGNORE, np.uint8)
+    valid = truth != IGNORE
+    counts = np.zeros((K, 3), np.int64)
+    named = np.full(truth.shape, IGNORE, np.uint8)
     ids, rows = np.unique(truth[valid], return_inverse=True)
     regions, columns = np.unique(pred[valid], return_inverse=True)
     overlap = np.zeros((len(ids), len(regions)), np.int64)

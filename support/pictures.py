@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from support.metrics import IGNORE
 
@@ -16,6 +17,12 @@ DISTINCT = np.frombuffer(bytes.fromhex(
     "42d4f4 fabed4 000075 3cb44b ffe119 4363d8 dcbeff e6194b 9a6324 bfef45 f58231 469990 f032e6 800000 911eb4 aaffc3 "
     "808000 ffd8b1 a9a9a9"), np.uint8).reshape(-1, 3)    # (19, 3)
 STRENGTH = 0.6                          # of a label's colour over the grey picture
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(3, height, width) in [-1, 1], as the autoencoder decodes it -> a picture."""
+    pixels = (127.5 * (x.float() + 1)).clamp(0, 255).round().byte()          # (3, height, width)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def palette(n: int) -> np.ndarray:

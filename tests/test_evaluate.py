@@ -356,7 +356,7 @@ def test_task(command, tiny_file, tmp_path, task):
     facts = result["facts"]
     assert all(f"{fact}:" in out and value in out for fact, value in facts.items())
     assert facts["task"] == task and facts["data"] == "scenes, 2 pictures, 15 classes"
-    assert facts["model"] == f"tiny ({result['protocol']['model'][1]}), float32"
+    assert facts["model"] == f"tiny ({result['identity']['model'][1]}), float32"
     assert facts["block"] == ("0 1 2" if task in ("layers", "heads") else "1")
     levels = sorted({v["sigma"] for v in variants})
     assert facts["sigma"] == " ".join(f"{sigma:.3f}" for sigma in levels) and "0.515" in facts["sigma"]

@@ -48,7 +48,7 @@ def test_sums_are_exact(tmp_path):
     assert ledger.sum([], (4, 4)) == ledger.sum(["absent"], (4, 4)) == {}
     assert [line["seed"] for line in lines(tmp_path) if "counts" in line] == [0, 3, 1, 4, 2, 5]
     assert all(line["hash"] == ledger.hash for line in lines(tmp_path) if "counts" in line)
-    assert lines(tmp_path)[0] == {"protocol": PROTOCOL}
+    assert lines(tmp_path)[0] == {"identity": PROTOCOL}
     large = Ledger(tmp_path / "large", PROTOCOL)
     for name in "ab":
         large.add(name, {"tiny": np.array([[2**53 + 1]])}, seed=0)
@@ -67,7 +67,7 @@ def test_half_a_line_is_dropped(tmp_path, cut):
     for i, name in enumerate("ab"):
         again.add(name, some(i), seed=0)
     last = Ledger(tmp_path, PROTOCOL)
-    assert set(last.done) == {"a", "b"} and lines(tmp_path)[0] == {"protocol": PROTOCOL}
+    assert set(last.done) == {"a", "b"} and lines(tmp_path)[0] == {"identity": PROTOCOL}
     assert (last.sum(["a", "b"], (4, 4))["tiny"] == some(0)["tiny"] + some(1)["tiny"]).all()
 
 
@@ -213,7 +213,7 @@ def test_changed_weights_begin_anew(run, tiny_file, tmp_path):
     other.write_bytes(data)
     first = run("out", "--limit", 1)[3]
     second = run("out", "--limit", 1, "--model", other)[3]
-    assert first["protocol"]["model"][0] == second["protocol"]["model"][0] and first["hash"] != second["hash"]
+    assert first["identity"]["model"][0] == second["identity"]["model"][0] and first["hash"] != second["hash"]
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -286,7 +286,7 @@ def test_broken_files_are_named_counted_and_skipped(run, voc, tmp_path):
     assert result["facts"]["data"] == "voc, 4 pictures, 20 classes"
     (sentence,) = [line for line in out.splitlines() if "4 of 8 pictures could not be read" in line]
     assert all(f"{name} (" in sentence for name in BROKEN) and "(50, 40)" in sentence and "p4.png" in sentence
-    total = Ledger(tmp_path / "out", result["protocol"]).sum([f"p{i}" for i in range(8)], (20, 20))
+    total = Ledger(tmp_path / "out", result["identity"]).sum([f"p{i}" for i in range(8)], (20, 20))
     assert total["tiny"].sum() == 4 * 40 * 60
 
     put(voc / "SegmentationClass/p4.png", np.full((40, 60), 8), palette=True)          # mended: it is tried again

@@ -242,7 +242,7 @@ def test_command_lines(command, tiny_file, tmp_path):
         code, _, err = command("evaluate.py", "--limit", 2, *fixed, "--out", "same", *option)
         assert code == 0, err
         results.append(json.loads((tmp_path / "same/results.json").read_text()))
-    names = [r["protocol"]["model"][:2] for r in results]
+    names = [r["identity"]["model"][:2] for r in results]
     assert [n for n, _ in names] == ["tiny", "tiny+sharp"] and names[0][1] != names[1][1]
     assert results[0]["hash"] != results[1]["hash"]              # no count of one run is taken for the other's
     assert results[0]["rows"]["tiny"] != results[1]["rows"]["tiny+sharp"]
