@@ -17,7 +17,6 @@ from loading import Seg4Diff, image_seed
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from protocol import names_of
 from support.metrics import classes_in, scores
-from text import TextCond
 
 # ---------------------------------------------------------------------------- functions of q, k, v
 
@@ -32,7 +31,7 @@ def attention_shares(qkv: JointQKV) -> dict[str, Tensor]:
     return {"I2I": 1 - i2t, "I2T": i2t, "T2I": t2i, "T2T": 1 - t2i}
 
 
-def uniform_share(qkv: JointQKV) -> float:
+def uniform_share(qkv):
     """Share of the image keys among all keys, N / (N+M), the dotted line of Fig. 2."""
     return qkv.n_img / qkv.k.shape[2]
 
@@ -80,8 +79,7 @@ def token_maps(qkv: JointQKV, columns: Sequence[int], kind: str = "softmax") -> 
 
 
 @torch.inference_mode()
-def taps_of(model: Seg4Diff, prompts: Sequence[str], at: Sequence[int], seed: int = 0
-            ) -> tuple[list[Image.Image], TextCond, dict[int, dict[int, JointQKV]]]:
+def taps_of(model, prompts, at, seed=0):
     """Generate a batch; at each t in `at` (steps that are left) run the prompts alone once more and capture all blocks.
 
     Returns pictures, the encoded prompts, {t: {block: JointQKV}}.  ValueError: a t that the sampler does not visit.
@@ -216,7 +214,7 @@ def caption_accuracy(losses):
 
 
 @torch.inference_mode()
-def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: float) -> np.ndarray:
+def sensitivity(model, items, classes, sigma):
     """How much the velocity changes, relative to its size, when I2T is blurred in one block: (n, depth), in percent.
 
     items: pictures of a data set (support.data.Item), n of them with a label, each prompted with the names of its
@@ -240,7 +238,7 @@ def sensitivity(model: Seg4Diff, items: Sequence, classes: list[str], sigma: flo
     return np.array(out)                                                     # (n, depth)
 
 
-def bootstrap(counts: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap(counts, draws=1000, seed=0):
     """mIoU of each block when the pictures are drawn again with replacement.
 
     counts (n, blocks, K, K): confusion matrices of each picture. Returns (draws, blocks) mIoU in percent and, for each

@@ -36,7 +36,7 @@ from support.pictures import overlay, palette, sheet
 # ---------------------------------------------------------------------------- drawing
 
 
-def new_figure(rows: int, columns: int, title: str, width: float = 5, height: float = 3.4) -> tuple[Figure, np.ndarray]:
+def new_figure(rows, columns, title, width=5, height=3.4):
     """A figure and its axes (rows, columns), each of width x height inches."""
     fig = Figure((columns * width, rows * height), dpi=90, layout="constrained")
     fig.suptitle(textwrap.fill(title, int(9 * columns * width)))
@@ -336,7 +336,7 @@ def magnet_maps(model, prompts, out, data, base):
 # ---------------------------------------------------------------------------- command line
 
 
-def toy(model: Seg4Diff) -> bool:
+def toy(model):
     """Whether a model makes pictures of the toy world's size: nano, or one that was trained like it."""
     return model.preset.size == scenes.SIDE
 

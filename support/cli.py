@@ -16,13 +16,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def error(self, message: str) -> None:
+    def error(self, message):
         raise ValueError(message)
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+def at_least(least, kind=int):
     """A `type` for add_argument: finite numbers from `least` up."""
-    def parse(text: str) -> float:
+    def parse(text):
         value = kind(text)
         if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be finite and at least {least}, not {text}")
@@ -31,7 +31,7 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return parse
 
 
-def positive(text: str) -> float:
+def positive(text):
     """A `type` for add_argument: finite numbers above 0."""
     value = float(text)
     if not 0 < value < math.inf:
@@ -39,9 +39,9 @@ def positive(text: str) -> float:
     return value
 
 
-def renamed(new: str) -> Callable[[str], None]:
+def renamed(new):
     """A `type` for an option of an older version: whatever its value, the answer is the new spelling."""
-    def parse(text: str) -> None:
+    def parse(text):
         raise argparse.ArgumentTypeError(f"this option is now {new}")
     return parse
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -54,13 +54,13 @@ class Dataset:
     always: tuple[int, ...] = ()        # classes that stand in every prompt though they are never true
 
 
-def subset(names: Sequence[str], limit: int | None) -> list[str]:
+def subset(names, limit):
     """`limit` of the names, always the same ones; a larger limit keeps those of a smaller one. None: all names."""
     chosen = np.random.default_rng(0).permutation(len(names))[:limit]
     return [names[i] for i in sorted(chosen)]
 
 
-def centre_crop(item: Item) -> Item:
+def centre_crop(item):
     """The largest square in the middle of a picture, and of its label map."""
     side = min(item.image.size)
     x = (item.image.width - side) // 2
@@ -68,7 +68,7 @@ def centre_crop(item: Item) -> Item:
     return Item(item.image.crop((x, y, x + side, y + side)), item.labels[y:y + side, x:x + side], item.name)
 
 
-def read_ahead(read: Callable[[str], Item | Pair], names: Sequence[str], ahead: int = 8) -> Iterator[tuple]:
+def read_ahead(read, names, ahead=8):
     """(name, item) in order; other threads read up to `ahead` of the next pictures meanwhile.
 
     A picture that cannot be read comes as its exception, so that one broken file does not end a run.
@@ -154,7 +154,7 @@ def toy_scenes(root: Path = ROOT, name: str = "scenes", seeds: range = scenes.VA
     return Dataset(name, [str(s) for s in seeds], read, scenes.CLASSES)
 
 
-def voc(root: Path, name: str) -> Dataset:
+def voc(root, name):
     """Pascal VOC 2012 val: 1449 pictures, 20 classes, or 21 with the background as the first (voc21)."""
     base = need(name, root, "VOCdevkit/VOC2012", "JPEGImages/*.jpg", "ImageSets/Segmentation/val.txt",
                 "SegmentationClass*/*.png (SegmentationClass or SegmentationClassAug)")

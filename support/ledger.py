@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,19 +17,19 @@ import torch
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
 
 
-def write_json(path: Path, value: dict | list) -> None:
+def write_json(path, value):
     """A JSON file that is there as a whole or not at all."""
     path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def write_tensors(path: Path, value: dict) -> None:
+def write_tensors(path, value):
     """The same for torch.save."""
     torch.save(value, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def world() -> tuple[int, int]:
+def world():
     """This process's number and how many there are: torchrun says so in the environment."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -43,7 +42,7 @@ def wait_for_all():
         torch.distributed.barrier()
 
 
-def digest(identity: dict) -> str:
+def digest(identity):
     """12 hex digits that change with any entry of the identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -56,7 +55,7 @@ def sparse(counts):
 class Ledger:
     """`done` {name: {row: [[i, j, count], ...]}}, `broken` {name: why it could not be read}."""
 
-    def __init__(self, folder: Path, identity: dict, rank: int = 0):
+    def __init__(self, folder, identity, rank=0):
         """ValueError: the folder cannot be made, or read.  A line that a kill left half written is dropped."""
         self.hash = digest(identity)
         self.done = {}
@@ -107,7 +106,7 @@ class Ledger:
         self.write(line | {"hash": self.hash})
         self.take(line)
 
-    def sum(self, names: list[str], shape: tuple[int, int]) -> Counts:
+    def sum(self, names, shape):
         """Counts of these pictures (those that are done) added up, int64 of this shape for each row of the table."""
         total: Counts = {}
         for name in names:

@@ -5,7 +5,7 @@ from scipy.optimize import linear_sum_assignment
 IGNORE = 255                            # label of pixels that belong to no class and are never scored
 
 
-def classes_in(labels: np.ndarray) -> np.ndarray:
+def classes_in(labels):
     """The classes of a label map, in order, without IGNORE: (K,) of the map's dtype."""
     return np.setdiff1d(labels, [IGNORE])
 
@@ -44,7 +44,7 @@ def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.nda
     return counts, named
 
 
-def rates(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict:
+def rates(tp, fp, fn):
     """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent.
 
     tp, fp, fn: (K,) pixel counts. A class that does not occur has IoU None.  ValueError: nothing was counted.
@@ -65,12 +65,12 @@ def scores(conf: np.ndarray) -> dict:
     return rates(tp, conf.sum(0) - tp, conf.sum(1) - tp)
 
 
-def proposal_scores(counts: np.ndarray) -> dict:
+def proposal_scores(counts):
     """`rates` of match_proposals' counts (K, 3)."""
     return rates(*counts.T)
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(rows):
     """mIoU, mACC, pACC, a row to a variant."""
     width = max(map(len, rows))
     lines = [f"{'':{width}s}   mIoU   mACC   pACC"]

@@ -2,12 +2,9 @@
 import colorsys
 import math
 import os
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from support.metrics import IGNORE
 
@@ -19,13 +16,13 @@ DISTINCT = np.frombuffer(bytes.fromhex(
 STRENGTH = 0.6                          # of a label's colour over the grey picture
 
 
-def to_image(x: Tensor) -> Image.Image:
+def to_image(x):
     """(3, height, width) in [-1, 1], as the autoencoder decodes it -> a picture."""
     pixels = (127.5 * (x.float() + 1)).clamp(0, 255).round().byte()          # (3, height, width)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def palette(n: int) -> np.ndarray:
+def palette(n):
     """n colours, (n, 3) uint8.
 
     More than DISTINCT has: hues a golden section apart, so that neighbours differ most, in three strengths.
@@ -37,7 +34,7 @@ def palette(n: int) -> np.ndarray:
     return (255 * np.array(rgb)).round().astype(np.uint8)                    # (n, 3)
 
 
-def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+def overlay(image, labels, colours):
     """The picture, greyed, under its label map (height, width) in colour; label IGNORE stays uncoloured."""
     grey = np.asarray(image.convert("L").convert("RGB"), float)              # (height, width, 3)
     ignored = labels == IGNORE
@@ -46,7 +43,7 @@ def overlay(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Imag
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def legend(names: Sequence[str], colours: np.ndarray, width: int) -> Image.Image:
+def legend(names, colours, width):
     """Colour patches with their names, as many to a row as fit into `width` pixels; each as it is over middle grey."""
     font = ImageFont.load_default(14)
     x = y = 0
@@ -102,8 +99,7 @@ def wrap(caption, font, width):
     return "\n".join(lines)
 
 
-def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, side: int | None = None
-          ) -> Image.Image:
+def sheet(images, captions, columns=4, side=None):
     """Pictures of one size in rows, each above its caption, wrapped to the picture's width.
 
     side: height of a picture; without it as they are, but no smaller than captions need.
@@ -122,7 +118,7 @@ def sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int =
     return tile(cells, columns)
 
 
-def panels(image: Image.Image, labels: np.ndarray, classes: Sequence[str]) -> Image.Image:
+def panels(image, labels, classes):
     """A picture beside its label map, above the legend; the longer side brought into SHOWN, so that it can be read."""
     colours = palette(len(classes))
     longest = max(image.size)
@@ -133,7 +129,7 @@ def panels(image: Image.Image, labels: np.ndarray, classes: Sequence[str]) -> Im
     return stack(both, legend(classes, colours, both.width))
 
 
-def overlay_grid(shown: list[tuple[Image.Image, np.ndarray, np.ndarray]], classes: list[str]) -> Image.Image:
+def overlay_grid(shown, classes):
     """Triples of picture, truth and prediction in squares side by side, two triples to a row, above the legend."""
     colours = palette(len(classes))
     cells = []
@@ -146,7 +142,7 @@ def overlay_grid(shown: list[tuple[Image.Image, np.ndarray, np.ndarray]], classe
     return stack(title, grid, legend(classes, colours, grid.width))
 
 
-def check_out(path: Path) -> None:
+def check_out(path):
     """ValueError now, not after the work, if a picture cannot be written to `path`."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:             # some can only be read
         raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
@@ -154,7 +150,7 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path):
     """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.
 
     ValueError: no such file, not a picture.

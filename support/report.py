@@ -11,7 +11,7 @@ import torch
 PAPER = json.loads((Path(__file__).parent / "paper_miou.json").read_text())
 
 
-def miou_of(variants: list, rows: dict, suffix: str = "") -> list[float]:
+def miou_of(variants, rows, suffix=""):
     return [rows[v.name + suffix]["mIoU"] for v in variants]
 
 
@@ -67,7 +67,7 @@ PLOTS = {"layers": plot_layers, "timesteps": plot_timesteps, "normalization": pl
          "thresholds": plot_thresholds, "heads": plot_heads}
 
 
-def plot(task: str, variants: list, rows: dict[str, dict], model, path: Path) -> None:
+def plot(task, variants, rows, model, path):
     """The task's figure: mIoU against block, head, noise level, threshold or kind of score, with floor and ceiling."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     PLOTS[task](ax, variants, rows, model)
@@ -81,7 +81,7 @@ def plot(task: str, variants: list, rows: dict[str, dict], model, path: Path) ->
     plt.close(fig)
 
 
-def peak_megabytes(device: torch.device) -> float:
+def peak_megabytes(device):
     """Peak memory: on the GPU that is meant, else of this process; nan where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -91,7 +91,7 @@ def peak_megabytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
 
 
-def paper_table(task: str, name: str, results: dict[str, dict[str, dict]]) -> str:
+def paper_table(task, name, results):
     """Our rows of each data set that was evaluated below the paper's, in the shape of its Table 1 or 2."""
     title, columns = PAPER[task]["title"], PAPER[task]["columns"]
     rows = {f"{method}, the paper's": values for method, values in PAPER[task]["mIoU"].items()}
@@ -106,7 +106,7 @@ def paper_table(task: str, name: str, results: dict[str, dict[str, dict]]) -> st
     return "\n".join(lines)
 
 
-def plot_losses(log: list[dict], path: Path) -> None:
+def plot_losses(log, path):
     """train_magnet.py's log: each loss against the step, and what was measured on the validation pictures."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     steps = [x for x in log if "flow" in x]

@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from support.checkpoint import Device, Dtype, count, shape
+from support.checkpoint import count, shape
 
 PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
             "clip_l": "text_encoders.clip_l.transformer.", "clip_g": "text_encoders.clip_g.transformer."}
@@ -190,7 +190,7 @@ def parts_of_file(path, repo):
     return parts
 
 
-def fingerprint(files: Files) -> str:
+def fingerprint(files):
     """12 hex digits of the model's files: their sizes and 1024 samples of 64 KB, which is all of a file up to 64 MB.
 
     So many, because a model with MAGNET merged into it differs in its attention weights alone.
@@ -215,7 +215,7 @@ def block_of(key: str) -> int:
     return int(m[1]) if m else -1
 
 
-def read(files: Files, last_block: int | None = None, device: Device = None, dtype: Dtype = None) -> dict[str, dict]:
+def read(files, last_block=None, device=None, dtype=None):
     """The state dict of each part under SD3's original keys, without prefix, each tensor cast before the next is read.
 
     With `last_block`, blocks after it are not read: segmentation needs no more (less than half of SD3's transformer).
@@ -235,7 +235,7 @@ def read(files: Files, last_block: int | None = None, device: Device = None, dty
     return parts
 
 
-def header(files: Files) -> dict[str, str]:
+def header(files):
     """What the model's file says about itself: for nano, "presets" and "merges" as JSON.  ValueError: not JSON."""
     path = files.parts["mmdit"][0][0]
     with opened(path) as f:
@@ -248,19 +248,19 @@ def header(files: Files) -> dict[str, str]:
     return meta
 
 
-def merges(files: Files) -> list[str]:
+def merges(files):
     """CLIP's byte-pair merges, "a b" each: from the model's header, or from a merges.txt below its first line."""
     if files.merges is None:
         return json.loads(header(files)["merges"])
     return files.merges.read_text(encoding="utf-8").strip().split("\n")[1:]
 
 
-def add_to_fingerprint(fingerprint: str, path: str | Path) -> str:
+def add_to_fingerprint(fingerprint, path):
     """12 hex digits of a model together with a LoRA file."""
     return hashlib.sha256(fingerprint.encode() + Path(path).read_bytes()).hexdigest()[:12]
 
 
-def lora_name(path: str | Path) -> str:
+def lora_name(path):
     """What a LoRA file is called: its own name, or its folder's where all are called alike."""
     path = Path(path)
     return path.resolve().parent.name if path.stem in ("lora", "lora_weights") else path.stem
