@@ -29,12 +29,13 @@ from tqdm import tqdm
 import seg4diff
 from loading import Seg4Diff, image_seed
 from protocol import TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
+from support.checkpoint import peak_megabytes
 from support.cli import Parser, add_model_options, at_least, command, positive
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.ledger import Ledger, wait_for_all, world, write_json
 from support.metrics import table
 from support.pictures import overlay_grid
-from support.report import PAPER, paper_table, peak_megabytes, plot
+from support.report import PAPER, paper_table, plot
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
 CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.py", "lora.py", "support/checkpoint.py",

@@ -26,10 +26,11 @@ import seg4diff
 from loading import Seg4Diff, image_seed
 from lora import add_lora, read_lora, save_lora
 from magnet import NORMALISATIONS, Settings, features, flow_matching, gradient
+from support.checkpoint import peak_megabytes
 from support.cli import Parser, add_model_options, at_least, command, positive, renamed
 from support.data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
 from support.ledger import wait_for_all, world, write_json, write_tensors
-from support.report import peak_megabytes, plot_losses
+from support.report import plot_losses
 
 RECIPES = {                                 # what differs between data sets; that of scenes is ours
     "scenes": Settings("nano", "scenes-dev", steps=200, warmup=20, lr=5e-4, batch=16, sigma="uniform", mask_weight=0.2),

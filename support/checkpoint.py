@@ -1,6 +1,7 @@
 """State dict -> module: what a config is read off, and a strict load without a second copy in memory."""
 import os
 import re
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +64,13 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name not in ("float32", "float16", "bfloat16"):
         raise ValueError("dtype must be auto, float32, float16 or bfloat16")
     return getattr(torch, name)
+
+
+def peak_megabytes(device):
+    """Peak memory: on the GPU that is meant, else of this process; nan where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)

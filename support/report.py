@@ -1,11 +1,9 @@
 """What an evaluation draws and measures of itself: the paper's own numbers beside ours, one plot for each task."""
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 # mIoU in percent as the paper prints it; never ours
 PAPER = json.loads((Path(__file__).parent / "paper_miou.json").read_text())
@@ -79,16 +77,6 @@ def plot(task, variants, rows, model, path):
         ax.legend()
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def peak_megabytes(device):
-    """Peak memory: on the GPU that is meant, else of this process; nan where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
 
 
 def paper_table(task, name, results):

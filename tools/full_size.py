@@ -33,9 +33,8 @@ import text  # noqa: E402
 from lora import add_lora  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support import weights  # noqa: E402
-from support.checkpoint import pick_device  # noqa: E402
+from support.checkpoint import peak_megabytes, pick_device  # noqa: E402
 from support.cli import Parser, command  # noqa: E402
-from support.report import peak_megabytes  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
 
 LAYOUTS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
