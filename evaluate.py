@@ -30,7 +30,7 @@ import seg4diff
 from loading import Seg4Diff, image_seed
 from protocol import TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
 from support.checkpoint import peak_megabytes
-from support.cli import Parser, add_model_options, at_least, command, positive
+from support.cli import Parser, add_model_options, at_least, command, positive, renamed
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.ledger import Ledger, wait_for_all, world, write_json
 from support.metrics import table
@@ -209,7 +209,9 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--task", default="ovss", choices=TASKS)
-    parser.add_argument("--dataset", default="scenes", choices=[*DATASETS, "all"], help="or all of the paper's table")
+    own_pictures = renamed("python seg4diff.py segment IMAGE CLASS...", "folder")
+    parser.add_argument("--dataset", default="scenes", type=own_pictures, choices=[*DATASETS, "all"],
+                        help="or all of the paper's table")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
     parser.add_argument("--prompt", default="present", choices=["present", "all"], help="classes (the paper: present)")

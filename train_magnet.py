@@ -259,7 +259,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=at_least(1), default=PICTURES, help="training pictures, always the same ones")
     add_model_options(parser, default=None, default_help="nano for scenes, else sd3", lora=False)
     numbers = {"steps": at_least(1), "warmup": at_least(0), "lr": positive, "batch": at_least(1),
-               "rank": at_least(1), "mask_weight": at_least(0, float)}
+               "rank": at_least(1), "mask_weight": at_least(0, float), "match": renamed("'name'", "tokens")}
     choices = {"val": ["none", *DATASETS], "match": ["hungarian", "name"], "maps": ["mean", "heads"],
                "normalise": NORMALISATIONS, "sigma": ["uniform", "logit-normal"]}
     for key, meaning in MEANINGS.items():

@@ -39,10 +39,14 @@ def positive(text):
     return value
 
 
-def renamed(new):
-    """A `type` for an option of an older version: whatever its value, the answer is the new spelling."""
+def renamed(new, old=None):
+    """A `type` for what an older version took: an option, whatever its value, or the one value `old` of an option."""
     def parse(text):
-        raise argparse.ArgumentTypeError(f"this option is now {new}")
+        if old is None:
+            raise argparse.ArgumentTypeError(f"this option is now {new}")
+        if text == old:
+            raise argparse.ArgumentTypeError(f"{old!r} is now {new}")
+        return text
     return parse
 
 
