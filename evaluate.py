@@ -3,7 +3,7 @@
     python evaluate.py                                   # Table 1's protocol on 200 scenes of the toy world
     python evaluate.py --dataset voc                     # Table 1's first number, by SD3, of ./data/VOCdevkit
     python evaluate.py --dataset all                     # Table 1, beside the paper's numbers
-    python evaluate.py --task unsup                      # Table 2: proposals from <pad> tokens (--dataset all, too)
+    python evaluate.py --task unsup                      # Table 2: regions without names (--dataset all, too)
     python evaluate.py --task thresholds                 # how Table 2's scaling and threshold are chosen
     python evaluate.py --task layers                     # Fig. 8: mIoU of every block
     python evaluate.py --task heads                      # Fig. 17 / supplement Fig. 4: of every head
@@ -214,8 +214,8 @@ if __name__ == "__main__":
                         help="or all of the paper's table")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
-    parser.add_argument("--prompt", default="present", choices=["present", "all"], help="classes (the paper: present)")
-    parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="paper: crop; its code: squash")
+    parser.add_argument("--prompt", default="present", choices=["present", "all"], help="the picture's classes, or all")
+    parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="the paper: crop")
     parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")

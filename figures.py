@@ -392,7 +392,7 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default="all", help="magnet needs --lora")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
-    parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; twice as many pictures, text: 32")
+    parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; data set's pictures: twice that")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/figures-MODEL)")

@@ -1,10 +1,10 @@
 """The method of Seg4Diff: rectified flow, guidance by perturbation, and image-to-text attention as a segmentation.
 
-    python seg4diff.py segment photo.png car sky "teddy bear" --out overlay.png
+    python seg4diff.py segment photo.png cat sofa wall --model sd3 --out overlay.png
     python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
 
-    model = seg4diff.load()                              # the embedded nano; --model and load("sd3") name others
-    seg = seg4diff.segment(model, Image.open("photo.png"), ["car", "sky", "teddy bear"])
+    model = seg4diff.load("sd3")                         # the default is the embedded nano, which knows drawn scenes
+    seg = seg4diff.segment(model, Image.open("photo.png"), ["cat", "sofa", "wall"])
 """
 import math
 from collections.abc import Callable, Sequence
@@ -395,6 +395,6 @@ if __name__ == "__main__":
     gen.add_argument("--perturb", type=int, nargs="+", default=(), help="blocks whose I2T is blurred (Fig. 5)")
     gen.set_defaults(run=run_generate)
     for subparser, out in ((seg, "overlay.png"), (gen, "image.png")):
-        subparser.add_argument("--out", type=Path, default=Path(out))
+        subparser.add_argument("--out", type=Path, default=Path(out), help=f"picture to write ({out})")
         add_model_options(subparser)
     command(lambda args: args.run(args), parser)
