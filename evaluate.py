@@ -175,16 +175,16 @@ def find_sets(args):
     """The data sets that are asked for; of the paper's whole table, those that are there, and why others are not."""
     if args.dataset != "all":
         return [DATASETS[args.dataset](args.data_root)], {}
-    found = []
+    sets = []
     missing = {}
     for name in PAPER[args.task]["columns"]:
         try:
-            found.append(DATASETS[name](args.data_root))
+            sets.append(DATASETS[name](args.data_root))
         except ValueError as e:
             missing[name] = str(e)
-    if not found:
+    if not sets:
         raise ValueError(f"none of the data sets {', '.join(missing)} was found; " + next(iter(missing.values())))
-    return found, missing
+    return sets, missing
 
 
 def main(args):

@@ -187,11 +187,11 @@ def read_lora(path: str | Path) -> tuple[dict[tuple[int, str], LowRank], dict | 
     except Exception as e:                                                   # a broken pickle can raise anything
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a LoRA (.safetensors, or a .pth of tensors alone): {why}") from None
-    found = {key: LORA_KEY.fullmatch(key) for key in sd if "lora" in key}
-    if not found:
+    matches = {key: LORA_KEY.fullmatch(key) for key in sd if "lora" in key}
+    if not matches:
         raise ValueError(f"{path} is no LoRA: of its {len(sd)} tensors none has 'lora' in its name")
     matrices = {}
-    for key, match in found.items():
+    for key, match in matches.items():
         if match is None:
             raise ValueError(f"{path} holds {key!r}, not diffusers' (peft) name of a layer of SD3's transformer")
         i, layer, side = match.groups()

@@ -172,7 +172,7 @@ def candidate_maps(attn, spans, settings, L):
     if settings.match == "name":
         mean = attn.mean(0)                                                  # (N, M)
         maps = [mean[:, span].mean(-1) for span in spans]                    # K x (N,)
-        maps = torch.stack(maps) if maps else mean.mT[:0]                    # (K, N)
+        maps = torch.stack(maps) if maps else mean.new_zeros(0, len(mean))   # (K, N)
     else:
         maps = attn[:, :, :L].mT                                             # (H, L, N)
         maps = maps.flatten(0, 1) if settings.maps == "heads" else maps.mean(0)        # (H*L, N) or (L, N)

@@ -10,6 +10,7 @@ joint attention; every attention map in this project is a pure function of those
 Alphabet, used in the whole project:
     B batch   C latent channels   h x w patch grid   N = h*w image tokens   M text tokens   D = H*d width
     H heads   d head width        K classes          S steps                z latents       eps noise
+    L CLIP's rows of text         P maps or regions without names
     vel = eps - z0                sigma in [0, 1]: 0 clean, 1 noise (the time embedding gets 1000 * sigma)
 Joint order is Eq. 3's: image tokens first, then text.  Blocks count from 0; SD3's expert block is 9.
 """

@@ -144,8 +144,7 @@ class Segmentation(NamedTuple):
 def encode_image(model: Seg4Diff, image: Images) -> Tensor:
     """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time.
 
-    NOTE(official): the paper crops the centre; its code squashes (after the short side became 640, not antialiased),
-    and so do we, in one antialiased bilinear step.
+    NOTE(official): the paper crops the centre; its code squashes, in two steps, and so do we, in one antialiased step.
     """
     size = model.preset.size
     images = [image] if isinstance(image, Image.Image) else image
@@ -309,7 +308,8 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     self_cross = cross.diag()                                                # (L,), minus the entropies
     kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L), mean of both directions
     taken = torch.zeros(len(p), dtype=torch.bool)
-    proposals, members = [], []
+    proposals = []
+    members = []
     for i, near in enumerate((kl < threshold).cpu()):
         if not taken[i]:
             near[i] = True

@@ -233,7 +233,8 @@ def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]
         return prompts
 
     # The least room that needs no more prompts: a last prompt of one name would have little competition for attention.
+    fewest = len(fill(limit))
     for room in range(max(sizes), limit + 1):
         prompts = fill(room)
-        if len(prompts) == len(fill(limit)):
+        if len(prompts) == fewest:
             return prompts

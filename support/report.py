@@ -81,7 +81,8 @@ def plot(task, variants, rows, model, path):
 
 def paper_table(task, name, results):
     """Our rows of each data set that was evaluated below the paper's, in the shape of its Table 1 or 2."""
-    title, columns = PAPER[task]["title"], PAPER[task]["columns"]
+    title = PAPER[task]["title"]
+    columns = PAPER[task]["columns"]
     rows = {f"{method}, the paper's": values for method, values in PAPER[task]["mIoU"].items()}
     for row in (name, "floor", "ceiling"):
         rows[f"{row}, ours"] = [results[c][row]["mIoU"] if c in results else None for c in columns]

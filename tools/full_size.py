@@ -99,7 +99,7 @@ def measure_training(path, sizes, device):
     print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters of the LoRA, {model.device}, {model.dtype}")
     cond = model.text.encode(["cat dog sky"])
     tokens = [(size // model.vae.factor // transformer.config.patch) ** 2 for size in (*sizes, model.preset.size)]
-    found = {}
+    points = {}
     for checkpointing in (False, True):
         transformer.checkpointing = checkpointing
         print(f"checkpointing {checkpointing}; GB are those kept for the backward pass, and the peak above the weights")
@@ -116,8 +116,8 @@ def measure_training(path, sizes, device):
         slope, constant = np.polyfit(tokens[:2], kept[:2], 1)
         for N in tokens[2:]:
             print(f"by the line through the first two, {N} image tokens: kept {(constant + slope * N) / 1e9:.2f} GB")
-        found[checkpointing] = list(zip(tokens, kept))
-    return found
+        points[checkpointing] = list(zip(tokens, kept))
+    return points
 
 
 def main(args):
