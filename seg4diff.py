@@ -159,7 +159,7 @@ def encode_image(model: Seg4Diff, image: Images) -> Tensor:
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
     """Scores of each class on the patch grid, head by head: B tensors (H, K, h, w); spans[b][k]: columns of class k.
 
-    A class of several tokens gets the mean of their columns (Sec. 3.4), here before the mean over heads (Eq. 10).
+    A class of several tokens gets their columns' mean (Sec. 3.4), here before Eq. 10: means commute, no map changes.
     """
     out = []
     for scores, picture_spans in zip(KINDS[kind](qkv), spans):               # (H, N, M)
