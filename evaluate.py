@@ -32,7 +32,8 @@ from protocol import TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
 from support.checkpoint import peak_megabytes
 from support.cli import Parser, add_model_options, at_least, command, positive, renamed
 from support.data import DATASETS, ROOT, Dataset, subset
-from support.ledger import Ledger, wait_for_all, world, write_json
+from support.files import write_json
+from support.ledger import Ledger, wait_for_all, world
 from support.metrics import table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot

@@ -29,7 +29,7 @@ from loading import Seg4Diff, image_seed
 from nano import scenes
 from support.cli import Parser, add_model_options, at_least, command
 from support.data import DATASETS, ROOT, subset
-from support.ledger import write_json
+from support.files import write_json
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
 

@@ -29,7 +29,8 @@ from magnet import NORMALISATIONS, Settings, features, flow_matching, gradient
 from support.checkpoint import peak_megabytes
 from support.cli import Parser, add_model_options, at_least, command, positive, renamed
 from support.data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
-from support.ledger import wait_for_all, world, write_json, write_tensors
+from support.files import write_json, write_tensors
+from support.ledger import wait_for_all, world
 from support.report import plot_losses
 
 RECIPES = {                                 # what differs between data sets; that of scenes is ours

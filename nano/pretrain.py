@@ -43,7 +43,7 @@ from support import pictures, weights  # noqa: E402
 from support.checkpoint import pick_device  # noqa: E402
 from support.cli import Parser, at_least, command  # noqa: E402
 from support.data import DATASETS  # noqa: E402
-from support.ledger import write_json  # noqa: E402
+from support.files import write_json  # noqa: E402
 from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
 from vae import VAE  # noqa: E402
 

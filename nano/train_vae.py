@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano.training import Progress, optimise, optimisers, resume, save_state
-from support.ledger import write_tensors
+from support.files import write_tensors
 from vae import SCALE, SHIFT, VAE
 
 

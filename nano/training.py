@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from support.ledger import write_tensors
+from support.files import write_tensors
 
 
 class Muon(torch.optim.Optimizer):

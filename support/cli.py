@@ -1,6 +1,7 @@
 """What every command line shares: the options that mean the same everywhere, and one sentence for bad input."""
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,15 +65,36 @@ def add_model_options(parser: Parser, default: str | None = "nano", default_help
                         help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, float16 (released code)")
 
 
+# What an allocation that failed says, whoever made it: CPU, CUDA, cuBLAS, cuDNN, MPS. Not all are OutOfMemoryErrors.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def show(*parts: object) -> None:
+    """print, for what is on the disk already: where nobody reads any more (a closed pipe), go on without it."""
+    try:
+        print(*parts, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Run a script: bad input and too little memory end in one sentence and exit code 2, not in a traceback."""
+    """Run a script: bad input and too little memory end in one sentence and exit code 2, Ctrl-C in one and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):               # names of any script, on a terminal of any encoding
+            stream.reconfigure(errors="backslashreplace")
+    code = 2
     try:
         main(parser.parse_args())
         return
     except (ValueError, OSError) as e:
-        problem = str(e)
-    except torch.OutOfMemoryError:
-        problem = ("the device has too little memory for this; smaller batches or pictures, or --device cpu, need less "
-                   "of it")
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+        problem = f"error: {e}"
+    except KeyboardInterrupt:
+        problem = "stopped; the same command goes on from here, or begins anew where nothing was written"
+        code = 130
+    except (MemoryError, RuntimeError) as e:             # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(e, RuntimeError) and not any(words in str(e) for words in NO_MEMORY):
+            raise                                        # a mistake of ours
+        problem = ("error: the device has too little memory for this; smaller batches or pictures, or --device cpu, "
+                   "need less of it")
+    print(problem, file=sys.stderr)
+    sys.exit(code)

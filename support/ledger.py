@@ -17,18 +17,6 @@ import torch
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
 
 
-def write_json(path, value):
-    """A JSON file that is there as a whole or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def write_tensors(path, value):
-    """The same for torch.save."""
-    torch.save(value, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def world():
     """This process's number and how many there are: torchrun says so in the environment."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

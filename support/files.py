@@ -1,0 +1,153 @@
+"""Files from outside and files that we write: a broken one is a sentence that names it, a good one is never lost.
+
+    with files.reading(path):                            # whatever decoding raises becomes files.Broken
+        image = Image.open(path)
+    with files.replacing(path) as new:                   # what is written to `new` takes the place of `path` as a whole
+        image.save(new, "PNG")
+"""
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+
+class Broken(ValueError):
+    """A file from outside cannot be used; the sentence names it.  For this error alone a picture is left out."""
+
+
+# What decoding a file of the wrong kind, depth, encoding or size raises. AttributeError, NameError and the like are not
+# here: they are mistakes of ours. SyntaxError is PIL's, of PNGs.
+DECODING = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, MemoryError,
+            RecursionError, struct.error, zlib.error, SafetensorError, Image.DecompressionBombError)
+
+
+def first_line(e: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__
+
+
+@contextmanager
+def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
+    """Around the lines that decode a file, and around no others.
+
+    Broken: it is not there, it is no regular file (a pipe would wait for ever), or decoding it raises one of DECODING.
+    """
+    if not os.path.isfile(path):
+        found = "it is a folder or a device" if os.path.exists(path) else "there is no such file"
+        raise Broken(f"{str(path)!r} cannot be read as a {kind}: {found}")
+    try:
+        yield
+    except Broken:
+        raise
+    except DECODING as e:
+        said = "it is nested too deep" if isinstance(e, RecursionError) else first_line(e)
+        if isinstance(e, LookupError):
+            said = f"{type(e).__name__} {said}"          # a KeyError says no more than the key
+        raise Broken(f"{str(path)!r} cannot be read as a {kind}: {said}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark.  Broken: it is not one."""
+    with reading(path, "text file in UTF-8"):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def read_json(path: str | Path, kind: type = dict) -> dict | list:
+    """A JSON file that holds an object, or a list.  Broken: anything else."""
+    with reading(path, "JSON file"):
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        check_kind(value, kind, "its content")
+        return value
+
+
+def check_kind(value, kind, what):
+    """ValueError: a part of a JSON file is of another kind than expected."""
+    names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{what} should be {names[kind]}, not {str(value)[:40]}")
+    return value
+
+
+def read_tensors(path: str | Path, kind: str) -> object:
+    """What torch.save wrote, as long as it is made of tensors, numbers, texts, lists and dictionaries.
+
+    Broken: anything else; a broken pickle can raise whatever it likes, so all of it is caught here.
+    """
+    with reading(path, kind):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            # the whole message of torch advises to switch weights_only off, which would let the file run code
+            said = "it holds more than tensors" if "weights_only" in str(e) else first_line(e)
+            raise ValueError(said) from None
+
+
+def stamp(paths: Iterable[str | Path]) -> str:
+    """12 hex digits that change when one of these files is replaced, changed or gone: names, sizes, times of change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        facts = f"{path} is missing\n"
+        if os.path.exists(path):
+            found = os.stat(path)
+            facts = f"{path} {found.st_size} {found.st_mtime_ns}\n"
+        digest.update(facts.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:12]
+
+
+def code_stamp(names: Iterable[str]) -> str:
+    """12 hex digits that change with the text of these files of the project."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update((Path(__file__).parents[1] / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place when the block ends, and is removed when the block fails.
+
+    ValueError: it cannot be written; what was there before is still there.
+    """
+    path = Path(path)
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield new
+        os.replace(new, path)
+    except (OSError, SafetensorError, RuntimeError) as e:                    # RuntimeError: torch.save's of a full disk
+        kept = "; what was there before is still there" if path.exists() else ""
+        raise ValueError(f"{path} cannot be written ({first_line(e)}){kept}") from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """A JSON file that is there as a whole or not at all."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write_tensors(path: str | Path, value: object) -> None:
+    """The same for torch.save."""
+    with replacing(path) as new:
+        torch.save(value, new)
+
+
+def write_picture(path: str | Path, image: Image.Image) -> None:
+    """The same for a picture, in the format of its file name (check_out in pictures.py: before the work begins)."""
+    with replacing(path) as new:
+        image.save(new, Image.registered_extensions()[Path(path).suffix.lower()])
+
+
+def write_figure(path: str | Path, figure, **options) -> None:
+    """The same for a figure of matplotlib, as PNG."""
+    with replacing(path) as new:
+        figure.savefig(new, format="png", **options)
