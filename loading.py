@@ -6,7 +6,9 @@
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from operator import index
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from lora import load_lora, merge_lora
 from mmdit import MMDiT
 from support import weights
 from support.checkpoint import pick_device, pick_dtype
+from support.files import check_kind, reading
 from text import CLIPText, TextEncoders, clip_tokenizer
 from vae import VAE
 
@@ -44,10 +47,16 @@ def image_seed(name: str, seed: int) -> int:
 
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds])
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(index(s) % 2**63)) for s in seeds])
 
 
 # ---------------------------------------------------------------------------- a model and its presets
+
+SCALINGS = ("map", "token", "none")
+# What a number of a preset may be: its kind, the least, the largest. Whether it suits a model is for check_fit to say.
+LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
+          "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
+          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30)}
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,30 @@ class Preset:
     threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
     scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
 
+    def __post_init__(self):
+        """ValueError: what cannot be.  The one check of a file's header and of arguments (`changed`)."""
+        for name, (kind, least, largest) in LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= largest:
+                number = "whole number" if kind is Integral else "number"
+                raise ValueError(f"{name} must be a {number} from {least} to {largest}, not {value!r:.40}")
+        if self.noise_steps > self.steps:
+            raise ValueError(f"noise_steps must be at most steps, which are {self.steps}, not {self.noise_steps}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {self.scaling!r:.40}")
+
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
-        """SD3's presets, but for those that a file carries as JSON under "presets".  ValueError: unknown ones."""
-        presets = json.loads(meta.get("presets", "{}"))
-        if not isinstance(presets, dict) or not presets.keys() <= set(Preset.__dataclass_fields__):
-            known = ", ".join(Preset.__dataclass_fields__)
-            raise ValueError(f"the file's header has presets {presets}; known are {known}")
+        """SD3's presets, but for those that a file carries as JSON under "presets".  ValueError: others."""
+        presets = check_kind(json.loads(meta.get("presets", "{}")), dict, "presets")
+        unknown = presets.keys() - Preset.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"unknown presets {sorted(unknown)}; known are {', '.join(Preset.__dataclass_fields__)}")
         return Preset(**presets)
+
+    def changed(self, **given: float | str | None) -> "Preset":
+        """This preset with those that are given, not None, in place of its own.  ValueError: one that cannot be."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def sigma(self) -> float:
@@ -108,11 +133,15 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     files = weights.find(name_or_path)
-    preset = Preset.from_header(weights.header(files))
+    path = files.parts["mmdit"][0][0]
+    with reading(path, "model file with presets in its header"):
+        preset = Preset.from_header(weights.header(files))
+    with reading(files.merges or path, "list of CLIP's merges"):
+        tokenizer = clip_tokenizer(weights.merges(files))
     sd = weights.read(files, preset.block if segment_only else None, device, dtype)
     transformer = MMDiT.from_state_dict(sd["mmdit"])
-    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]),
-                        clip_tokenizer(weights.merges(files)), transformer.config.ctx_dim)
+    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]), tokenizer,
+                        transformer.config.ctx_dim)
     name = Path(name_or_path).name.removesuffix(".safetensors")
     model = Seg4Diff(transformer, VAE.from_state_dict(sd["vae"]), text, preset, name, weights.fingerprint(files))
     check_fit(model, name_or_path, segment_only)
@@ -130,10 +159,12 @@ def check_fit(model, path, segment_only):
     vae = model.vae
     text = model.text
     size = model.preset.size
+    blocks = model.preset.block + 1
     if not (cfg.whole or segment_only):
         raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
     grid = size // vae.factor // cfg.patch
     for what, value, wanted in (
+            ("blocks up to the preset's block", min(blocks, cfg.depth), blocks),
             ("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
             ("channels in the MM-DiT's latent", cfg.channels, vae.channels),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),

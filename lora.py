@@ -1,7 +1,6 @@
 """LoRA (Sec. 3.5): low-rank layers beside frozen ones; add, merge, save, load."""
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdit import MMDiT
+from support.checkpoint import check_finite, check_weight
+from support.files import check_kind, read_tensors, reading, replacing
 
 # The layers of a block under the names that LoRA files give them (diffusers'), and where their pair stands here: beside
 # a linear layer, for one group of its rows, as q, k and v are one matrix. MAGNET adapts the image stream; pairs of the
@@ -109,7 +110,7 @@ def base_samples(model):
 def save_lora(model: MMDiT, path: str | Path) -> None:
     """The LoRA alone, under diffusers' key names, with rank, alpha and what its base was; never half written.
 
-    ValueError: a model without a LoRA.
+    ValueError: a model without a LoRA, numbers that are not finite, a file that cannot be written.
     """
     modules = dict(model.named_modules())
     sd = {}
@@ -121,7 +122,7 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
                 key = f"transformer_blocks.{i}.{layer}"
                 scales[key] = len(pair.A), pair.scale * len(pair.A)          # rank, alpha
                 for side, matrix in pair.state_dict().items():
-                    sd[f"transformer.{key}.lora_{side}.weight"] = matrix.contiguous()
+                    sd[f"transformer.{key}.lora_{side}.weight"] = check_finite(matrix, f"{side} of {key}").contiguous()
     if not sd:
         raise ValueError("this model has no LoRA that could be saved; add_lora first")
     rank, alpha = next(iter(scales.values()))
@@ -130,9 +131,8 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
                "transformer.rank_pattern": {key: r for key, (r, _) in scales.items() if r != rank},
                "transformer.alpha_pattern": {key: a for key, (_, a) in scales.items() if a != alpha}}
     base = {"width": model.config.width, "depth": model.config.depth, "samples": base_samples(model).tolist()}
-    tmp = Path(path).with_suffix(".tmp")
-    save_file(sd, tmp, {"format": "pt", "base": json.dumps(base), "lora_adapter_metadata": json.dumps(adapter)})
-    os.replace(tmp, path)
+    with replacing(path) as new:
+        save_file(sd, new, {"format": "pt", "base": json.dumps(base), "lora_adapter_metadata": json.dumps(adapter)})
 
 
 def load_lora(model: MMDiT, path: str | Path) -> None:
@@ -145,7 +145,7 @@ def load_lora(model: MMDiT, path: str | Path) -> None:
     D = model.config.width
     depth = model.config.depth
     if base is not None:
-        samples = torch.tensor(base["samples"][:depth])                      # (depth, 8); bf16 keeps 8 bits
+        samples = base["samples"][:depth]                                    # (depth, 8); bf16 keeps 8 bits
         if len(samples) < depth or not torch.allclose(base_samples(model), samples, rtol=0.02, atol=1e-5):
             raise ValueError(f"{path} is for another model (width {base['width']}, {base['depth']} blocks); use that")
     modules = dict(model.named_modules())
@@ -170,39 +170,74 @@ def read_lora(path: str | Path) -> tuple[dict[tuple[int, str], LowRank], dict | 
     """A LoRA in diffusers' (peft) naming: .safetensors, or a PyTorch .pth (the authors'), whose pickle cannot run code.
 
     Returns {(block, diffusers' name of a layer): pair}, and what save_lora noted of the model it was trained on.
-    ValueError: no such file, broken, no LoRA in it, half a pair, another naming.
+    ValueError: no such file, broken, no LoRA in it, half a pair, another naming, numbers that are not finite.
     """
     meta = {}
-    try:
+    with reading(path, "LoRA"):
         if Path(path).suffix == ".safetensors":
             sd = load_file(path)
             with safe_open(path, framework="pt") as f:
                 meta = f.metadata() or {}
         else:
-            sd = torch.load(path, map_location="cpu", weights_only=True)
-            sd = sd.get("model", sd)                                         # the authors' .pth keeps more beside it
-        adapter = json.loads(meta.get("lora_adapter_metadata", "{}"))
-        adapter = {key.removeprefix("transformer."): value for key, value in adapter.items()}
-        base = json.loads(meta.get("base", "null"))
-    except Exception as e:                                                   # a broken pickle can raise anything
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a LoRA (.safetensors, or a .pth of tensors alone): {why}") from None
-    matches = {key: LORA_KEY.fullmatch(key) for key in sd if "lora" in key}
-    if not matches:
-        raise ValueError(f"{path} is no LoRA: of its {len(sd)} tensors none has 'lora' in its name")
+            sd = check_kind(read_tensors(path, "LoRA"), dict, "its content")
+            sd = check_kind(sd.get("model", sd), dict, "its model")          # the authors' .pth keeps more beside it
+        adapter = read_adapter(json.loads(meta.get("lora_adapter_metadata", "{}")))
+        return read_pairs(sd, adapter), read_base(json.loads(meta.get("base", "null")))
+
+
+def read_pairs(sd, adapter):
+    """The pairs of `read_lora` out of the file's tensors.  ValueError: see there."""
+    keys = [key for key in sd if "lora" in str(key)]
+    if not keys:
+        raise ValueError(f"it is no LoRA: of its {len(sd)} tensors none has 'lora' in its name")
     matrices = {}
-    for key, match in matches.items():
+    for key in keys:
+        match = LORA_KEY.fullmatch(str(key))
         if match is None:
-            raise ValueError(f"{path} holds {key!r}, not diffusers' (peft) name of a layer of SD3's transformer")
+            raise ValueError(f"it holds {key!r}, which is not diffusers' (peft) name of a layer of SD3's transformer")
         i, layer, side = match.groups()
-        matrices.setdefault((int(i), layer), {})[side] = sd[key].float()
+        pair = matrices.setdefault((int(i), layer), {})
+        if side in pair:
+            raise ValueError(f"it holds lora_{side} of {layer} of block {int(i)} twice")
+        pair[side] = check_finite(check_weight(key, sd[key]).float(), f"values of {key!r}")
     pairs = {}
     for (i, layer), pair in matrices.items():
         if len(pair) < 2:
-            raise ValueError(f"{path} is incomplete: {layer} of block {i} has lora_{next(iter(pair))} alone")
+            raise ValueError(f"it is incomplete: {layer} of block {i} has lora_{next(iter(pair))} alone")
+        if pair["A"].ndim != 2 or len(pair["A"]) < 1:
+            raise ValueError(f"A of {layer} of block {i} should be (rank, columns), not {tuple(pair['A'].shape)}")
         scale = scale_of(adapter, f"transformer_blocks.{i}.{layer}", len(pair["A"]))
         pairs[i, layer] = LowRank(pair["A"], pair["B"], scale)
-    return pairs, base
+    return pairs
+
+
+def read_adapter(adapter):
+    """What peft says of an adapter, without the prefix of its keys.  ValueError: other kinds than scale_of needs."""
+    check_kind(adapter, dict, "lora_adapter_metadata")
+    adapter = {key.removeprefix("transformer."): value for key, value in adapter.items()}
+    patterns = check_kind(adapter.get("alpha_pattern", {}), dict, "alpha_pattern")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f"{pattern!r} in its alpha_pattern is no regular expression ({e})") from None
+    for alpha in (adapter.get("lora_alpha", 1), *patterns.values()):
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, not {alpha!r:.40}")
+    return adapter
+
+
+def read_base(base):
+    """What save_lora noted of the base, its samples as a tensor (depth, 8).  ValueError: other kinds, other shapes."""
+    if base is None:
+        return None
+    check_kind(base, dict, "base")
+    for what in ("width", "depth"):
+        check_kind(base.get(what), int, f"the {what} of its base")
+    samples = torch.tensor(check_kind(base.get("samples"), list, "samples"), dtype=torch.float64).float()
+    if samples.shape != (base["depth"], 8):
+        raise ValueError(f"the samples of its base should be {(base['depth'], 8)}, not {tuple(samples.shape)}")
+    return base | {"samples": samples}
 
 
 def scale_of(adapter, key, rank):

@@ -8,6 +8,7 @@
 """
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from loading import Seg4Diff, load, noise, sigmas
+from loading import SCALINGS, Preset, Seg4Diff, load, noise, sigmas  # noqa: F401 (SCALINGS: for callers)
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
-from support.cli import Parser, add_model_options, at_least, command
+from support.checkpoint import check_finite
+from support.cli import Parser, add_model_options, command, show
+from support.files import write_picture
 from support.metrics import IGNORE
 from support.pictures import check_out, open_image, panels, sheet, to_image
 from text import TextCond, split_classes
@@ -101,29 +104,28 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
 
     steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
     `blocks` (default: the expert block).  perturb: blocks blurred throughout (Fig. 5).  callback: as in `sample`.
-    ValueError: steps < 1, no prompt, a scale that is not finite, a block that does not exist, blocks without pag.
+    ValueError: steps or cfg out of range, no prompt, pag or pixels not finite, no such block, blocks without pag.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    steps = model.preset.steps if steps is None else steps
-    cfg = model.preset.cfg if cfg is None else cfg
-    if steps < 1 or not prompts or not math.isfinite(cfg) or not math.isfinite(pag):
-        raise ValueError("generation takes at least one step, one prompt and finite guidance scales, not "
-                         f"{steps} steps, {len(prompts)} prompts, scales {cfg} and {pag}")
+    preset = model.preset.changed(steps=steps, cfg=cfg, noise_steps=0)       # noise_steps: of segmentation alone
+    if not prompts or not math.isfinite(pag) or not isinstance(seed, Integral):
+        raise ValueError("generation takes at least one prompt, a finite scale pag and a whole number as seed, not "
+                         f"{len(prompts)} prompts, {pag} and {seed!r}")
     if blocks is not None and pag == 0:
         raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; to blur alone name perturb")
-    blocks = [model.preset.block] if blocks is None else blocks
-    side = model.preset.size // model.vae.factor
-    schedule = sigmas(steps, model.preset.shift).to(model.device)            # (S+1,)
+    blocks = [preset.block] if blocks is None else blocks
+    side = preset.size // model.vae.factor
+    schedule = sigmas(preset.steps, preset.shift).to(model.device)           # (S+1,)
     images = []
-    for start in range(0, len(prompts), model.preset.batch):
-        part = prompts[start:start + model.preset.batch]
+    for start in range(0, len(prompts), preset.batch):
+        part = prompts[start:start + preset.batch]
         seeds = range(seed + start, seed + start + len(part))
         z = noise((model.vae.channels, side, side), seeds).to(model.device)  # (B, C, side, side)
         cond = model.text.encode(part)
         uncond = model.text.encode([""] * len(part))
-        z = sample(guided_velocity(model, cond, uncond, cfg, pag, blocks, perturb), z, schedule, callback)
+        z = sample(guided_velocity(model, cond, uncond, preset.cfg, pag, blocks, perturb), z, schedule, callback)
         for latent in z.to(model.dtype).split(1):                            # one at a time, to save memory
-            images.append(to_image(model.vae.decode(latent)[0]))
+            images.append(to_image(check_finite(model.vae.decode(latent)[0], "the pixels")))
     return images
 
 
@@ -183,8 +185,7 @@ def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> T
 
 def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(K, h, w) -> bilinear to (height, width) -> every pixel's best class, int64.  ValueError: maps not finite."""
-    if not maps.isfinite().all():
-        raise ValueError("the attention maps are not finite numbers; float16 can overflow: try bfloat16 or float32")
+    check_finite(maps, "the attention maps")
     best = maps.new_full(size, -torch.inf, dtype=torch.float32)              # (height, width)
     labels = best.new_zeros(size, dtype=torch.int64)
     for i in range(0, len(maps), 8):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
@@ -210,10 +211,12 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     seeds[b], seeds[b] + 1, ...  More names than a prompt holds run as several prompts on the same noise: softmax maps
     are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they are.
     classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a class.
-    ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
+    ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit, no draws.
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must lie between 0 (clean) and 1 (noise), not {sigma}")
+    if not all(isinstance(x, Integral) for x in (draws, *seeds)) or draws < 1:
+        raise ValueError(f"draws, at least 1, and seeds must be whole numbers, not {draws!r} and {list(seeds)}")
     B = len(z0)
     for what, values in (("seeds", seeds), ("lists of class names", classes)):
         if values is not None and len(values) != B:
@@ -265,7 +268,7 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {last}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
-    block = model.preset.block if block is None else block
+    block = model.preset.changed(block=block).block
     sigma = model.preset.sigma if sigma is None else sigma
     z0 = encode_image(model, images)                                         # (B, C, ., .)
     attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=[kind], draws=draws)
@@ -277,9 +280,6 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
 
 
 # ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
-
-SCALINGS = ("map", "token", "none")
-
 
 class Proposals(NamedTuple):
     labels: np.ndarray                  # (height, width) of the picture given, index into maps
@@ -296,9 +296,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
     ValueError: a scaling that does not exist, a threshold that is not positive.
     """
-    if scaling not in SCALINGS or not threshold > 0:
-        raise ValueError(f"the threshold must be positive, and scaling one of {', '.join(SCALINGS)}, "
-                         f"not {threshold}, {scaling!r}")
+    Preset(threshold=threshold, scaling=scaling)         # which checks both
     x = maps.float().flatten(1)                                              # (L, N)
     if scaling != "none":
         x = rescale(x, 1 if scaling == "map" else 0)
@@ -337,15 +335,13 @@ def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: 
     single = isinstance(image, Image.Image)
     images = [image] if single else image
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
-    block = model.preset.block if block is None else block
-    sigma = model.preset.sigma if sigma is None else sigma
-    threshold = model.preset.threshold if threshold is None else threshold
-    scaling = model.preset.scaling if scaling is None else scaling
+    preset = model.preset.changed(block=block, threshold=threshold, scaling=scaling)
+    sigma = preset.sigma if sigma is None else sigma
     z0 = encode_image(model, images)                                         # (B, C, ., .)
-    maps = pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)           # (B, L, h, w)
+    maps = pad_maps(model, z0, block=preset.block, sigma=sigma, seeds=seeds, draws=draws)    # (B, L, h, w)
     out = []
     for b in range(len(images)):
-        proposals, members = merge_maps(maps[b], threshold, scaling)         # (P, h, w)
+        proposals, members = merge_maps(maps[b], preset.threshold, preset.scaling)           # (P, h, w)
         out.append(Proposals(labels_of(proposals, images[b]), proposals.cpu(), members))
     return out[0] if single else out
 
@@ -358,23 +354,24 @@ def run_segment(args):
     image = open_image(args.image)
     model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
     seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
-    panels(image, seg.labels, seg.classes).save(args.out)
+    write_picture(args.out, panels(image, seg.labels, seg.classes))
     for k, name in enumerate(seg.classes):
-        print(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
-    print(f"wrote {args.out}")
+        show(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
+    show(f"wrote {args.out}")
 
 
 def run_generate(args):
     check_out(args.out)
+    Preset().changed(steps=args.steps, cfg=args.cfg, noise_steps=0)          # ValueError before the model is loaded
     model = load(args.model, args.device, args.dtype, lora=args.lora)
-    steps = args.steps or model.preset.steps
+    steps = model.preset.steps if args.steps is None else args.steps
     batches = math.ceil(len(args.prompts) / model.preset.batch)
     with tqdm(total=steps * batches, desc="sampling", unit="step") as bar:
         images = generate(model, args.prompts, steps=steps, cfg=args.cfg, pag=args.pag, blocks=args.blocks,
                           perturb=args.perturb, seed=args.seed, callback=lambda i, z: bar.update())
     picture = images[0] if len(images) == 1 else sheet(images, args.prompts)
-    picture.save(args.out)
-    print(f"wrote {args.out} ({picture.width} x {picture.height})")
+    write_picture(args.out, picture)
+    show(f"wrote {args.out} ({picture.width} x {picture.height})")
 
 
 if __name__ == "__main__":
@@ -388,7 +385,7 @@ if __name__ == "__main__":
     seg.set_defaults(run=run_segment)
     gen = commands.add_parser("generate", help="draw a picture from a prompt, or a sheet of them from several")
     gen.add_argument("prompts", nargs="+", metavar="PROMPT")
-    gen.add_argument("--steps", type=at_least(1), help="Euler steps; the model's preset if not given")
+    gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
     gen.add_argument("--pag", type=float, default=0.0, help="scale s of the perturbed guidance (Eq. 7); 0: none")
     gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag; the expert block if not given")

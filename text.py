@@ -27,17 +27,22 @@ def clip_tokenizer(merges: list[str]) -> Tokenizer:
     """CLIP's lower-casing byte-level BPE.
 
     Its vocabulary follows from the merges ("a b" each) alone: bytes, bytes at a word's end, one entry a merge, then
-    start and end of text, the largest ids.  ValueError: not a list of merges.
+    start and end of text, the largest ids.  ValueError: not a list of merges, or not in an order they can be made in.
     """
     if not isinstance(merges, list) or not all(isinstance(m, str) and m.count(" ") == 1 for m in merges):
         raise ValueError('the tokenizer\'s merges must be a list of texts such as "a b"')
     symbols = byte_symbols()
-    pieces = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
-    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    for merge in merges:
-        if not vocab.keys() >= set(merge.split(" ")):
-            raise ValueError(f"the tokenizer's merges join pieces that no earlier merge makes: {merge!r}")
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges], end_of_word_suffix="</w>"))
+    vocab = {piece: i for i, piece in enumerate(symbols + [s + "</w>" for s in symbols])}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for left, right in pairs:
+        if left not in vocab or right not in vocab:
+            raise ValueError(f"the tokenizer's merges join pieces that no earlier merge makes: '{left} {right}'")
+        if left + right in vocab:
+            raise ValueError(f"the tokenizer's merges make a piece for the second time: '{left} {right}'")
+        vocab[left + right] = len(vocab)
+    for piece in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[piece] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")     # all else only separates
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True),

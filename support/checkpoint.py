@@ -8,21 +8,45 @@ from torch import Tensor, nn
 
 Device = str | torch.device | None
 Dtype = torch.dtype | None
+# What weights are stored in. The last is that of T5's small files: each value is cast as it is, no scale beside it.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+
+
+def check_weight(key: str, tensor: Tensor) -> Tensor:
+    """A tensor read from a file, if it holds floats.  ValueError: integers, say, which no cast would make weights."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+        held = getattr(tensor, "dtype", type(tensor).__name__)
+        raise ValueError(f"{key!r} holds {held}, but weights are dense tensors of floating-point numbers")
+    return tensor
+
+
+def check_finite(x: Tensor, what: str) -> Tensor:
+    """The tensor as it is.  ValueError: not all of it is finite; such numbers become no picture, score or file."""
+    if not x.isfinite().all():
+        raise ValueError(f"{what} are not finite numbers: a file is broken, or something overflowed, as it can in "
+                         "float16 (try bfloat16 or float32)")
+    return x
 
 
 def shape(sd: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
-    """Shape of a tensor that a config is read off.  ValueError: it is missing, or has not `ndim` dimensions."""
+    """Shape of a tensor that a config is read off.  ValueError: it is missing, empty, or has not `ndim` dimensions."""
     if key not in sd:
         raise ValueError(f"this state dict has no {key!r}: no network of the expected kind, but {sorted(sd)[:3]} ...")
-    if sd[key].ndim != ndim:
+    if sd[key].ndim != ndim or 0 in sd[key].shape:
         raise ValueError(f"{key!r} is misshapen: {tuple(sd[key].shape)}, where {ndim} dimensions are expected")
     return tuple(sd[key].shape)
 
 
 def count(sd: dict[str, Tensor], stem: str) -> int:
-    """1 + the largest number N for which a key starts with `stem` + "N.", 0 if there is none."""
+    """1 + the largest number N for which a key starts with `stem` + "N.", 0 if there is none.
+
+    ValueError: more than there are keys, so that no module of a billion blocks is built before it is refused.
+    """
     pattern = re.compile(re.escape(stem) + r"(\d+)\.")
-    return max((int(m[1]) + 1 for m in map(pattern.match, sd) if m), default=0)
+    n = max((int(m[1]) + 1 for m in map(pattern.match, sd) if m), default=0)
+    if n > len(sd):
+        raise ValueError(f"{stem}{n - 1} is there, but most of those before it are not: no network of this kind")
+    return n
 
 
 def assign(module: nn.Module, sd: dict[str, Tensor], what: str, device: Device, dtype: Dtype) -> nn.Module:

@@ -15,10 +15,11 @@ import httpx2  # the hub's own client, whose errors it lets through
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from support.checkpoint import count, shape
+from support.checkpoint import check_weight, count, shape
+from support.files import read_text, reading
 
 PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
             "clip_l": "text_encoders.clip_l.transformer.", "clip_g": "text_encoders.clip_g.transformer."}
@@ -65,10 +66,13 @@ def mmdit_from_diffusers(sd):
     for key, tensor in sd.items():
         name = rename(key, MMDIT_KEYS)
         # where there are but two chunks (final layer, last block's text), diffusers keeps scale before shift
-        swap = "adaLN_modulation" in name and len(tensor) == 2 * width
+        swap = "adaLN_modulation" in name and tensor.shape[:1] == (2 * width,)
         out[name] = torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
     for name in {name.partition("#")[0] for name in out if "#" in name}:
-        out[name] = torch.cat([out.pop(f"{name}#{letter}") for letter in "qkv" if f"{name}#{letter}" in out])
+        pieces = [out.pop(f"{name}#{letter}") for letter in "qkv" if f"{name}#{letter}" in out]
+        if any(piece.ndim == 0 or piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
+            raise ValueError(f"q, k and v of {name!r} are misshapen: {[tuple(piece.shape) for piece in pieces]}")
+        out[name] = torch.cat(pieces)                                        # (3*D, D), or (3*D,) of a bias
     return out
 
 
@@ -112,12 +116,9 @@ def hub(repo, file):
 
 @contextmanager
 def opened(path):
-    """A .safetensors file, whose tensors are read when they are asked for.  ValueError: broken, or another format."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            yield f
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} cannot be read as a .safetensors file (broken or cut off?): {e}") from None
+    """A .safetensors file, whose tensors are read when they are asked for.  Broken: cut off, or another format."""
+    with reading(path, ".safetensors file"), safe_open(path, framework="pt") as f:
+        yield f
 
 
 def keys_of(path):
@@ -142,7 +143,7 @@ def find(name_or_path: str | Path) -> Files:
     path = NANO if name == "nano" else Path(name)
     if name in HUB:
         path = hub(repo, file)
-    if not path.exists():
+    if not name or not path.exists():                    # Path("") would be the folder that one is in
         raise ValueError(f"no model {name!r}: there is no such file or folder; the known names are {', '.join(NAMES)}")
     if path.is_dir() and not (path / "transformer").is_dir():
         path = model_in(path)
@@ -219,7 +220,7 @@ def read(files, last_block=None, device=None, dtype=None):
     """The state dict of each part under SD3's original keys, without prefix, each tensor cast before the next is read.
 
     With `last_block`, blocks after it are not read: segmentation needs no more (less than half of SD3's transformer).
-    ValueError for a broken file.
+    ValueError for a broken file, and for tensors that hold no floats.
     """
     parts = {}
     for part, (paths, prefix) in files.parts.items():
@@ -230,29 +231,23 @@ def read(files, last_block=None, device=None, dtype=None):
                 for key in keys:
                     name = key.removeprefix(prefix)
                     if key.startswith(prefix) and (last_block is None or block_of(name) <= last_block):
-                        sd[name] = f.get_tensor(key).to(device=device, dtype=dtype)
+                        sd[name] = check_weight(key, f.get_tensor(key)).to(device=device, dtype=dtype)
         parts[part] = from_diffusers(part, sd)
     return parts
 
 
 def header(files):
-    """What the model's file says about itself: for nano, "presets" and "merges" as JSON.  ValueError: not JSON."""
-    path = files.parts["mmdit"][0][0]
-    with opened(path) as f:
-        meta = f.metadata() or {}
-    for key in ("presets", "merges"):
-        try:
-            json.loads(meta.get(key, "{}"))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"the header of {path} is broken: its {key!r} is not JSON ({e})") from None
-    return meta
+    """What the model's file says about itself: for nano, "presets" and "merges" in JSON, which is not decoded here."""
+    with opened(files.parts["mmdit"][0][0]) as f:
+        return f.metadata() or {}
 
 
 def merges(files):
     """CLIP's byte-pair merges, "a b" each: from the model's header, or from a merges.txt below its first line."""
-    if files.merges is None:
+    if files.merges is not None:
+        return read_text(files.merges).strip().split("\n")[1:]
+    with reading(files.parts["mmdit"][0][0], "model file with merges in its header"):
         return json.loads(header(files)["merges"])
-    return files.merges.read_text(encoding="utf-8").strip().split("\n")[1:]
 
 
 def add_to_fingerprint(fingerprint, path):

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import loading
 import seg4diff
 from nano import scenes
 from support.pictures import panels
@@ -124,34 +126,55 @@ def test_generate(command, folder, tiny, tiny_file):
     assert sheet.shape[1] > 2 * 128
 
 
+def process(folder: Path, *args, **environment: str) -> subprocess.Popen:
+    """`python seg4diff.py segment photo.png ...` in a process of its own, its stdout and stderr in pipes."""
+    return subprocess.Popen([sys.executable, ROOT / "seg4diff.py", "segment", "photo.png", *args], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
 def test_in_a_process_of_its_own(folder, tiny_file):
-    """From another folder, with nothing imported before, and nothing on stderr."""
-    args = ["segment", "photo.png", "car", "sky", "--model", tiny_file, "--out", "o.png"]
-    done = subprocess.run([sys.executable, ROOT / "seg4diff.py", *args], cwd=folder, text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (done.returncode, done.stderr) == (0, "") and "wrote o.png" in done.stdout
+    """From another folder, with nothing imported before, and nothing on stderr; on a terminal that has no umlauts."""
+    args = ("größe", "sky", "--model", tiny_file, "--out", "o.png")
+    run = process(folder, *args, PYTHONIOENCODING="ascii")
+    out, err = run.communicate()
+    assert (run.returncode, err) == (0, "") and "wrote o.png" in out and out.startswith(r"gr\xf6\xdfe ")
     assert Image.open(folder / "o.png").width == 1028
+
+
+def test_nobody_reads_what_is_printed(folder, tiny_file):
+    """`... | head -0`: the picture is on the disk by then, so this is no error."""
+    run = process(folder, "car", "--model", tiny_file, "--out", "o.png")
+    run.stdout.close()
+    err = run.stderr.read()
+    run.stderr.close()
+    assert (run.wait(), err) == (0, "") and Image.open(folder / "o.png").width == 1028
 
 
 # ---------------------------------------------------------------------------- what does not
 
 
 SEGMENT = [
-    (["none.png", "car"], "'none.png'"), (["words.png", "car"], "not a picture"), ([".", "car"], "'.'"),
+    (["none.png", "car"], "'none.png'"), (["words.png", "car"], "'words.png' cannot be read"), ([".", "car"], "'.'"),
     (["photo.png", ""], "no token"), (["photo.png", "car", "   "], "'   ' has no token"),
     (["photo.png", "x" * 200], "room for 26"), (["photo.png", "car", "--sigma", "2"], "not 2.0"),
     (["photo.png", "car", "--sigma", "nan"], "not nan"), (["photo.png", "car", "--block", "99"], "blocks are 0 to 2"),
-    (["photo.png", "car", "--block", "-1"], "no block -1"), (["photo.png", "car", "--device", "gpu"], "cpu or cuda"),
+    (["photo.png", "car", "--block", "-1"], "not -1"), (["photo.png", "car", "--model", ""], "no model ''"),
+    (["photo.png", "car", "--device", "gpu"], "cpu or cuda"),
     (["photo.png", "car", "--seed", "-1"], "at least 0"), (["photo.png", "car", "--dtype", "int8"], "dtype must be"),
     (["photo.png", "car", "--out", "words.png/o.png"], "words.png/o.png"),
     (["photo.png", "car", "--out", "none/o.png"], "none/o.png"),
     (["photo.png", "car", "--out", "o.picture"], ".picture"), (["photo.png", "car", "--out", "o.psd"], ".psd"),
-    (["photo.png", "car", "--model", "cut.safetensors"], "cut.safetensors cannot be read")]
+    (["photo.png", "car", "--device", "cuda:99999"], "no device 'cuda:99999'"),
+    (["photo.png", "car", "--lora", "words.png"], "'words.png' cannot be read as a LoRA"),
+    (["photo.png", "car", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
 GENERATE = [
-    (["car", "--steps", "-1"], "at least 1, not -1"), (["car", "--steps", "0"], "at least 1, not 0"),
+    (["car", "--steps", "-1"], "1 to 1000, not -1"), (["car", "--steps", "0"], "1 to 1000, not 0"),
+    (["car", "--cfg", "1e300"], "cfg must be"), (["car", "--cfg", "nan"], "not nan"), (["car", "--pag", "inf"], "inf"),
+    (["car", "--steps", "1", "--pag", "1e300"], "pixels are not finite"),
     (["car", "--device", "gpu"], "cpu or cuda"), (["car", "--out", "none/g.png"], "none/g.png"),
     (["car", "--perturb", "7"], "no block 7"),
-    (["car", "--model", "cut.safetensors"], "cut.safetensors cannot be read")]
+    (["car", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
 EVALUATE = [
     (["--task", "layer"], "invalid choice: 'layer'"), (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     (["--limit", "0"], "at least 1"), (["--limit", "-3"], "at least 1"), (["--batch-size", "0"], "at least 1"),
@@ -164,7 +187,7 @@ EVALUATE = [
     (["--threshold", "0.1"], "--task unsup"), (["--scaling", "map", "--task", "layers"], "--task unsup"),
     (["--task", "unsup", "--prompt", "all"], "empty prompt"),
     (["--task", "heads", "--dataset", "all"], "ovss or unsup"),
-    (["--limit", "1", "--model", "cut.safetensors"], "cut.safetensors cannot be read")]
+    (["--limit", "1", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
 OLD = [(["--candidates", "tokens"], "--maps mean or --maps heads"), (["--match", "tokens"], "'tokens' is now 'name'")]
 CASES = [("seg4diff.py", ["segment", *args], sentence) for args, sentence in SEGMENT]
 CASES += [("seg4diff.py", ["generate", *args], sentence) for args, sentence in GENERATE]
@@ -215,12 +238,50 @@ def test_nano_answers_in_a_sentence(command, folder, monkeypatch, script, args, 
     assert files(folder) == before
 
 
-def test_too_little_memory(command, folder, tiny_file, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    monkeypatch.setattr(seg4diff, "attend", full)
-    code, _, err = command("evaluate.py", "--limit", 1, "--model", tiny_file, "--device", "cpu", "--out", "o")
-    assert code == 2 and err.splitlines()[-1].startswith("error: the device has too little memory")
+def stop_with(error: BaseException):
+    def load(*args, **kwargs):
+        raise error
+    return load
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")])
+def test_too_little_memory(command, folder, monkeypatch, error):
+    monkeypatch.setattr(loading, "load", stop_with(error))
+    code, _, err = command("seg4diff.py", "segment", "photo.png", "car")
+    assert code == 2 and err.startswith("error: the device has too little memory") and err.count("\n") == 1
+
+
+def test_a_mistake_of_ours_surfaces(command, folder, monkeypatch):
+    for error in (RuntimeError("shapes differ"), AttributeError("nothing"), KeyError("x"), TypeError("x")):
+        monkeypatch.setattr(loading, "load", stop_with(error))
+        with pytest.raises(type(error), match=str(error)):
+            command("seg4diff.py", "segment", "photo.png", "car")
+
+
+def test_ctrl_c(command, folder, monkeypatch):
+    monkeypatch.setattr(loading, "load", stop_with(KeyboardInterrupt()))
+    code, out, err = command("seg4diff.py", "segment", "photo.png", "car")
+    assert (code, out) == (130, "") and err.startswith("stopped; ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("segment", "photo.png", "car"), ("generate", "car", "--steps", 1)])
+def test_a_full_disk_leaves_the_last_picture(command, folder, tiny_file, monkeypatch, words):
+    run = partial(command, "seg4diff.py", *words, "--model", tiny_file, "--out", "o.png")
+    assert run()[0] == 0
+    before = (folder / "o.png").read_bytes()
+    inside = files(folder)
+
+    def full(image, path, *args, **kwargs):
+        if isinstance(path, str | Path):                                     # not check_out's trial in memory
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = run()
+    assert code == 2 and "error: o.png cannot be written" in err and "what was there before is still there" in err
+    assert (folder / "o.png").read_bytes() == before and files(folder) == inside
 
 
 def test_a_picture_too_large_to_open(command, folder, tiny_file, monkeypatch):
@@ -239,7 +300,7 @@ def test_no_room_for_the_results(command, folder, tiny_file, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full)
         code, _, err = command("evaluate.py", *options)
-    assert code == 2 and "error: [Errno 28] No space left on device" in err and "Traceback" not in err
+    assert code == 2 and "o/results.json cannot be written" in err and "Traceback" not in err
     assert not (folder / "o/results.json").exists()
     code, _, err = command("evaluate.py", *options)
     assert code == 0 and (folder / "o/results.json").exists() and len(list((folder / "o").glob("*.jsonl"))) == 1

@@ -1,5 +1,6 @@
 """A model out of a file: what it is, what its header brings, and every kind of file that is none or does not fit."""
 import json
+import math
 
 import pytest
 import torch
@@ -119,14 +120,69 @@ def test_incomplete_files(save, drop, sentence):
 def test_other_tensors(save, contents):
     refused(save(add={f"{QKV}s": torch.zeros(2)}), "1 surplus: joint_blocks.1.x_block.attn.qkv.weights")
     refused(save(add={QKV: contents[0][QKV][1:]}), "1 misshapen: joint_blocks.1.x_block.attn.qkv.weight")
+    far = {f"{DIT}joint_blocks.1000000000.x_block.attn.qkv.weight": torch.zeros(2)}          # no billion is built
+    with pytest.raises(ValueError, match="joint_blocks.1000000000 is there, but most"):
+        seg4diff.load(save(add=far), device="cpu")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.mark.parametrize("meta, sentence", [
-    ({"presets": '{"sise": 128}'}, "presets"), ({"presets": "3"}, "presets"), ({"merges": None}, "tokenizer|merges"),
-    ({"merges": '["abc"]'}, "merges"), ({"merges": '["xx yy"]'}, "merges"),
-    ({"merges": '["c a"]'}, "tokens in the tokenizer")])
+    ({"presets": '{"sise": 128}'}, r"unknown presets \['sise'\]"), ({"presets": "3"}, "presets should be an object"),
+    ({"presets": "{"}, "presets .*Expecting"), ({"presets": DEEP}, "presets .*nested too deep"),
+    ({"merges": None}, "merges.txt is not in the cache"), ({"merges": "["}, "merges .*Expecting"),
+    ({"merges": DEEP}, "merges .*nested too deep"), ({"merges": '{"a b": 1}'}, "merges must be a list"),
+    ({"merges": "[1]"}, "merges must be a list"), ({"merges": '["abc"]'}, "merges must be a list"),
+    ({"merges": '["xx yy"]'}, "no earlier merge"), ({"merges": '["ca t", "c a"]'}, "no earlier merge makes: 'ca t'"),
+    ({"merges": '["c a", "c a"]'}, "second time: 'c a'"), ({"merges": '["c a"]'}, "tokens in the tokenizer")])
 def test_headers_that_do_not_fit(save, meta, sentence):
     refused(save(**meta), sentence)
+
+
+PRESETS = {"block": ["5", 1.0, True, None, -1, [1]], "size": ["128", 128.0, 0, -128, 10**12],
+           "steps": ["x", 0, -1, 10**12, 28.0, True], "shift": ["a", 0, -3, math.nan, 1e300],
+           "noise_steps": [99, -3, 1.5, "8", 29], "cfg": ["x", math.inf, -math.inf, math.nan, [3], True],
+           "batch": [0, "x", -1, 10**9, 1.5], "threshold": [-1, 0, "x", math.nan, None], "scaling": ["zzz", 3, None]}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_that_cannot_be(save, contents, name):
+    """A file's header says so in a sentence that names the file, and a Preset made by hand says the same."""
+    usual = json.loads(contents[1]["presets"])
+    for value in PRESETS[name]:
+        refused(save(presets=json.dumps(usual | {name: value})), f"changed.safetensors' .*: {name} must be")
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            loading.Preset(**usual | {name: value})
+
+
+def test_every_number_of_a_preset_has_its_limits():
+    assert loading.LIMITS.keys() == loading.Preset.__dataclass_fields__.keys() - {"scaling"}
+    for name, (_, least, largest) in loading.LIMITS.items():
+        for value in (least, largest):
+            loading.Preset(**{"steps": 1000, name: value} | ({"noise_steps": 0} if name == "steps" else {}))
+
+
+def test_changed_presets():
+    preset = loading.Preset(block=1)
+    assert preset.changed() == preset.changed(block=None) == preset
+    assert preset.changed(steps=12, block=0) == loading.Preset(block=0, steps=12)
+    with pytest.raises(ValueError, match="noise_steps must be at most steps, which are 4, not 8"):
+        preset.changed(steps=4)
+
+
+def test_an_expert_beyond_the_last_block(save, contents):
+    presets = json.loads(contents[1]["presets"]) | {"block": 3}
+    refused(save(presets=json.dumps(presets)), "3 blocks up to the preset's block, not 4")
+
+
+def test_a_mistake_of_ours_is_none_of_the_file(tiny_file, monkeypatch):
+    """It surfaces, and is not told as a fault of the file that was being read."""
+    for module, name in ((loading.Preset, "from_header"), (loading, "clip_tokenizer"), (loading.weights, "header")):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, lambda *args: None.nothing)
+            with pytest.raises(AttributeError):
+                seg4diff.load(tiny_file)
 
 
 @pytest.mark.parametrize("size, sentence", [

@@ -1,5 +1,6 @@
 """LoRA: nothing before it is trained, W + BA on the right rows after, and files of three kinds read or refused."""
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import lora
 import seg4diff
-from lora import add_lora, load_lora, merge_lora, save_lora
+from lora import add_lora, load_lora, merge_lora, read_lora, save_lora
 from nano import scenes
 
 WIDTH, DEPTH, RANK = 64, 3, 4
@@ -211,15 +213,32 @@ def bad_files(folder: Path) -> dict[str, str]:
              "tall": (good | {key: torch.zeros(65, 4)}, r"\(65, 4\)"),
              "half": ({k: v for k, v in good.items() if k != key}, "to_q"),
              "ranks": (good | {key: torch.zeros(64, 5)}, r"\(64, 5\)"), "deep": (peft_pairs(depth=5), "blocks 0 to 2"),
-             "wide": (peft_pairs(width=128), "128"), "out": (peft_pairs(("to_add_out",)), "no such layer")}
+             "wide": (peft_pairs(width=128), "128"), "out": (peft_pairs(("to_add_out",)), "no such layer"),
+             "rank0": (peft_pairs(rank=0), r"should be \(rank, columns\), not \(0, 64\)"),
+             "scalar": (good | {key.replace("_B", "_A"): torch.tensor(1.0)}, r"columns\), not \(\)"),
+             "whole": (good | {key: torch.ones(64, 4, dtype=torch.int64)}, f"'{key}' holds torch.int64"),
+             "nan": (good | {key: torch.full((64, 4), torch.nan)}, f"'{key}' are not finite"),
+             "twice": (good | {f"transformer.{key}": good[key].clone()}, "lora_B of attn.to_q of block 0 twice"),
+             "far": (good | {key.replace(".0.", f".{'9' * 5000}."): torch.ones(64, 4)}, "integer string conversion")}
     for name, (sd, _) in cases.items():
         save_file({k: v.contiguous() for k, v in sd.items()}, folder / f"{name}.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "deep.safetensors").read_bytes()[:-100])
     (folder / "words.pth").write_text("not a LoRA")
+    (folder / "folder").mkdir()
+    with zipfile.ZipFile(folder / "zip.pth", "w") as archive:
+        archive.writestr("words.txt", "not a LoRA")
     torch.save({"model": {"lora": Bomb()}}, folder / "bomb.pth")
+    sparse = good | {key: torch.zeros(64, 4).to_sparse()}
+    stored = {"five": {"model": 5}, "list": [1, 2], "tensor": torch.zeros(2), "words_in": {key: "words"},
+              "numbers": {1: torch.zeros(2)}, "sparse": {"model": sparse}}
+    for name, value in stored.items():
+        torch.save(value, folder / f"{name}.pth")
     says = {f"{name}.safetensors": text for name, (_, text) in cases.items()}
-    return says | {"cut.safetensors": "cannot be read", "words.pth": "cannot be read", "bomb.pth": "cannot be read",
-                   "missing.safetensors": "No such file"}
+    return says | {"cut.safetensors": "cannot be read", "words.pth": "cannot be read", "zip.pth": "cannot be read",
+                   "bomb.pth": "more than tensors", "missing.safetensors": "no such", "missing.pth": "no such file",
+                   "folder": "a folder", "five.pth": "its model should be an object", "words_in.pth": "holds str",
+                   "list.pth": "content should be an object", "tensor.pth": "content should be an object",
+                   "numbers.pth": "no LoRA", "sparse.pth": "dense"}
 
 
 def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
@@ -230,7 +249,66 @@ def test_bad_files_are_refused_in_a_sentence(tiny_file, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=says) as error:
             load_lora(model.transformer, tmp_path / file)
         assert file in str(error.value) and "\n" not in str(error.value), file
+        assert "weights_only" not in str(error.value), file                  # torch's advice to switch it off
     assert torch.equal(run(model), before) and not Path("exploded").exists()
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+BASE = {"width": WIDTH, "depth": DEPTH, "samples": [[0.5] * 8] * DEPTH}
+
+
+@pytest.mark.parametrize("adapter, sentence", [
+    ("{", "Expecting"), (DEEP, "nested too deep"), ("5", "lora_adapter_metadata should be an object"),
+    ('{"lora_alpha": "8"}', "alpha must be a finite number, not '8'"), ('{"lora_alpha": NaN}', "not nan"),
+    ('{"lora_alpha": null}', "not None"), ('{"lora_alpha": true}', "not True"), ('{"lora_alpha": [8]}', r"not \[8\]"),
+    ('{"alpha_pattern": []}', "alpha_pattern should be an object"), ('{"alpha_pattern": {"to_q": "x"}}', "not 'x'"),
+    ('{"alpha_pattern": {"(": 2}}', r"'\(' in its alpha_pattern is no regular expression"),
+    (f'{{"lora_alpha": 1{"0" * 400}}}', "too large")])
+def test_adapters_that_are_none(tmp_path, adapter, sentence):
+    save_file(peft_pairs(), tmp_path / "l.safetensors", {"lora_adapter_metadata": adapter})
+    with pytest.raises(ValueError, match=f"l.safetensors' cannot be read as a LoRA: .*{sentence}"):
+        read_lora(tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize("base, sentence", [
+    ("[", "Expecting"), (DEEP, "nested too deep"), ("[5]", "base should be an object"), ("{}", "width of its base"),
+    (BASE | {"width": "64"}, "width of its base should be a whole"), (BASE | {"depth": None}, "depth of its base"),
+    (BASE | {"samples": 5}, "samples should be a list"), (BASE | {"samples": [["x"] * 8] * DEPTH}, ""),
+    (BASE | {"samples": [[1.0], [1.0, 2.0]]}, ""), (BASE | {"samples": [[{}] * 8] * DEPTH}, ""),
+    (BASE | {"samples": [[1.0] * 7] * DEPTH}, r"samples of its base should be \(3, 8\)"),
+    (BASE | {"samples": [[10**400] * 8] * DEPTH}, "too large")])
+def test_bases_that_are_none(tmp_path, base, sentence):
+    base = base if isinstance(base, str) else json.dumps(base)
+    save_file(peft_pairs(), tmp_path / "l.safetensors", {"base": base})
+    with pytest.raises(ValueError, match=f"l.safetensors' cannot be read as a LoRA: .*{sentence}"):
+        read_lora(tmp_path / "l.safetensors")
+
+
+def test_a_mistake_of_ours_is_none_of_the_file(tmp_path, monkeypatch):
+    save_file(peft_pairs(), tmp_path / "l.safetensors")
+    monkeypatch.setattr(lora, "scale_of", lambda *args: None.nothing)
+    with pytest.raises(AttributeError):
+        read_lora(tmp_path / "l.safetensors")
+
+
+def test_a_lora_that_cannot_be_saved_leaves_the_last_one(tiny_file, tmp_path, monkeypatch):
+    """Numbers that are not finite, a full disk: what was there is still there, and nothing beside it."""
+    path = tmp_path / "lora.safetensors"
+    model = trained(tiny_file).transformer
+    save_lora(model, path)
+    before = path.read_bytes()
+
+    def full(sd, new, *args):
+        Path(new).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(lora, "save_file", full)
+        with pytest.raises(ValueError, match="cannot be written .*No space left on device.*; what was there before"):
+            save_lora(model, path)
+    model.joint_blocks[1].x_block.attn.proj.groups[0].B.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="B of transformer_blocks.1.attn.to_out.0 are not finite"):
+        save_lora(model, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
 def test_command_lines(command, tiny_file, tmp_path):

@@ -148,8 +148,15 @@ def test_a_list_of_pictures_is_each_alone(tiny):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    ({"threshold": 0}, "positive"), ({"threshold": -1}, "positive"), ({"threshold": math.nan}, "positive"),
-    ({"scaling": "pixel"}, "map, token, none"), ({"block": 3}, "blocks are 0 to 2"), ({"sigma": 1.5}, "not 1.5")])
+    ({"threshold": 0}, "not 0"), ({"threshold": -1}, "not -1"), ({"threshold": math.nan}, "not nan"),
+    ({"threshold": True}, "not True"), ({"scaling": "pixel"}, "map, token, none"), ({"draws": 0}, "at least 1"),
+    ({"block": [1]}, r"not \[1\]"), ({"block": 3}, "blocks are 0 to 2"), ({"sigma": 1.5}, "not 1.5")])
 def test_propose_errors(tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         seg4diff.propose(tiny, Image.new("RGB", (8, 8)), **options)
+
+
+@pytest.mark.parametrize("threshold, scaling", [(0, "map"), (-1, "map"), ("x", "map"), (0.1, "zzz"), (0.1, None)])
+def test_merge_maps_errors(threshold, scaling):
+    with pytest.raises(ValueError, match="must be"):
+        merge_maps(torch.zeros(3, 2, 2), threshold, scaling)

@@ -1,4 +1,6 @@
 """Rectified flow, maps to masks, and pictures: by hand where a hand can do it, else one computation against another."""
+import copy
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -69,7 +71,7 @@ def test_noise_depends_on_its_own_seed_alone():
     assert a.shape == (2, 16, 8, 8) and torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
     assert abs(a.mean()) < 0.1 and abs(a.std() - 1) < 0.1
     torch.manual_seed(5)
-    assert torch.equal(seg4diff.noise((16, 8, 8), [7]), b)                   # and no global state
+    assert torch.equal(seg4diff.noise((16, 8, 8), [np.int64(7)]), b)         # and no global state
 
 
 def test_generate(tiny):
@@ -98,10 +100,37 @@ def test_generate_without_guidance_by_hand(tiny):
     assert np.abs(np.asarray(image) - x.numpy()).max() < 1
 
 
-def test_generate_errors(tiny):
-    for prompt, steps in (("car", -1), ("car", 0), ([], 2)):
-        with pytest.raises(ValueError, match="at least one step, one prompt"):
-            seg4diff.generate(tiny, prompt, steps=steps)
+@pytest.mark.parametrize("options, sentence", [
+    ({"steps": -1}, "steps must be a whole number from 1 to 1000, not -1"), ({"steps": 0}, "not 0"),
+    ({"steps": 1.5}, "not 1.5"), ({"steps": True}, "not True"), ({"cfg": float("nan")}, "cfg .* not nan"),
+    ({"cfg": 1e300}, "cfg .* not 1e"), ({"prompt": []}, "at least one prompt"), ({"seed": 0.5}, "and 0.5"),
+    ({"seed": "x"}, "and 'x'")])
+def test_generate_errors(tiny, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        seg4diff.generate(tiny, **{"prompt": "car"} | options)
+
+
+def with_nan(model: seg4diff.Seg4Diff, part: str) -> seg4diff.Seg4Diff:
+    """The model with one undefined weight in each layer of a part."""
+    broken = copy.deepcopy(getattr(model, part))
+    with torch.no_grad():
+        for weight in broken.parameters():
+            weight.view(-1)[0] = torch.nan
+    return replace(model, **{part: broken})
+
+
+def test_no_picture_and_no_map_of_numbers_that_are_not_finite(tiny, picture):
+    for part in ("transformer", "vae"):
+        broken = with_nan(tiny, part)
+        with pytest.raises(ValueError, match="pixels are not finite"):
+            seg4diff.generate(broken, "car", steps=1)
+        with pytest.raises(ValueError, match="maps are not finite"):
+            seg4diff.segment(broken, picture, ["car", "sky"])
+        for scaling in seg4diff.SCALINGS:
+            with pytest.raises(ValueError, match="maps are not finite"):
+                seg4diff.propose(broken, picture, scaling=scaling)
+    with pytest.raises(ValueError, match="pixels are not finite"):
+        seg4diff.generate(tiny, "car", steps=1, pag=1e300)                   # a finite scale, and what it leads to
 
 
 # ---------------------------------------------------------------------------- I2T maps -> masks
@@ -270,7 +299,9 @@ def test_segment_options(tiny, picture):
 
 @pytest.mark.parametrize("options, sentence", [
     ({"sigma": 2.0}, "between 0 .* and 1"), ({"sigma": -0.1}, "not -0.1"), ({"sigma": float("nan")}, "not nan"),
-    ({"block": 3}, "blocks are 0 to 2"), ({"block": 99}, "no block 99"), ({"block": -1}, "no block -1"),
+    ({"block": 3}, "blocks are 0 to 2"), ({"block": 99}, "no block 99"), ({"block": -1}, "not -1"),
+    ({"block": [1]}, r"not \[1\]"), ({"block": True}, "not True"), ({"draws": 0}, "draws, at least 1"),
+    ({"draws": 1.5}, "not 1.5"), ({"seed": 0.5}, r"\[0.5\]"), ({"seed": "x"}, r"\['x'\]"),
     ({"head": 2}, "heads are 0 to 1"), ({"head": -1}, "no head -1"), ({"kind": "hard"}, "softmax, logits, t2i")])
 def test_segment_errors(tiny, picture, options, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -331,10 +362,10 @@ def test_open_image_errors(tmp_path, picture):
     whole = (tmp_path / "cut.png").read_bytes()
     for name, content in (("words.png", b"hello"), ("empty.png", b""), ("cut.png", whole[:len(whole) // 2])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="not a picture"):
+        with pytest.raises(ValueError, match="cannot be read as a picture"):
             pictures.open_image(tmp_path / name)
     for path in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(ValueError, match="no picture can be opened"):
+        with pytest.raises(ValueError, match="cannot be read as a picture"):
             pictures.open_image(path)
 
 

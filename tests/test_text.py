@@ -54,6 +54,17 @@ def test_merges_in_order_of_rank():
     assert tokenizer.encode("é").ids == [127, 256 + 102]                                 # bytes C3 A9
 
 
+@pytest.mark.parametrize("merges, sentence", [
+    (["ca t</w>", "c a"], "no earlier merge makes: 'ca t</w>'"), (["ca r"], "no earlier merge makes: 'ca r'"),
+    (["c a", "a t", "ca t", "c at"], "second time: 'c at'"), (["c a", "c a"], "second time: 'c a'"),
+    ([" a"], "no earlier merge"), ([1], "must be a list"), ([["c", "a"]], "must be a list"), ("c a", "must be a list"),
+    (None, "must be a list"), ({"c a": 1}, "must be a list")])
+def test_merges_that_no_bytes_lead_to(merges, sentence):
+    """Only pieces that are there already can be joined, and what they make must be new: else ids are others'."""
+    with pytest.raises(ValueError, match=sentence):
+        text.clip_tokenizer(merges)
+
+
 @pytest.mark.parametrize("s, pieces", [
     ("A CAT", ["a", "cat"]), ("  a \t\n cat\u3000 ", ["a", "cat"]), ("", []), (" \n ", []),
     ("2024", ["2", "0", "2", "4"]), ("x2y", ["x", "2", "y"]), ("wow!! ok", ["wow", "!!", "ok"]),

@@ -89,16 +89,16 @@ def test_diffusers_folder(split, tiny, tmp_path_factory):
         keys = sorted(sd)
         half = len(sd) // 2                                     # two shards, and a twin in fp16 to be passed over
         save_file({k: sd[k] for k in keys[:half]}, folder / name / "model-00001-of-00002.safetensors",
-                  {"presets": '{"size": 128}'})
+                  {"presets": '{"size": 128, "block": 1}'})
         save_file({k: sd[k] for k in keys[half:]}, folder / name / "model-00002-of-00002.safetensors")
         save_file({k: 0 * sd[k] for k in keys}, folder / name / "model.fp16.safetensors")
     (split / "tokenizer").rename(folder / "tokenizer")
     model = seg4diff.load(folder, "cpu")
-    assert torch.equal(model.transformer.pos_embed, tiny.transformer.pos_embed) and model.preset == Preset(size=128)
+    assert torch.equal(model.transformer.pos_embed, tiny.transformer.pos_embed) and model.preset == Preset(1, 128)
     shard = folder / "transformer/model-00002-of-00002.safetensors"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors cannot be read"):
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors' cannot be read"):
         weights.read(weights.find(folder))
     shard.write_bytes(data)
     for f in (folder / "vae").iterdir():
@@ -127,6 +127,34 @@ def test_vae_must_be_there(split):
     save_file(kept, split / "model.safetensors")
     with pytest.raises(ValueError, match="autoencoder is missing"):
         weights.find(split / "model.safetensors")
+
+
+def test_misshapen_diffusers_keys():
+    """q, k and v that cannot be stacked, and a number where a modulation should be."""
+    theirs = load_file(GOLDEN / "diffusers/transformer/diffusion_pytorch_model.safetensors")
+    key = "transformer_blocks.0.attn.to_q.weight"
+    for wrong in (theirs[key][:, 1:], theirs[key][0], torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"joint_blocks\.0\.x_block\.attn\.qkv\.weight' are misshapen"):
+            weights.from_diffusers("mmdit", theirs | {key: wrong})
+    scalar = {"norm_out.linear.weight": torch.tensor(1.0)}
+    assert weights.from_diffusers("mmdit", theirs | scalar)["final_layer.adaLN_modulation.1.weight"].ndim == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe#version\nc a\n", b"#version\na c\nac\n", b"#version\nca t\nc a\n"])
+def test_merges_that_are_none(split, content):
+    """Not UTF-8, half a merge, the wrong order: the file is named."""
+    path = split / "tokenizer/merges.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer/merges.txt' cannot be read"):
+        seg4diff.load(split / "model.safetensors", "cpu")
+
+
+def test_no_name_is_no_model(tiny_file, monkeypatch):
+    """Path("") would be the folder that one is in, and the model in it."""
+    monkeypatch.chdir(tiny_file.parent)
+    assert weights.find(".").parts
+    with pytest.raises(ValueError, match="no model ''"):
+        weights.find("")
 
 
 # ---------------------------------------------------------------------------- the hub
@@ -212,3 +240,32 @@ def test_tensors_are_cast_while_they_are_read(tiny_file):
     assert {v.dtype for sd in parts.values() for v in sd.values()} == {torch.bfloat16}
     model = seg4diff.load(tiny_file, "cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def stored_as(tiny_file, tmp_path):
+    """stored_as(dtype, key) -> a file of the tiny model in which this tensor, or all, are stored in another dtype."""
+    with safe_open(tiny_file, framework="pt") as f:
+        meta = f.metadata()
+
+    def write(dtype: torch.dtype, key: str | None = None) -> Path:
+        sd = {k: v.to(dtype) if key in (None, k) else v for k, v in load_file(tiny_file).items()}
+        save_file(sd, tmp_path / "stored.safetensors", meta)
+        return tmp_path / "stored.safetensors"
+    return write
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("key", ["model.diffusion_model.pos_embed", "first_stage_model.encoder.conv_in.weight"])
+def test_what_holds_no_floats_is_no_weight(stored_as, dtype, key):
+    with pytest.raises(ValueError, match=f"stored.safetensors' cannot be read .* '{key}' holds {dtype}"):
+        seg4diff.load(stored_as(dtype, key), "cpu")
+
+
+def test_eight_bits_are_cast_as_they_are(stored_as, tiny_file, tiny):
+    """float8_e4m3fn is what small files of T5 are stored in: no scales, the values themselves."""
+    model = seg4diff.load(stored_as(torch.float8_e4m3fn), "cpu")
+    for part in ("transformer", "vae", "text"):
+        want = getattr(tiny, part).state_dict()
+        for key, value in getattr(model, part).state_dict().items():
+            assert value.dtype == torch.float32 and torch.equal(value, want[key].to(torch.float8_e4m3fn).float()), key
