@@ -27,9 +27,9 @@ import protocol
 import seg4diff
 from loading import Seg4Diff, image_seed
 from nano import scenes
-from support.cli import Parser, add_model_options, at_least, command
+from support.cli import Parser, add_model_options, at_least, command, show
 from support.data import DATASETS, ROOT, subset
-from support.files import write_json
+from support.files import read_text, write_figure, write_json, write_picture
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
 
@@ -60,7 +60,7 @@ def picture_rows(path, title, labels, rows, titles, **options):
             ax.axis("off")
     for ax, label in zip(axes[:, 0], labels):
         ax.set_ylabel(label)
-    fig.savefig(path)
+    write_figure(path, fig)
 
 
 # ---------------------------------------------------------------------------- attention while pictures are generated
@@ -81,7 +81,7 @@ def shares(model, prompts, out):
         ax.axhline(line, color="black", ls=":", label="uniform")
         ax.set(xlabel="block", ylim=(0, 1))
         ax.legend()
-    fig.savefig(out / "shares.png")
+    write_figure(out / "shares.png", fig)
     return {"prompts": len(prompts), "uniform image share": uniform, "shares": mean}
 
 
@@ -100,7 +100,7 @@ def values(model, prompts, out):
         ax.set(xlabel="block", ylabel="head", title=f"{kind} tokens, each head")
         ax.locator_params(integer=True)
     fig.colorbar(drawn, ax=right)
-    fig.savefig(out / "values.png")
+    write_figure(out / "values.png", fig)
     return {"prompts": len(prompts), "t": t, "norms": mean, "heads": by_head}
 
 
@@ -169,7 +169,7 @@ def pads(model, prompts, out):
 
 def gallery(model, prompts, out):
     """What the model makes of each prompt (the paper's are its Fig. 14)."""
-    sheet(seg4diff.generate(model, prompts), prompts).save(out / "gallery.png")
+    write_picture(out / "gallery.png", sheet(seg4diff.generate(model, prompts), prompts))
     return {"prompts": len(prompts)}
 
 
@@ -188,7 +188,7 @@ def compare_pictures(model, prompts, variants, path, title):
         shown.append(images[:4])
     pictures = [images[i] for i in range(len(shown[0])) for images in shown]
     titles = [f"{variant}: {prompt}" for prompt in prompts[:4] for variant in variants]
-    sheet(pictures, titles, len(variants), 192).save(path.with_name(f"{path.stem}_pictures.png"))
+    write_picture(path.with_name(f"{path.stem}_pictures.png"), sheet(pictures, titles, len(variants), 192))
     choices = min(analysis.CHOICES, n)
     enough = choices == analysis.CHOICES                 # a choice of two captions says little
     fig, axes = new_figure(1, 1 + enough, f"{title}; {n} pictures")
@@ -201,7 +201,7 @@ def compare_pictures(model, prompts, variants, path, title):
         axes[0, 1].legend(loc="lower right")
     for ax in axes[0]:
         ax.tick_params("x", rotation=90)
-    fig.savefig(path)
+    write_figure(path, fig)
     score = f"flow loss at sigma {analysis.CAPTION_SIGMA}, {analysis.CAPTION_DRAWS} draws, {choices} captions"
     return {"n": n, "judge": score, "rows": rows}
 
@@ -260,7 +260,7 @@ def expert(model, prompts, out, data, limit=100):
         ax.set(xlabel="block", ylabel=label)
         ax.locator_params("x", integer=True)
     axes[0, 0].vlines(blocks, low, high, color="black")
-    fig.savefig(out / "expert.png")
+    write_figure(out / "expert.png", fig)
     return {"n": len(counts), "prompts": len(prompts), "rows": rows,
             "best": {label: int(np.argmax(y)) for label, y in rows.items()}, "95% of mIoU": [list(low), list(high)],
             "share of bootstrap draws in which a block has the best mIoU": list(best),
@@ -288,7 +288,7 @@ def text_matters(model, prompts, out, data, limit=100):
     ax.axhline(0, color="grey", lw=0.8)
     ax.set(xlabel="sigma", ylabel="flow loss saved [%]")
     ax.legend()
-    fig.savefig(out / "text.png")
+    write_figure(out / "text.png", fig)
     return {"n": len(items), "flow loss saved by class names [%]": rows}
 
 
@@ -328,7 +328,7 @@ def magnet_maps(model, prompts, out, data, base):
     before = seg4diff.generate(base, prompts[:4])
     after = seg4diff.generate(model, prompts[:4])
     captions = [f"without: {prompt}" for prompt in prompts[:4]] + ["with, from the same noise"] * len(after)
-    sheet(before + after, captions, columns=len(after)).save(out / "magnet_pictures.png")
+    write_picture(out / "magnet_pictures.png", sheet(before + after, captions, columns=len(after)))
     change = np.abs(np.stack(before).astype(float) - np.stack(after)).mean()
     return {"pictures": [item.name for item in items], "change of generated pictures [grey levels of 255]": change}
 
@@ -349,9 +349,7 @@ def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[s
     if path is None and toy(model):
         return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed)) for seed in scenes.VAL_SEEDS[:limit]]
     path = path or Path(__file__).parent / "support/prompts.txt"
-    if not path.is_file():
-        raise ValueError(f"--prompts {path} is not a file; it should hold a prompt to a line")
-    prompts = [line for line in path.read_text().splitlines() if line.strip()]
+    prompts = [line for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts[:limit]
@@ -384,8 +382,8 @@ def main(args):
         write_json(out / f"{figure}.json", numbers)
         for key, value in numbers.items():
             if key not in ("heads", "model"):
-                print(f"{figure}: {key}: {json.dumps(value)}")
-        print(f"wrote {out}/{figure}.json and {figure}.png")
+                show(f"{figure}: {key}: {json.dumps(value)}")
+        show(f"wrote {out}/{figure}.json and {figure}.png")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ from support.metrics import IGNORE, classes_in, confusion, match_proposals, prop
 
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
+# What the counts of a picture depend on. When one of these files changes, a run begins anew.
+CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.py", "lora.py", "support/checkpoint.py",
+        "support/weights.py", "support/data.py", "support/files.py", "support/metrics.py",
+        "support/ledger.py", "support/classes.json", "nano/scenes.py")
+
 # ---------------------------------------------------------------------------- variants: model -> list[Variant]
 
 
@@ -221,6 +226,13 @@ class Evaluation(NamedTuple):
     @property
     def scoring(self):
         return TASKS[self.task].scoring
+
+    @property
+    def rows(self):
+        """Names of the table's rows: variants, the floor of each or of all, the ceiling."""
+        names = [v.name for v in self.variants]
+        floors = [TASKS[self.task].floor.format(name) for name in names]
+        return [*names, *dict.fromkeys(floors), "ceiling"]
 
     def read(self, name: str) -> Item:
         """A picture and its truth, cropped if the protocol says so."""

@@ -1,12 +1,10 @@
 """What every command line shares: the options that mean the same everywhere, and one sentence for bad input."""
 import argparse
+import io
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from support import weights
 
@@ -18,15 +16,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(" ".join(message.split()))      # it repeats what was typed, line ends too
 
 
-def at_least(least, kind=int):
-    """A `type` for add_argument: finite numbers from `least` up."""
+def at_least(least, kind=int, most=math.inf):
+    """A `type` for add_argument: finite numbers from `least` up, to `most`."""
     def parse(text):
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, not {text}")
+        if not least <= value <= most or value == math.inf:
+            wanted = f"finite and at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {value}")
         return value
     parse.__name__ = kind.__name__                       # argparse names it: "invalid int value: 'x'"
     return parse
@@ -36,7 +35,7 @@ def positive(text):
     """A `type` for add_argument: finite numbers above 0."""
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, not {text}")
+        raise argparse.ArgumentTypeError(f"must be positive and finite, not {value}")
     return value
 
 
@@ -70,11 +69,16 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALL
 
 
 def show(*parts: object) -> None:
-    """print, for what is on the disk already: where nobody reads any more (a closed pipe), go on without it."""
+    """print, for what is on the disk already: where nobody reads any more (a closed pipe), go on without it.
+
+    OSError: another reason, a full disk say; what is shown later goes nowhere.
+    """
     try:
         print(*parts, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+    except OSError as e:
+        sys.stdout = io.StringIO()                       # else Python tries the rest again when it ends
+        if not isinstance(e, BrokenPipeError):
+            raise OSError(f"the standard output cannot be written ({e}); what goes to files is") from None
 
 
 def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@
 The real ones are read in the layouts they are downloaded in, below one root. Their label maps are converted while they
 are read. classes.json holds the class lists, in each benchmark's order, and the ids that the files use for them.
 """
-import json
 import os
 import re
 from collections import deque
@@ -19,16 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 
 from nano import scenes
+from support.files import Broken, check_kind, open_labels, open_stored, read_json, read_text, reading
 from support.metrics import IGNORE, classes_in
 
 ROOT = Path(os.environ.get("SEG4DIFF_DATA", "data"))
-FACTS = json.loads((Path(__file__).parent / "classes.json").read_text())
-
-# What a broken picture, label map or mask file raises; SyntaxError is PIL's, of PNGs.
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+FACTS = read_json(Path(__file__).parent / "classes.json")
 
 
 class Item(NamedTuple):
@@ -48,10 +44,11 @@ class Pair(NamedTuple):
 class Dataset:
     name: str
     names: list[str]                    # one for each picture, in a fixed order
-    read: Callable[[str], Item | Pair]  # Pair: to train MAGNET on.  OSError, ValueError: a broken picture or label map
+    read: Callable[[str], Item | Pair]  # Pair: to train MAGNET on.  files.Broken: one of its files is broken
     classes: Sequence[str] = ()         # of its label maps
     source: str = ""                    # where its label maps are
     always: tuple[int, ...] = ()        # classes that stand in every prompt though they are never true
+    files: tuple[Path, ...] = ()        # all that `read` reads: numbers depend on them, see files.stamp
 
 
 def subset(names, limit):
@@ -71,12 +68,12 @@ def centre_crop(item):
 def read_ahead(read, names, ahead=8):
     """(name, item) in order; other threads read up to `ahead` of the next pictures meanwhile.
 
-    A picture that cannot be read comes as its exception, so that one broken file does not end a run.
+    A picture that cannot be read comes as its files.Broken, so that it does not end a run; other errors are ours.
     """
     def attempt(name):
         try:
             return name, read(name)
-        except BROKEN as e:
+        except Broken as e:
             return name, e
 
     waiting = deque()
@@ -131,16 +128,65 @@ def paired(name, pairs, classes, table, always=()):
 
     def read(key):
         image_path, label_path = pairs[key]
-        image = Image.open(image_path)
-        label = Image.open(label_path)
-        if label.mode not in ("P", "L", "I", "I;16"):
-            raise ValueError(f"{label_path} holds colours (mode {label.mode}), not the numbers of classes")
-        if label.size != image.size:
-            raise ValueError(f"{label_path} has the size {label.size}, its picture {image.size}")
-        return Item(image.convert("RGB"), table[np.asarray(label)], key)     # labels: (height, width)
+        image = open_stored(image_path)
+        return Item(image, table[open_labels(label_path, image.size)], key)  # labels: (height, width)
 
-    _, first = next(iter(pairs.values()))
-    return Dataset(name, sorted(pairs), read, classes, str(first.resolve().parent), always)
+    names = sorted(pairs)
+    files = []
+    for key in names:
+        files += pairs[key]
+    return Dataset(name, names, read, classes, str(files[1].parent.resolve()), always, tuple(files))
+
+
+def objects(value, key):
+    """The list of objects below a key of a JSON object.  ValueError: it is something else."""
+    for entry in check_kind(value.get(key), list, repr(key)):
+        check_kind(entry, dict, f"an entry of {key!r}")
+    return value[key]
+
+
+def runs_of(code, size):
+    """The lengths of a run-length mask's runs, as COCO writes it: in turns outside and inside, column after column.
+
+    A character from "0" to "o" holds 5 bits of a number, the lowest first, and whether the number goes on; the highest
+    bit of its last one is the sign. From the fourth number on it is the difference to the number two before.
+    size: (width, height) of the picture.  ValueError: the mask is of another size, or no such mask.
+    """
+    check_kind(code, dict, "a segmentation")
+    width, height = size
+    if code.get("size") != [height, width]:
+        raise ValueError(f"a mask has the size {str(code.get('size'))[:40]}, its picture {[height, width]}")
+    counts = check_kind(code.get("counts"), str, "'counts' of a segmentation")
+    if not re.fullmatch("([P-o]{0,6}[0-O])+", counts):                       # "P" to "o": the number goes on
+        raise ValueError(f"'counts' of a segmentation, {counts[:20]!r}, are not COCO's")
+    runs = []
+    value = shift = 0
+    for character in counts.encode():
+        bits = character - ord("0")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        if len(runs) > 2:
+            value += runs[-2]
+        runs.append(value)
+        value = shift = 0
+    if min(runs) < 0 or sum(runs) != height * width:
+        raise ValueError(f"'counts' of a segmentation, {counts[:20]!r}, are not those of {height} x {width} pixels")
+    return runs
+
+
+def area(runs):
+    return sum(runs[1::2])
+
+
+def mask_of(runs, size):
+    """Such runs, and the size of the picture -> (height, width) bool."""
+    width, height = size
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T                  # (height, width)
 
 
 # ---------------------------------------------------------------------------- the data sets
@@ -161,7 +207,7 @@ def voc(root, name):
     labels = base / "SegmentationClassAug"
     if not labels.exists():
         labels = base / "SegmentationClass"
-    split = (base / "ImageSets/Segmentation/val.txt").read_text().split()
+    split = read_text(base / "ImageSets/Segmentation/val.txt").split()
     pairs = {stem: (base / f"JPEGImages/{stem}.jpg", labels / f"{stem}.png") for stem in split}
     return paired(name, pairs, *lookup("voc20", background=name == "voc21"))
 
@@ -170,23 +216,35 @@ def context(root, name):
     """Pascal Context val: 59 classes, or 60 with the background (context60), as run-length masks in one JSON file."""
     base = need(name, root, "VOCdevkit/VOC2010", "JPEGImages/*.jpg", "trainval_merged.json")
     source = base / "trainval_merged.json"
-    merged = json.loads(source.read_text())
-    val = {im["file_name"]: im for im in merged["images"] if im["phase"] == "val"}
-    masks = {im["image_id"]: [] for im in val.values()}
-    for anno in merged["annos_segmentation"]:
-        if anno["image_id"] in masks:
-            masks[anno["image_id"]].append(anno)
+    merged = read_json(source)
+    with reading(source, "list of pictures and masks"):
+        val = {}
+        for im in objects(merged, "images"):
+            if im["phase"] == "val":
+                val[check_kind(im["file_name"], str, "a file_name")] = im["image_id"]
+        masks = {image_id: [] for image_id in val.values()}
+        for anno in objects(merged, "annos_segmentation"):
+            if anno["image_id"] in masks:
+                masks[anno["image_id"]].append(anno)
+        if not val:
+            raise ValueError("it has no picture of the phase 'val'")
     classes, table = lookup("context59", background=name == "context60")
     table[255] = table[0]                                # a category like any other outside the 59
 
     def read(file_name):
-        im = val[file_name]
-        ids = np.zeros((im["height"], im["width"]), np.uint16)               # (height, width), 0: no mask
-        for anno in masks[im["image_id"]]:
-            ids[rle.decode(anno["segmentation"]).astype(bool)] = anno["category_id"]
-        return Item(Image.open(base / "JPEGImages" / file_name).convert("RGB"), table[ids], file_name)
+        image = open_stored(base / "JPEGImages" / file_name)
+        ids = np.zeros((image.height, image.width), np.uint16)               # (height, width), 0: no mask
+        with reading(source, "list of masks"):
+            for anno in masks[val[file_name]]:
+                category = check_kind(anno.get("category_id"), int, "a category_id")
+                if not 0 <= category <= 65535:
+                    raise ValueError(f"a category_id should be from 0 to 65535, not {category}")
+                ids[mask_of(runs_of(anno.get("segmentation"), image.size), image.size)] = category
+        return Item(image, table[ids], file_name)
 
-    return Dataset(name, sorted(val), read, classes, str(source.resolve()))
+    names = sorted(val)
+    files = (source, *(base / "JPEGImages" / file_name for file_name in names))
+    return Dataset(name, names, read, classes, str(source.resolve()), files=files)
 
 
 def coco(root, name):
@@ -258,22 +316,29 @@ def class_masks(labels, classes):
     return labels == ids[:, None, None], [classes[i] for i in ids]
 
 
-def captions_of(path):
-    """{number of the picture: its caption} from a JSON file; no path: nothing.
+def captions_of(path, names):
+    """{name of a picture: its caption} from a JSON file, as far as it has captions of these; no path: nothing.
 
     The file is {image id: caption}, as the released code has for CogVLM's captions, of which the first two sentences
     are kept; or COCO's own captions_*.json, of which each picture's first caption is kept.
-    ValueError: anything else.
+    files.Broken: anything else; captions of none of these pictures.
     """
-    if path is None:
+    if not path:
         return {}
-    try:
-        captions = json.loads(path.read_text())
+    captions = read_json(path)
+    found = {}                                           # by number
+    with reading(path, "file of captions, {image id: caption}"):
         if "annotations" in captions:
-            return {number(str(a["image_id"])): a["caption"].strip() for a in reversed(captions["annotations"])}
-        return {number(k): " ".join(re.split(r"(?<=[.!?])\s+", v.strip())[:2]) for k, v in captions.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} cannot be read as captions, a JSON object {{image id: caption}}: {e}") from None
+            for a in reversed(objects(captions, "annotations")):
+                found[number(str(a["image_id"]))] = check_kind(a["caption"], str, "a caption").strip()
+        else:
+            for key, caption in captions.items():
+                sentences = re.split(r"(?<=[.!?])\s+", check_kind(caption, str, f"the caption of {key!r}").strip())
+                found[number(key)] = " ".join(sentences[:2])
+        caption_of = {name: found[number(name)] for name in names if number(name) in found}
+        if not caption_of:
+            raise ValueError(f"it has no caption of any of the {len(names)} pictures")
+    return caption_of
 
 
 def number(stem):
@@ -283,7 +348,7 @@ def number(stem):
 
 def scenes_pairs(root, captions):
     """Scenes of the toy world that nano was not trained on (its first seeds are nano's own), one mask a class."""
-    if captions is not None:
+    if captions:
         raise ValueError("the scenes caption themselves; --captions is for coco and sa1b")
 
     def read(seed):
@@ -297,22 +362,22 @@ def scenes_pairs(root, captions):
 def coco_pairs(root, captions):
     """COCO train2017 with COCO-Stuff's label maps: one mask for each of 171 classes.
 
-    Captions from the file given, else from COCO's own, else the names of the classes.
+    Captions from the file given, else (None) from COCO's own, else the names of the classes.
     """
     base = need("coco", root, "coco", "stuffthingmaps/train2017/*.png",
                 "train2017/*.jpg (captions: --captions FILE, annotations/captions_train2017.json or the class names)")
     official = base / "annotations/captions_train2017.json"
     if captions is None and official.exists():
         captions = official
-    caption_of = captions_of(captions)
-    pairs = by_stem(base / "train2017", base / "stuffthingmaps/train2017")
-    data = paired("coco", pairs, *lookup("coco-stuff171"))
+    data = paired("coco", by_stem(base / "train2017", base / "stuffthingmaps/train2017"), *lookup("coco-stuff171"))
+    caption_of = captions_of(captions, data.names)
 
     def read(stem):
         item = data.read(stem)
         masks, names = class_masks(item.labels, data.classes)
-        return Pair(item.image, masks, names, caption_of.get(number(stem), " ".join(names)))
-    return Dataset("coco", data.names, read)
+        return Pair(item.image, masks, names, caption_of.get(stem, " ".join(names)))
+    files = (*data.files, captions) if captions else data.files
+    return Dataset("coco", data.names, read, files=files)
 
 
 def sa1b_pairs(root, captions):
@@ -321,24 +386,29 @@ def sa1b_pairs(root, captions):
     The 32 largest masks of more than 0.5 % of the picture (released code). They have no names, and a picture without
     a caption in the file given has the empty one.
     """
-    caption_of = captions_of(captions)
     base = need("sa1b", root, "sa1b", "**/sa_*.jpg", "**/sa_*.json (beside each sa_*.jpg)")
     paths = {p.stem: p for p in sorted(base.rglob("sa_*.json")) if p.with_suffix(".jpg").exists()}
+    if not paths:
+        raise ValueError(f"data set 'sa1b' has no sa_*.jpg in {base} with its sa_*.json beside it")
+    caption_of = captions_of(captions, paths)
 
     def read(stem):
-        image = Image.open(paths[stem].with_suffix(".jpg"))
-        try:
-            encoded = [a["segmentation"] for a in json.loads(paths[stem].read_text())["annotations"]]
-        except (KeyError, TypeError):
-            raise ValueError(f"{paths[stem]} holds no annotations with a segmentation each") from None
+        image = open_stored(paths[stem].with_suffix(".jpg"))
+        content = read_json(paths[stem])
+        with reading(paths[stem], "list of masks"):
+            runs = [runs_of(a.get("segmentation"), image.size) for a in objects(content, "annotations")]
+        runs.sort(key=area, reverse=True)
         least = LEAST_AREA * image.width * image.height
-        largest = sorted(encoded, key=rle.area, reverse=True)[:MAX_MASKS]
-        masks = [rle.decode(e).astype(bool) for e in largest if rle.area(e) > least]
+        masks = [mask_of(r, image.size) for r in runs[:MAX_MASKS] if area(r) > least]
         masks = np.stack(masks) if masks else np.zeros((0, image.height, image.width), bool)     # (K, height, width)
-        return Pair(image.convert("RGB"), masks, [], caption_of.get(number(stem), ""))
-    return Dataset("sa1b", list(paths), read)
+        return Pair(image, masks, [], caption_of.get(stem, ""))
+
+    files = [captions] if captions else []
+    for path in paths.values():
+        files += [path.with_suffix(".jpg"), path]
+    return Dataset("sa1b", list(paths), read, files=tuple(files))
 
 
-# name -> a function of the root folder and a file of captions that returns a data set of Pairs. ValueError: it, or the
-# file, is not there
+# name -> a function of the root folder and a file of captions (None: the data set's own, False: none are needed) that
+# returns a data set of Pairs. ValueError: it, or the file, is not there, or cannot be read
 TRAINING_SETS = {"scenes": scenes_pairs, "coco": coco_pairs, "sa1b": sa1b_pairs}

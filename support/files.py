@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -91,15 +92,54 @@ def read_tensors(path: str | Path, kind: str) -> object:
             raise ValueError(said) from None
 
 
+def decoded(path, kind, size=None):
+    """A picture file as it is stored.  size: (width, height) that it should have, compared before it is decoded.
+
+    files.Broken: no such file, a pipe, no format that PIL reads, another size, infinite or undefined values.
+    """
+    with reading(path, kind):
+        try:
+            image = Image.open(path)
+            if size not in (None, image.size):
+                raise ValueError(f"it has the size {image.size}, its picture {size}")
+            image.load()
+        except Exception as e:                           # PIL's decoders raise RuntimeErrors and AttributeErrors, too
+            raise ValueError(first_line(e)) from None
+        if image.mode == "F" and not np.isfinite(image).all():
+            raise ValueError("it holds values that are not finite")
+        return image
+
+
+def open_stored(path):
+    """A picture file -> RGB as it is stored, not turned: label maps are drawn on it so.  files.Broken: see decoded."""
+    return decoded(path, "picture").convert("RGB")
+
+
+def open_labels(path, size):
+    """A label map file, grey or with a palette -> numbers of classes from 0 to 65535, (height, width).
+
+    size: (width, height) of its picture.  files.Broken: see decoded; it holds something else.
+    """
+    image = decoded(path, "label map", size)
+    with reading(path, "label map"):
+        if image.mode not in ("P", "L", "I", "I;16"):
+            held = {"1": "single bits", "F": "fractions"}.get(image.mode, "colours")
+            raise ValueError(f"it holds {held} (mode {image.mode}), not the numbers of classes")
+        labels = np.asarray(image)                                           # (height, width)
+        if labels.min() < 0 or labels.max() > 65535:
+            raise ValueError(f"it holds numbers from {labels.min()} to {labels.max()}; classes have 0 to 65535")
+        return labels
+
+
 def stamp(paths: Iterable[str | Path]) -> str:
     """12 hex digits that change when one of these files is replaced, changed or gone: names, sizes, times of change."""
     digest = hashlib.sha256()
-    for path in paths:
+    for path in map(os.path.abspath, paths):
         facts = f"{path} is missing\n"
         if os.path.exists(path):
             found = os.stat(path)
             facts = f"{path} {found.st_size} {found.st_mtime_ns}\n"
-        digest.update(facts.encode(errors="surrogateescape"))
+        digest.update(facts.encode(errors="surrogatepass"))
     return digest.hexdigest()[:12]
 
 
@@ -122,7 +162,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield new
         os.replace(new, path)
-    except (OSError, SafetensorError, RuntimeError) as e:                    # RuntimeError: torch.save's of a full disk
+    except (OSError, SafetensorError) as e:
         kept = "; what was there before is still there" if path.exists() else ""
         raise ValueError(f"{path} cannot be written ({first_line(e)}){kept}") from None
     finally:
@@ -137,8 +177,8 @@ def write_json(path: str | Path, value: object) -> None:
 
 def write_tensors(path: str | Path, value: object) -> None:
     """The same for torch.save."""
-    with replacing(path) as new:
-        torch.save(value, new)
+    with replacing(path) as new, open(new, "wb") as file:
+        torch.save(value, file)
 
 
 def write_picture(path: str | Path, image: Image.Image) -> None:

@@ -1,11 +1,16 @@
-"""Pictures to look at: label maps in colour, legends, sheets.  Plots are made where their numbers are."""
+"""Pictures from files, and pictures to look at: label maps in colour, legends, sheets.
+
+Plots are made where their numbers are.
+"""
 import colorsys
+import io
 import math
 import os
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from support.files import decoded, reading
 from support.metrics import IGNORE
 
 SHOWN = (512, 1024)                     # `panels` brings the longer side of a picture between these, in pixels
@@ -144,30 +149,30 @@ def overlay_grid(shown, classes):
 
 def check_out(path):
     """ValueError now, not after the work, if a picture cannot be written to `path`."""
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:             # some can only be read
-        raise ValueError(f"--out {path} should end in .png, .jpg or another picture format")
+    try:                                                 # some formats can only be read, some take no colours
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (LookupError, OSError, ValueError):
+        raise ValueError(f"--out {path} should end in .png, .jpg or another picture format") from None
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
 
 
-def open_image(path):
-    """Any file PIL reads -> RGB, the way a person sees it: turned upright, transparency on white.
+# ---------------------------------------------------------------------------- files from outside
 
-    ValueError: no such file, not a picture.
+
+def open_image(path):
+    """A picture file -> RGB, the way a person sees it: turned upright, transparency on white.
+
+    files.Broken: see decoded.
     """
-    try:
-        image = Image.open(path)
-        image.load()
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise ValueError(f"no picture can be opened at {str(path)!r}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{str(path)!r} is not a picture that PIL can read: {e}") from None
+    image = decoded(path, "picture")
     if image.mode[0] in "IF":                            # 16 or 32 bits, or floats: convert() would clip at 255
-        x = np.nan_to_num(np.asarray(image, float)).clip(0)
+        x = np.asarray(image, float).clip(0)
         white = x.max()                                  # the value that is shown white: the next usual one
         for usual in (65535, 255, 1) if image.mode == "F" else (65535, 255):
             if x.max() <= usual:
                 white = usual
         image = Image.fromarray((255 * x / white).round().astype(np.uint8))
-    rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    with reading(path, "picture"):                       # how it is to be turned can be written in a broken way
+        rgba = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -1,12 +1,13 @@
 """What an evaluation draws and measures of itself: the paper's own numbers beside ours, one plot for each task."""
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from support.files import read_json, write_figure
+
 # mIoU in percent as the paper prints it; never ours
-PAPER = json.loads((Path(__file__).parent / "paper_miou.json").read_text())
+PAPER = read_json(Path(__file__).parent / "paper_miou.json")
 
 
 def miou_of(variants, rows, suffix=""):
@@ -75,7 +76,7 @@ def plot(task, variants, rows, model, path):
                 ax.axhline(rows[name]["mIoU"], color="black", ls=style, lw=1, label=name)
         ax.set(ylabel="mIoU [%]", ylim=(0, 100))
         ax.legend()
-    fig.savefig(path, dpi=110)
+    write_figure(path, fig, dpi=110)
     plt.close(fig)
 
 
@@ -107,5 +108,5 @@ def plot_losses(log, path):
     for ax, title in zip(axes, ("flow matching, Eq. 2", "mask losses, Eq. 12", "validation, %")):
         ax.set(xlabel="step", title=title)
         ax.legend()
-    fig.savefig(path, dpi=100)
+    write_figure(path, fig, dpi=100)
     plt.close(fig)

@@ -283,7 +283,7 @@ def test_prompts_for_each_model():
 
 @pytest.mark.parametrize("args, says", [
     (["shades"], "invalid choice: 'shades'"), (["--limit", "0"], "at least 1"), (["--model", "none"], "no model"),
-    (["pads", "--prompts", "none.txt"], "not a file"), (["pads", "--prompts", "blank.txt"], "holds no prompt"),
+    (["pads", "--prompts", "none.txt"], "no such file"), (["pads", "--prompts", "blank.txt"], "holds no prompt"),
     (["expert", "--dataset", "foo"], "invalid choice: 'foo'"), (["magnet"], "--lora"),
     (["--device", "cpu:foo"], "no device"), (["--device", "cuda:9"], "CUDA devices")])
 def test_bad_input(command, tiny_file, tmp_path, args, says):

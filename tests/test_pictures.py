@@ -1,11 +1,13 @@
-"""Label maps in colour, legends and sheets, by hand."""
+"""Label maps in colour, legends and sheets, by hand; files that are no pictures."""
+import os
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
 from nano import scenes
-from support import pictures
+from support import files, pictures
+from support.files import Broken
 
 
 @pytest.mark.parametrize("n", [1, 2, 13, 20, 59, 150])
@@ -70,3 +72,55 @@ def test_overlay_grid():
     row = [grid.getpixel((i * 194 + 90 + (6 if i > 2 else 0), 100)) for i in range(6)]
     assert row == [(100, 100, 100), over[0], over[0], (100, 100, 100), over[0], over[1]]
     assert [grid.getpixel((i * 194 + 90, 300)) for i in range(3)] == [(100, 100, 100), over[1], over[0]]
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_picture_of_infinite_values_is_none(tmp_path, value):
+    Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "a.tif")
+    for read in (pictures.open_image, files.open_stored):
+        with pytest.raises(Broken, match="a.tif.*not finite"):
+            read(tmp_path / "a.tif")
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(Broken, match="a.png"):
+        pictures.open_image(tmp_path / "a.png")
+
+
+def test_whatever_a_decoder_raises_is_a_sentence(tmp_path):
+    """PIL's of AVIF raises RuntimeErrors, that of SPIDER an AttributeError."""
+    avif = tmp_path / "a.avif"
+    Image.new("RGB", (40, 30)).save(avif)
+    avif.write_bytes(avif.read_bytes().replace(b"iloc", b"ilok"))
+    spider = tmp_path / "a.spider"
+    Image.new("F", (40, 30)).save(spider, "SPIDER")
+    content = bytearray(spider.read_bytes())
+    content[26 * 4:27 * 4] = np.float32(1).tobytes()     # the first picture of a stack, of which there is none
+    spider.write_bytes(content)
+    for path in (avif, spider):
+        for read in (pictures.open_image, files.open_stored):
+            with pytest.raises(Broken, match=path.name):
+                read(path)
+
+
+def test_a_turn_that_is_written_in_a_broken_way(tmp_path):
+    """A person's picture is refused; that of a data set is not turned, and its pixels are good."""
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff")
+    with pytest.raises(Broken, match="a.png"):
+        pictures.open_image(tmp_path / "a.png")
+    assert files.open_stored(tmp_path / "a.png").size == (4, 3)
+
+
+@pytest.mark.parametrize("ending", ["", ".txt", ".xbm", ".msp", ".palm", ".blp", ".h5", ".wmf", ".psd"])
+def test_check_out_refuses_what_cannot_be_written(tmp_path, ending):
+    with pytest.raises(ValueError, match="picture format"):
+        pictures.check_out(tmp_path / f"a{ending}")
+
+
+@pytest.mark.parametrize("ending", [".png", ".PNG", ".jpg", ".gif", ".tif", ".webp", ".pdf", ".bmp"])
+def test_check_out_takes_what_can_be_written(tmp_path, ending):
+    pictures.check_out(tmp_path / f"a{ending}")
