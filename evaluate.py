@@ -19,7 +19,6 @@ that is killed goes on where it stopped (support/ledger.py).
 import argparse
 import platform
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -28,20 +27,15 @@ from tqdm import tqdm
 
 import seg4diff
 from loading import Seg4Diff, image_seed
-from protocol import TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
+from protocol import CODE, TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
 from support.checkpoint import peak_megabytes
-from support.cli import Parser, add_model_options, at_least, command, positive, renamed
+from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
 from support.data import DATASETS, ROOT, Dataset, subset
-from support.files import write_json
+from support.files import Broken, code_stamp, stamp, write_json, write_picture
 from support.ledger import Ledger, wait_for_all, world
 from support.metrics import table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
-
-# What the counts of a picture depend on. When one of these files changes, a run begins anew.
-CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.py", "lora.py", "support/checkpoint.py",
-        "support/weights.py", "support/data.py", "support/metrics.py", "support/ledger.py", "support/classes.json",
-        "nano/scenes.py")
 
 # ---------------------------------------------------------------------------- a run: count, then report
 
@@ -50,12 +44,11 @@ def identity_of(ev: Evaluation) -> dict:
     """Everything that the counts depend on; the ledger keeps runs apart by it."""
     model = ev.model
     data = ev.data
-    code = "".join((Path(__file__).parent / file).read_text() for file in CODE)
     exact = model.device.type == "cpu" and model.dtype == torch.float32      # there the batch size changes no number
     return {"task": ev.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
-            "always": data.always, "variants": ev.variants, "protocol": ev.protocol._asdict(),
-            "model": [model.name, model.fingerprint, str(model.dtype), model.device.type],
-            "code": zlib.crc32(code.encode()), "batch": exact or ev.batch}
+            "always": data.always, "data": stamp(data.files), "variants": ev.variants,
+            "protocol": ev.protocol._asdict(), "code": code_stamp(CODE), "batch": exact or ev.batch,
+            "model": [model.name, model.fingerprint, str(model.dtype), model.device.type]}
 
 
 def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
@@ -75,10 +68,10 @@ def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     return facts
 
 
-def count_into(ledger, ev, names, shape, silent):
+def count_into(ledger, ev, names, silent):
     """Count the pictures that the ledger lacks, a line each, under a bar that shows the best mIoU so far."""
     todo = [name for name in names if name not in ledger.done]
-    total = ledger.sum(names, shape)
+    total = ledger.sum(names)
     with tqdm(total=len(names), initial=len(names) - len(todo), desc="evaluating", unit="image", disable=silent) as bar:
         for name, counts in ev.count(todo):
             bar.update()
@@ -103,41 +96,43 @@ def examples(ev: Evaluation, names: list[str]) -> Image.Image:
     return overlay_grid(shown, ev.data.classes)
 
 
-def report(args, ev, ledger, names, total, seconds, out):
-    """What the ledger holds as results.json, printed lines and pictures, in this order; rows of the table.
+def report(args, ev, ledger, names, seconds, out):
+    """What the ledger holds as results.json and a picture, then printed; rows of the table.
 
-    ValueError: no picture could be read, or none has a labelled pixel.
+    Broken: no picture could be read, or none has a labelled pixel.
     """
     broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
     n = len(names) - len(broken)
     if n == 0:
         reason = next(iter(broken.values()))
-        raise ValueError(f"none of the {len(names)} pictures of {ev.data.name} could be read; the first: {reason}")
+        raise Broken(f"none of the {len(names)} pictures of {ev.data.name} could be read; the first: {reason}")
+    total = ledger.sum(names)
     if not total:
-        raise ValueError(f"no pixel can be scored: no picture of {ev.data.name} has a labelled pixel")
+        raise Broken(f"no pixel can be scored: no picture of {ev.data.name} has a labelled pixel")
     rows = {row: ev.scoring.score(c) for row, c in total.items()}
     facts = facts_of(ev, n)
     megabytes = peak_megabytes(ev.model.device)
     write_json(out / "results.json", {
-        "task": ev.task, "n": n, "facts": facts, "identity": identity_of(ev), "hash": ledger.hash, "broken": broken,
+        "task": ev.task, "n": n, "facts": facts, "identity": ledger.identity, "hash": ledger.hash, "broken": broken,
         "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": ev.data.classes, "rows": rows,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})
-    for fact, value in facts.items():
-        print(f"{fact + ':':9s}{value}")
-    print(table(rows))
-    if broken:
-        print(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
-              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
     if len(ev.variants) == 1:
-        iou = zip(ev.data.classes, rows[ev.variants[0].name]["IoU"])
-        print("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
         picture = out / "overlays.png"
-        examples(ev, [name for name in names if ledger.done.get(name)][:12]).save(picture)
+        write_picture(picture, examples(ev, [name for name in names if ledger.done.get(name)][:12]))
     else:
         picture = out / f"{ev.task}.png"
         plot(ev.task, ev.variants, rows, ev.model, picture)
-    print(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
+    for fact, value in facts.items():
+        show(f"{fact + ':':9s}{value}")
+    show(table(rows))
+    if broken:
+        show(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
+             + "; ".join(f"{name} ({why})" for name, why in broken.items()))
+    if len(ev.variants) == 1:
+        iou = zip(ev.data.classes, rows[ev.variants[0].name]["IoU"])
+        show("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
+    show(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
     return rows
 
 
@@ -146,17 +141,19 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     start = time.time()
     rank, processes = world()
     ev = evaluation(model, data, args.task, Protocol(args.seed, args.prompt, args.resize, args.draws), args.batch_size)
-    merging = {key: getattr(args, key) for key in ("threshold", "scaling") if getattr(args, key) is not None}
-    ev = ev._replace(variants=[v._replace(**merging) for v in ev.variants])
-    identity = identity_of(ev)
     names = subset(data.names, args.limit)
-    shape = len(data.classes), ev.scoring.columns(len(data.classes))
-    count_into(Ledger(out, identity, rank), ev, names[rank::processes], shape, silent=rank > 0)
+    K = len(data.classes)
+    ledger = Ledger(out, identity_of(ev), ev.rows, (K, ev.scoring.columns(K)), rank)
+    count_into(ledger, ev, names[rank::processes], silent=rank > 0)
     wait_for_all()
     if rank > 0:
         return {}
-    ledger = Ledger(out, identity)                                           # with what the other processes wrote
-    return report(args, ev, ledger, names, ledger.sum(names, shape), time.time() - start, out)
+    ledger.read()                                        # what the other processes wrote
+    lost = [name for name in names if name not in ledger.done and name not in ledger.broken]
+    if lost:
+        raise ValueError(f"{len(lost)} pictures that other processes counted are no longer in {out}: a ledger was "
+                         "removed or damaged meanwhile; the same command counts them again")
+    return report(args, ev, ledger, names, time.time() - start, out)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -190,21 +187,33 @@ def find_sets(args):
 
 def main(args):
     check(args)
+    world()                                              # what is wrong with it is said before the work
     sets, missing = find_sets(args)
-    name = args.model or ("nano" if args.dataset.startswith("scenes") else "sd3")
+    name = args.model
+    if name is None:
+        name = "nano" if args.dataset.startswith("scenes") else "sd3"
     segment_only = args.task not in ("layers", "heads")
     model = seg4diff.load(name, args.device, args.dtype, segment_only, args.lora)
     if model.name in ("floor", "ceiling"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
+    model.preset = model.preset.changed(threshold=args.threshold, scaling=args.scaling)
     out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
     if args.dataset != "all":
         run(args, model, sets[0], out)
         return
-    results = {data.name: run(args, model, data, out / data.name) for data in sets}
-    if world()[0] == 0:
-        print(paper_table(args.task, model.name, results))
+    results = {}
+    problems = []
+    for data in sets:
+        try:
+            results[data.name] = run(args, model, data, out / data.name)
+        except (Broken, OSError) as e:                   # nothing of it can be read, or nothing printed: the next one
+            problems.append(f"{data.name}: {e}")
+    if world()[0] == 0 and results:
+        show(paper_table(args.task, model.name, results))
         if missing:
-            print(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the expected tree")
+            show(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the expected tree")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 if __name__ == "__main__":

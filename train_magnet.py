@@ -11,7 +11,6 @@ meaning of each setting stand in magnet.py.
 """
 import argparse
 import math
-import pickle
 import sys
 import time
 from itertools import islice
@@ -25,11 +24,11 @@ import protocol
 import seg4diff
 from loading import Seg4Diff, image_seed
 from lora import add_lora, read_lora, save_lora
-from magnet import NORMALISATIONS, Settings, features, flow_matching, gradient
-from support.checkpoint import peak_megabytes
-from support.cli import Parser, add_model_options, at_least, command, positive, renamed
-from support.data import BROKEN, DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
-from support.files import write_json, write_tensors
+from magnet import NORMALISATIONS, Settings, batch_losses, features, flow_matching, gradient
+from support.checkpoint import check_weight, peak_megabytes
+from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
+from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
+from support.files import Broken, check_kind, code_stamp, read_tensors, reading, stamp, write_json, write_tensors
 from support.ledger import wait_for_all, world
 from support.report import plot_losses
 
@@ -46,6 +45,8 @@ MEANINGS = {"steps": "of the optimiser", "warmup": "steps until the full rate", 
 PICTURES = 10_000                           # of the training: Sec. 4.1
 STEP = 16                                   # pictures a step, of all processes: 2 GPUs x 4 x 2, Sec. 4.1
 DECAY, CLIP = 1e-4, 0.01                    # weight decay, largest gradient norm: released code
+# What the weights, and what is measured on the way, depend on. When one of these files changes, a run cannot go on.
+CODE = ("train_magnet.py", "magnet.py", *protocol.CODE)
 
 # ---------------------------------------------------------------------------- before and after
 
@@ -62,6 +63,7 @@ def flow_loss(model, data, names, seed):
         eps = seg4diff.noise(z0.shape[1:], seeds).to(model.device)           # (4, C, ., .)
         cond = model.text.encode([protocol.names_of(model, item, data.classes)] * len(sigma))
         loss, _ = flow_matching(model, z0, eps, sigma, cond.ctx, cond.pooled)
+        seg4diff.check_finite(loss, "flow losses")
         total += loss.item() / len(names)
     return total
 
@@ -78,16 +80,17 @@ def before_and_after(args, base, data, names):
     """A row of numbers without LoRA and with each; mean and spread of the change over several (say, seeds)."""
     for path in args.measure:
         read_lora(path)                                                      # a wrong one is named before the work
-    print(f"{data.name}, {len(names)} pictures, seed {args.seed}: mIoU, unsup mIoU, flow loss")
+    show(f"{data.name}, {len(names)} pictures, seed {args.seed}: mIoU, unsup mIoU, flow loss")
     rows = []
     for path in [None, *args.measure]:
         model = seg4diff.load(base, args.device, args.dtype, lora=path)
         rows.append(list(measure(model, data, names, args.seed).values()))
-        print(*(f"{x:9.4f}" for x in rows[-1]), path or base, sep="  ", flush=True)
+        numbers = [f"{x:9.4f}" for x in rows[-1]]
+        show("  ".join([*numbers, str(path or base)]))
     change = np.array(rows[1:]) - rows[0]                                    # (LoRAs, 3)
     spread = change.std(0, ddof=1) if len(change) > 1 else np.full(3, np.nan)
     columns = [f"{mean:+9.4f} (sd {sd:.4f})" for mean, sd in zip(change.mean(0), spread, strict=True)]
-    print(*columns, "change, mean and spread", sep="  ")
+    show("  ".join([*columns, "change, mean and spread"]))
 
 
 # ---------------------------------------------------------------------------- what a step learns from
@@ -105,7 +108,7 @@ def readable(data, names):
         for candidate in (*names[start:], *names[:start]):
             try:
                 return data.read(candidate)
-            except BROKEN as e:
+            except Broken as e:
                 if candidate not in reported:
                     reported.add(candidate)
                     tqdm.write(f"picture {candidate} of {data.name} cannot be read, left out: {e}", file=sys.stderr)
@@ -129,8 +132,6 @@ def batches(model, data, names, settings, accumulate, done):
     for i in range(0, len(mine), settings.batch):
         batch = []
         for _, pair in islice(pairs, settings.batch):
-            if isinstance(pair, Exception):
-                raise pair
             batch.append(features(model, pair, settings.match == "name"))
         yield batch, [image_seed(str(g), settings.seed) for g in mine[i:i + settings.batch]]
 
@@ -145,6 +146,44 @@ def rate(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+@torch.no_grad()
+def trial(model, params, batch, seeds, settings):
+    """The losses with the weights as the last step has left them, and the size of these."""
+    losses = batch_losses(model, batch, seeds, settings)
+    size = torch.nn.utils.get_total_norm(params)
+    return {key: loss.item() for key, loss in losses.items()} | {"LoRA": size.item()}
+
+
+def check_log(log):
+    """ValueError, or what a list or dictionary raises: not the log of a run."""
+    for entry in check_kind(log, list, "its log"):
+        numbers = [entry["step"]]
+        if "flow" in entry:
+            numbers += [entry[key] for key in ("flow", "focal", "dice")]
+        else:
+            numbers += [entry["val"][key] for key in ("mIoU", "unsup mIoU", "flow loss")]
+        for x in numbers:
+            if not isinstance(x, int | float) or not math.isfinite(x):
+                raise ValueError(f"its log should hold finite numbers, not {str(x)[:40]}")
+
+
+def check_state(state, params, steps):
+    """The same for the state of a run of so many steps: steps done, log, LoRA and the optimiser's moments."""
+    if not 0 <= check_kind(state["step"], int, "its number of steps") <= steps:
+        raise ValueError(f"its number of steps should be from 0 to {steps}, not {state['step']}")
+    check_log(state["log"])
+    lora = check_kind(state["lora"], list, "its LoRA")
+    moments = check_kind(state["opt"]["state"], dict, "its state of the optimiser")
+    if not len(lora) == len(moments) == len(params):
+        raise ValueError(f"it should hold a LoRA of {len(params)} tensors and their moments")
+    for i, p in enumerate(params):
+        for x, like in ((lora[i], p), (moments[i]["exp_avg"], p), (moments[i]["exp_avg_sq"], p),
+                        (moments[i]["step"], torch.tensor(0.0))):
+            check_weight(f"number {i} of its tensors", x)
+            if x.dtype != like.dtype or x.shape != like.shape or not x.isfinite().all():
+                raise ValueError(f"number {i} of its tensors is not of this LoRA, or not finite")
+
+
 def resume(path, identity, params, opt):
     """What a killed run has saved, into params and opt -> steps done and log; 0 and an empty log if there is nothing.
 
@@ -152,17 +191,17 @@ def resume(path, identity, params, opt):
     """
     if not path.exists():
         return 0, []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise EOFError("it holds no state")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} is broken ({e}); remove it, or name another --out") from None
-    saved = state.get("run", {})
-    other = [f"{key} {saved.get(key)} instead of {value}" for key, value in identity.items() if saved.get(key) != value]
+    kind = "state of a run (remove it, or name another --out)"
+    state = read_tensors(path, kind)
+    with reading(path, kind):
+        saved = check_kind(check_kind(state, dict, "its content")["run"], dict, "its identity")
+    other = [f"{key} {saved.get(key)} instead of {value}" for key, value in identity.items()
+             if str(saved.get(key)) != str(value)]
     if other:
         raise ValueError(f"{path.parent} holds a run with {'; '.join(other)}; name another --out, or remove it")
-    opt.load_state_dict(state["opt"])
+    with reading(path, kind):
+        check_state(state, params, identity["steps"])
+    opt.load_state_dict(opt.state_dict() | {"state": state["opt"]["state"]})
     for p, values in zip(params, state["lora"], strict=True):
         p.data.copy_(values)
     return state["step"], state["log"]
@@ -173,7 +212,7 @@ def print_change(log):
     measured = [entry["val"] for entry in log if "val" in entry]
     if measured:
         for key, before in measured[0].items():
-            print(f"{key:12s} {before:8.4f} -> {measured[-1][key]:8.4f}")
+            show(f"{key:12s} {before:8.4f} -> {measured[-1][key]:8.4f}")
 
 
 def train(args, settings, model, data, val, out):
@@ -181,20 +220,29 @@ def train(args, settings, model, data, val, out):
     start = time.time()
     rank, processes = world()
     names = subset(data.names, args.limit)
+    shown = subset(val.names, args.val_limit)
     accumulate = args.accumulate or math.ceil(STEP / (settings.batch * processes))
     size = settings.batch * accumulate * processes       # pictures a step
-    identity = settings._asdict() | {                    # what the weights depend on
-        "model": [model.name, model.fingerprint, str(model.dtype), model.device.type],
-        "data": [data.name, len(names), str(args.captions)], "batch": size, "val": None}
+    identity = settings._asdict() | {                    # what the weights and what is measured depend on
+        "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "code": code_stamp(CODE),
+        "data": [data.name, len(names)], "batch": size, "val_limit": len(shown),
+        "data_root": str(args.data_root.resolve()) if data.files or val.files else None,
+        "captions": str(args.captions), "files that are trained on": stamp(data.files),
+        "files that are measured on": stamp(val.files)}
     # alpha = rank: released code
     params = add_lora(model.transformer, settings.rank, settings.rank, torch.Generator().manual_seed(settings.seed))
     model.transformer.checkpointing = args.checkpointing
     opt = torch.optim.AdamW(params, settings.lr, weight_decay=DECAY)
     done, log = resume(out / "state.pt", identity, params, opt)
 
+    def check(step, losses):
+        if not all(map(math.isfinite, losses.values())):
+            kept = f"{out} has the last good state" if (out / "state.pt").exists() else "nothing was saved yet"
+            raise ValueError(f"not finite at step {step}: {losses}; {kept}; a smaller --lr may help")
+
     def validate(step):
-        if val is not None and rank == 0:
-            log.append({"step": step, "val": measure(model, val, subset(val.names, args.val_limit), settings.seed)})
+        if shown and rank == 0:
+            log.append({"step": step, "val": measure(model, val, shown, settings.seed)})
 
     def save(step):
         if rank == 0:
@@ -213,22 +261,26 @@ def train(args, settings, model, data, val, out):
     for step in bar:
         opt.param_groups[0]["lr"] = settings.lr * rate(step - 1, settings.steps, settings.warmup)
         opt.zero_grad()
-        losses = gradient(model, params, list(islice(stream, accumulate)), settings)
+        learned = list(islice(stream, accumulate))
+        losses = gradient(model, params, learned, settings)
         losses["norm"] = torch.nn.utils.clip_grad_norm_(params, CLIP).item()
-        if not all(map(math.isfinite, losses.values())):                     # they must not reach the weights
-            kept = f"{out} has the last good state" if (out / "state.pt").exists() else "nothing was saved yet"
-            raise ValueError(f"not finite at step {step}: {losses}; {kept}; a smaller --lr may help")
+        check(step, losses)                              # they must not reach the weights
         opt.step()
         log.append({"step": step, "lr": opt.param_groups[0]["lr"], **losses})
         bar.set_postfix({key: f"{losses[key]:.4f}" for key in ("flow", "focal", "dice")})
-        if step % args.val_every == 0 or step == settings.steps:
+        validating = step % args.val_every == 0 or step == settings.steps
+        saving = step % args.save_every == 0 and step < settings.steps
+        if validating or saving:
+            check(step, trial(model, params, *learned[0], settings))         # nor these weights a file
+        if validating:
             validate(step)
-        if step % args.save_every == 0 or step == settings.steps:
+        if saving:
             save(step)
+    save(settings.steps)                                 # also where a finished run's files are gone
     if rank == 0:
         print_change(log)
-        print(f"{len(steps)} steps of {size} pictures, {time.time() - start:.0f} s, "
-              f"{peak_megabytes(model.device) / 1000:.1f} GB; wrote {out}/lora.safetensors, log.json and loss.png")
+        show(f"{len(steps)} steps of {size} pictures, {time.time() - start:.0f} s, "
+             f"{peak_megabytes(model.device) / 1000:.1f} GB; wrote {out}/lora.safetensors, log.json and loss.png")
 
 
 def main(args):
@@ -239,11 +291,13 @@ def main(args):
                          "over heads; sa1b's masks have no names, and neither --maps heads nor --captions has a use")
     if args.measure and settings.val == "none":
         raise ValueError("--measure needs pictures with label maps: choose them with --val")
-    val = None if settings.val == "none" else DATASETS[settings.val](args.data_root)
+    world()                                              # what is wrong with it is said before the work
+    val = Dataset("none", [], None) if settings.val == "none" else DATASETS[settings.val](args.data_root)
     if args.measure:
         before_and_after(args, settings.model, val, subset(val.names, args.val_limit))
         return
-    data = TRAINING_SETS[args.dataset](args.data_root, args.captions)
+    captions = False if settings.match == "name" else args.captions          # then the names are the prompt
+    data = TRAINING_SETS[args.dataset](args.data_root, captions)
     model = seg4diff.load(settings.model, args.device, args.dtype)
     out = args.out or Path("out") / f"magnet-{args.dataset}-{model.name}-{settings.seed}"
     out.mkdir(parents=True, exist_ok=True)

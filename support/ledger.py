@@ -1,10 +1,12 @@
 """A ledger of finished pictures: one line each, so that a killed run goes on where it stopped and loses nothing.
 
-    ledger = Ledger(folder, identity)                    # .done: what was written under this very identity
-    ledger.add(name, {"nano": counts}, seed)             # on the disk before the next picture is begun
-    total = Ledger(folder, identity).sum(names, shape)   # exact: whole numbers, whichever process counted them
+    ledger = Ledger(folder, identity, rows, (K, K))      # .done: what was written under this very identity
+    ledger.add(name, {"nano": counts, ...}, seed)        # on the disk before the next picture is begun
+    total = ledger.sum(names)                            # exact: whole numbers, whichever process counted them
 
-Several processes (torchrun) write a file each in one folder; whoever opens a ledger reads them all.
+Several processes (torchrun) write a file each in one folder; whoever reads a ledger reads them all.  Each record begins
+a line of its own, and a line that is not whole is passed over: neither a kill nor a full disk nor a second run on the
+same file can damage another line.
 """
 import hashlib
 import json
@@ -14,12 +16,22 @@ from datetime import timedelta
 import numpy as np
 import torch
 
+from support.files import reading
+
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
+MOST = 2 ** 40                                           # more pixels than a picture has; int64 holds sums of millions
 
 
 def world():
-    """This process's number and how many there are: torchrun says so in the environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many there are: torchrun says so in the environment.  ValueError: nonsense."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    rank = os.environ.get("RANK", "")
+    processes = os.environ.get("WORLD_SIZE", "")
+    if not (rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes)):
+        raise ValueError(f"RANK {rank!r} and WORLD_SIZE {processes!r} in the environment should be a process's number, "
+                         "from 0, and how many there are; torchrun sets them, and a single process needs neither")
+    return int(rank), int(processes)
 
 
 def wait_for_all():
@@ -40,48 +52,82 @@ def sparse(counts):
     return [[int(i), int(j), int(counts[i, j])] for i, j in zip(*counts.nonzero())]
 
 
+def possible(cells, shape):
+    """Whether this is what `sparse` makes of a picture's counts of this shape."""
+    if not isinstance(cells, list) or not cells:
+        return False
+    for cell in cells:
+        if not isinstance(cell, list) or [type(x) for x in cell] != [int, int, int]:
+            return False
+        i, j, n = cell
+        if not (0 <= i < shape[0] and 0 <= j < shape[1] and 0 < n < MOST):
+            return False
+    return True
+
+
 class Ledger:
     """`done` {name: {row: [[i, j, count], ...]}}, `broken` {name: why it could not be read}."""
 
-    def __init__(self, folder, identity, rank=0):
-        """ValueError: the folder cannot be made, or read.  A line that a kill left half written is dropped."""
+    def __init__(self, folder, identity, rows, shape, rank=0):
+        """rows: of the table; shape: (rows, columns) of the counts of each.
+
+        ValueError: the folder cannot be made, or its ledgers not be read.
+        """
+        self.identity = identity
         self.hash = digest(identity)
+        self.rows = set(rows)
+        self.shape = shape
         self.done = {}
         self.broken = {}
         self.path = folder / f"ledger-{self.hash}-{rank}.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.glob(f"ledger-{self.hash}-*.jsonl")):
-                for line in path.read_bytes().split(b"\n")[:-1]:     # what follows the last line end is half a line
-                    self.take(json.loads(line))
-            whole = self.path.read_bytes() if self.path.exists() else b""
-            if whole and not whole.endswith(b"\n"):
-                os.truncate(self.path, whole.rfind(b"\n") + 1)
-        except (OSError, ValueError, TypeError) as e:                # not JSON, not one of our lines
-            raise ValueError(f"the ledger {self.path} cannot be used: {e}; name another folder with --out") from None
-        if b"\n" not in whole:
-            self.write({"identity": identity})
+        self.read()
+        if not self.path.exists():
+            self.write(json.dumps({"identity": identity}, default=str))
+
+    def read(self):
+        """What every process has written so far; a picture whose line is not whole and valid will be counted again."""
+        for path in sorted(self.path.parent.glob(f"ledger-{self.hash}-*.jsonl")):
+            with reading(path, "ledger"):
+                data = path.read_bytes()
+            for text in data.split(b"\n"):
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
+                    continue
+                if self.valid(line):
+                    self.take(line)
+
+    def valid(self, line):
+        """Whether this can be a record of this ledger: of all rows, or of none, where no pixel has a label."""
+        if not isinstance(line, dict) or line.get("hash") != self.hash or not isinstance(line.get("name"), str):
+            return False
+        if "broken" in line:
+            return isinstance(line["broken"], str)
+        counts = line.get("counts")
+        if not isinstance(counts, dict) or counts.keys() not in (set(), self.rows):
+            return False
+        return all(possible(cells, self.shape) for cells in counts.values())
 
     def take(self, line):
-        if "counts" in line:
-            self.done[line["name"]] = line["counts"]
-        elif "broken" in line:
+        if "broken" in line:
             self.broken[line["name"]] = line["broken"]
+        else:
+            self.done[line["name"]] = line["counts"]
 
-    def write(self, line):
-        """One line at the end of the file in one write, or nothing.  ValueError: the disk is full."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        data = json.dumps(line, default=str).encode() + b"\n"
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    def write(self, text):
+        """Text at the end of the file, in one write.  ValueError: the disk is full, say."""
+        data = text.encode()
         try:
-            if os.write(fd, data) != len(data):
-                raise OSError("no space left")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                if os.write(fd, data) != len(data):
+                    raise OSError("no space left")
+            finally:
+                os.close(fd)
         except OSError as e:
-            os.ftruncate(fd, size)
             raise ValueError(f"{self.path} cannot be written ({e}); {len(self.done)} pictures are kept, and the same "
-                             "command goes on from there once there is room") from None
-        finally:
-            os.close(fd)
+                             "command goes on from there once it can be") from None
 
     def add(self, name, counts, seed):
         self.record({"name": name, "seed": seed, "counts": {row: sparse(c) for row, c in counts.items()}})
@@ -91,15 +137,15 @@ class Ledger:
         self.record({"name": name, "broken": why})
 
     def record(self, line):
-        self.write(line | {"hash": self.hash})
+        self.write("\n" + json.dumps(line | {"hash": self.hash}))
         self.take(line)
 
-    def sum(self, names, shape):
-        """Counts of these pictures (those that are done) added up, int64 of this shape for each row of the table."""
+    def sum(self, names):
+        """Counts of these pictures (those that are done) added up, int64 for each row of the table."""
         total: Counts = {}
         for name in names:
             for row, counts in self.done.get(name, {}).items():
-                total.setdefault(row, np.zeros(shape, np.int64))
+                total.setdefault(row, np.zeros(self.shape, np.int64))
                 for i, j, n in counts:
                     total[row][i, j] += n
         return total

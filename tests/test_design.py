@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import train_magnet
 
 ROOT = Path(evaluate.__file__).parent
 FOLDERS = ("support", "nano", "tools")
@@ -63,17 +64,25 @@ def packages(files: set[str]) -> set[str]:
 
 # Imported by what counts, but no count depends on them.
 COUNT_NOTHING = {"support/cli.py": "options of command lines and the sentence of an error",
-                 "support/pictures.py": "draws and saves; evaluations read their pictures by support/data.py"}
+                 "support/pictures.py": "draws; evaluations read their pictures by support/files.py"}
+# Nor do the weights of MAGNET depend on this one, which only train_magnet.py imports.
+TRAIN_NOTHING = {"support/report.py": "draws the log"}
 
 
-def test_the_code_of_a_run_is_complete_and_exact():
-    """What protocol.py computes and the ledger keeps and adds up depends on evaluate.CODE, and on nothing else."""
-    assert len(set(evaluate.CODE)) == len(evaluate.CODE)
-    code = {file for file in evaluate.CODE if file.endswith(".py")}
-    used = reachable("protocol.py", "support/ledger.py")
-    assert COUNT_NOTHING.keys() <= used
-    assert code == used - COUNT_NOTHING.keys()
-    assert set(evaluate.CODE) - code == {"support/classes.json"}             # data that those files read
+@pytest.mark.parametrize("code, files, left_out", [
+    (evaluate.CODE, ("protocol.py", "support/ledger.py"), COUNT_NOTHING),
+    (train_magnet.CODE, ("train_magnet.py",), COUNT_NOTHING | TRAIN_NOTHING)])
+def test_the_code_of_a_run_is_complete_and_exact(code, files, left_out):
+    """What protocol.py computes and the ledger keeps and adds up depends on evaluate.CODE, and on nothing else.
+
+    What train_magnet.py learns and measures depends in the same way on its own CODE.
+    """
+    assert len(set(code)) == len(code)
+    python = {file for file in code if file.endswith(".py")}
+    used = reachable(*files)
+    assert left_out.keys() <= used
+    assert python == used - left_out.keys()
+    assert set(code) - python == {"support/classes.json"}                    # data that those files read
 
 
 # ---------------------------------------------------------------------------- imports

@@ -12,6 +12,7 @@ import seg4diff
 from loading import image_seed
 from protocol import TASKS, Protocol, Variant, ceiling_map, evaluation, floor_map, measure
 from support.data import DATASETS, Item
+from support.files import Broken
 from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
 
 ROWS = {"ovss": 1, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
@@ -241,7 +242,7 @@ def test_measure(tiny):
     assert measure(tiny, data, names, "unsup", some, Protocol(seed=1)).keys() == {"u", "floor", "ceiling"}
 
     def read(name):
-        raise OSError("it is gone")
+        raise Broken("it is gone")
     with pytest.raises(ValueError, match=f"{names[0]} cannot be read: it is gone"):
         measure(tiny, replace(data, read=read), names, "ovss")
 

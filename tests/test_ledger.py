@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,28 @@ import evaluate
 import seg4diff
 from loading import image_seed
 from protocol import evaluation
+from support import ledger as ledger_module
 from support.data import DATASETS
 from support.ledger import Ledger, digest
 
 ROOT = Path(seg4diff.__file__).parent
 PROTOCOL = {"task": "ovss", "seed": 0}
+STOPPED = "stopped; the same command goes on from here"
+
+
+def opened(folder: Path, identity: dict = PROTOCOL, rank: int = 0) -> Ledger:
+    return Ledger(folder, identity, ["tiny", "floor"], (4, 4), rank)
 
 
 def some(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {row: rng.integers(0, 3, (4, 4)) * rng.integers(0, 10**12) for row in ("tiny", "floor")}
+    return {row: rng.integers(0, 3, (4, 4)) * rng.integers(0, 10**11) for row in ("tiny", "floor")}
 
 
 def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    """What the whole lines hold; of others an end is missing."""
+    texts = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(text) for text in texts if text.endswith("}")]
 
 
 # ---------------------------------------------------------------------------- the file
@@ -37,72 +46,123 @@ def lines(folder: Path) -> list[dict]:
 def test_sums_are_exact(tmp_path):
     """Also beyond what fp64 holds, in any order of pictures, and over the files of several processes."""
     for i in range(6):
-        Ledger(tmp_path, PROTOCOL, rank=i % 3).add(f"p{i}", some(i), seed=i)
-    ledger = Ledger(tmp_path, PROTOCOL)
+        opened(tmp_path, rank=i % 3).add(f"p{i}", some(i), seed=i)
+    ledger = opened(tmp_path)
     for names in (["p0"], ["p5", "p1", "p3"], [f"p{i}" for i in range(6)], ["p1", "absent"]):
-        total = ledger.sum(names, (4, 4))
+        total = ledger.sum(names)
         assert total.keys() == {"tiny", "floor"}
         for row in total:
             want = sum(some(int(name[1]))[row] for name in names if name != "absent")
             assert total[row].dtype == np.int64 and (total[row] == want).all()
-    assert ledger.sum([], (4, 4)) == ledger.sum(["absent"], (4, 4)) == {}
+    assert ledger.sum([]) == ledger.sum(["absent"]) == {}
     assert [line["seed"] for line in lines(tmp_path) if "counts" in line] == [0, 3, 1, 4, 2, 5]
     assert all(line["hash"] == ledger.hash for line in lines(tmp_path) if "counts" in line)
     assert lines(tmp_path)[0] == {"identity": PROTOCOL}
-    large = Ledger(tmp_path / "large", PROTOCOL)
-    for name in "ab":
-        large.add(name, {"tiny": np.array([[2**53 + 1]])}, seed=0)
-    assert Ledger(tmp_path / "large", PROTOCOL).sum(["a", "b"], (1, 1))["tiny"].item() == 2**54 + 2
+    large = np.full((4, 4), 2**39 + 1)
+    opened(tmp_path / "large").add("a", {"tiny": large, "floor": large}, seed=0)
+    many = opened(tmp_path / "large").sum(["a"] * (2**14 + 1))["tiny"]
+    assert many[3, 3] == (2**39 + 1) * (2**14 + 1) != int(float(many[3, 3]))
 
 
 @pytest.mark.parametrize("cut", [1, 20, 10_000])
-def test_half_a_line_is_dropped(tmp_path, cut):
-    ledger = Ledger(tmp_path, PROTOCOL)
+def test_half_a_line_is_passed_over(tmp_path, cut):
+    ledger = opened(tmp_path)
     ledger.add("a", some(0), seed=0)
-    first_line, _ = ledger.path.read_bytes().split(b"\n", 1)
     ledger.add("b", some(1), seed=0)
-    ledger.path.write_bytes(ledger.path.read_bytes()[:-cut] if cut < 10_000 else first_line[:-3])
-    again = Ledger(tmp_path, PROTOCOL)
+    data = ledger.path.read_bytes()
+    ledger.path.write_bytes(data[:-cut] if cut < 10_000 else data[:30])      # 30: within the line of the identity
+    again = opened(tmp_path)
     assert set(again.done) == ({"a"} if cut < 10_000 else set())
     for i, name in enumerate("ab"):
         again.add(name, some(i), seed=0)
-    last = Ledger(tmp_path, PROTOCOL)
-    assert set(last.done) == {"a", "b"} and lines(tmp_path)[0] == {"identity": PROTOCOL}
-    assert (last.sum(["a", "b"], (4, 4))["tiny"] == some(0)["tiny"] + some(1)["tiny"]).all()
+    last = opened(tmp_path)
+    assert set(last.done) == {"a", "b"} and last.path.read_bytes().startswith(data[:30])
+    assert (last.sum(["a", "b"])["tiny"] == some(0)["tiny"] + some(1)["tiny"]).all()
+
+
+def test_two_runs_on_one_file(tmp_path, monkeypatch):
+    """The disk is full in the middle of one's line, then of the other's: nobody cuts off what the other has written."""
+    one, two = opened(tmp_path), opened(tmp_path)
+    write = os.write
+    for ledger, other, names in ((one, two, "abc"), (two, one, "def")):
+        ledger.add(names[0], some(0), seed=0)
+        with monkeypatch.context() as m:
+            m.setattr(os, "write", lambda fd, data: write(fd, data[:len(data) // 2]))
+            with pytest.raises(ValueError, match="ledger-.*cannot be written .no space left.; .* pictures are kept"):
+                ledger.add(names[1], some(1), seed=0)
+        other.add(names[2], some(2), seed=0)
+    assert set(opened(tmp_path).done) == set("acdf")
+    assert (opened(tmp_path).sum("af")["floor"] == some(0)["floor"] + some(2)["floor"]).all()
 
 
 def test_half_a_line_of_another_process_is_left_to_it(tmp_path):
-    """Rank 1 may be writing just now: rank 0 passes over what has no end yet, and does not cut it off."""
-    other = Ledger(tmp_path, PROTOCOL, rank=1)
+    """Rank 1 may be writing just now: rank 0 passes over what is not whole yet, and does not cut it off."""
+    other = opened(tmp_path, rank=1)
     other.add("a", some(0), seed=0)
     with open(other.path, "ab") as f:
-        f.write(b'{"name": "b", "coun')
+        f.write(b'\n{"name": "b", "coun')
     before = other.path.read_bytes()
-    assert set(Ledger(tmp_path, PROTOCOL, rank=0).done) == {"a"} and other.path.read_bytes() == before
+    assert set(opened(tmp_path, rank=0).done) == {"a"} and other.path.read_bytes() == before
 
 
 def test_another_protocol_is_another_file(tmp_path):
-    Ledger(tmp_path, PROTOCOL).add("a", some(0), seed=0)
+    opened(tmp_path).add("a", some(0), seed=0)
     for other in (PROTOCOL | {"seed": 1}, PROTOCOL | {"more": None}, {"task": "ovss"}):
-        assert not Ledger(tmp_path, other).done and digest(other) != digest(PROTOCOL)
-    assert Ledger(tmp_path, dict(reversed(PROTOCOL.items()))).done                # order is no difference
+        assert not opened(tmp_path, other).done and digest(other) != digest(PROTOCOL)
+    assert opened(tmp_path, dict(reversed(PROTOCOL.items()))).done           # order is no difference
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("damage", [b"not json\n", b"\x00\x00\n", b"\xff\xfe{}\n", b"3\n"])
-def test_a_damaged_ledger_is_named(tmp_path, damage):
-    ledger = Ledger(tmp_path, PROTOCOL)
-    ledger.path.write_bytes(ledger.path.read_bytes() + damage)
-    with pytest.raises(ValueError, match="cannot be used.*--out") as raised:
-        Ledger(tmp_path, PROTOCOL)
-    assert str(ledger.path) in str(raised.value)
+CELLS = ([0, 0, -1], [0, 0, 0], [0, 0, 1.5], [0, 0, 1.0], [0, 0, True], [0, 0, "1"], [0, 0, 2**63], [0, 0, None],
+         [-1, 0, 1], [0, -1, 1], [4, 0, 1], [0, 4, 1], [0.0, 0, 1], [0, 0], [0, 0, 1, 1], [[0], 0, 1], 5, None, "001")
+
+
+def test_an_impossible_line_is_counted_again(tmp_path):
+    """Damaged, another run's, or counts that no picture has: none of it is summed, and none hides its neighbours."""
+    ledger = opened(tmp_path)
+    ledger.add("first", some(0), seed=0)
+    good = {"name": "bad", "seed": 0, "hash": ledger.hash, "counts": {"tiny": [[0, 0, 7]], "floor": [[1, 1, 7]]}}
+    counts = [good["counts"] | {"tiny": [[2, 2, 1], cell]} for cell in CELLS]
+    counts += [good["counts"] | {"tiny": cells} for cells in ([], {}, None, 5, "[]", [[]])]
+    counts += [{"tiny": [[0, 0, 7]]}, good["counts"] | {"more": [[0, 0, 7]]}, [], None, 5, [["tiny", []]]]
+    bad = [good | {"counts": c} for c in counts]
+    bad += [good | {"hash": "0" * 12}, good | {"name": 5}, good | {"name": ["bad"]}, good | {"broken": {}}, [], 3, None]
+    bad += [{key: value for key, value in good.items() if key != left_out} for left_out in ("name", "hash", "counts")]
+    texts = [json.dumps(line).encode() for line in bad]
+    texts += [b"not json", b"\x00\x00", b"\xff\xfe{}", b"[" * 100_000, texts[0][1:], b'{"a": NaN', b"9" * 5000]
+    with open(ledger.path, "ab") as f:
+        f.writelines(b"\n" + text for text in texts)
+    ledger.add("last", some(1), seed=0)
+    again = opened(tmp_path)
+    assert set(again.done) == {"first", "last"} and not again.broken
+    again.record({key: value for key, value in good.items() if key != "hash"})
+    assert opened(tmp_path).done["bad"] == good["counts"]                    # this one is possible
+    again.add("nothing labelled", {}, seed=0)
+    again.skip("unreadable", "why")
+    again = opened(tmp_path)
+    assert again.done["nothing labelled"] == {} and again.broken == {"unreadable": "why"}
 
 
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in ("file", "file/deeper"):
-        with pytest.raises(ValueError, match="cannot be used"):
-            Ledger(tmp_path / folder, PROTOCOL)
+        with pytest.raises(ValueError, match=f"{folder}/ledger-.* cannot be written"):
+            opened(tmp_path / folder)
+    opened(tmp_path).path.unlink()
+    opened(tmp_path, {}).path.rename(tmp_path / "away")
+    (tmp_path / f"ledger-{digest(PROTOCOL)}-1.jsonl").mkdir()
+    with pytest.raises(ValueError, match="-1.jsonl' cannot be read as a ledger"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("rank, processes", [("5", None), (None, "2"), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "x"),
+                                             ("0.5", "2"), ("", ""), ("0", "0")])
+def test_nonsense_of_torchrun(monkeypatch, rank, processes):
+    for key, value in (("RANK", rank), ("WORLD_SIZE", processes)):
+        if value is not None:
+            monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=f"^RANK '{rank or ''}' and WORLD_SIZE '{processes or ''}' .*torchrun"):
+        ledger_module.world()
 
 
 # ---------------------------------------------------------------------------- the command
@@ -140,8 +200,8 @@ def test_a_killed_run_goes_on_where_it_stopped(run, monkeypatch, tmp_path, task)
     assert code == 0, err
     with monkeypatch.context() as m:
         stop_after(m, 3, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            run("killed", "--task", task)
+        code, out, err, _ = run("killed", "--task", task)
+    assert code == 130 and out == "" and err.splitlines()[-1].startswith(STOPPED) and "Traceback" not in err
     done = [line["name"] for line in lines(tmp_path / "killed") if "counts" in line]
     assert len(done) == 3 and not (tmp_path / "killed/results.json").exists()
     (ledger,) = (tmp_path / "killed").iterdir()
@@ -190,7 +250,7 @@ def test_a_changed_program_begins_anew(tiny, tmp_path, monkeypatch):
     for file in (*evaluate.CODE, "README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         (copy / file).write_bytes((ROOT / file).read_bytes())
-    monkeypatch.setattr(evaluate, "__file__", str(copy / "evaluate.py"))
+    monkeypatch.setattr("support.files.__file__", str(copy / "support/files.py"))
     ev = evaluation(tiny, DATASETS["scenes"](), "ovss")
     before = evaluate.identity_of(ev)
     for file in ("README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
@@ -218,7 +278,7 @@ def test_changed_weights_begin_anew(run, tiny_file, tmp_path):
 
 @pytest.mark.parametrize("short", [True, False])
 def test_disk_full(run, monkeypatch, tmp_path, short):
-    """The third picture's line finds no room, or for a part only: one sentence, the file as it was, and it goes on."""
+    """The third picture's line finds no room, or for a part only: one sentence, the others are kept, and it goes on."""
     whole = run("whole")[3]
     write = os.write
     written = []
@@ -239,7 +299,7 @@ def test_disk_full(run, monkeypatch, tmp_path, short):
     assert code == 2 and sentence.startswith("error: ") and "2 pictures are kept" in sentence and not result
     assert "space left" in sentence and "ledger-" in sentence and "Traceback" not in err
     (path,) = (tmp_path / "out").iterdir()
-    assert path.read_bytes().endswith(b"".join(written)) and len(lines(tmp_path / "out")) == 3
+    assert b"".join(written) in path.read_bytes()
     assert run("out")[3]["rows"] == whole["rows"]
 
 
@@ -286,13 +346,44 @@ def test_broken_files_are_named_counted_and_skipped(run, voc, tmp_path):
     assert result["facts"]["data"] == "voc, 4 pictures, 20 classes"
     (sentence,) = [line for line in out.splitlines() if "4 of 8 pictures could not be read" in line]
     assert all(f"{name} (" in sentence for name in BROKEN) and "(50, 40)" in sentence and "p4.png" in sentence
-    total = Ledger(tmp_path / "out", result["identity"]).sum([f"p{i}" for i in range(8)], (20, 20))
-    assert total["tiny"].sum() == 4 * 40 * 60
+    ledger = Ledger(tmp_path / "out", result["identity"], result["rows"], (20, 20))
+    assert ledger.sum([f"p{i}" for i in range(8)])["tiny"].sum() == 4 * 40 * 60
 
     put(voc / "SegmentationClass/p4.png", np.full((40, 60), 8), palette=True)          # mended: it is tried again
     code, out, _, mended = run("out", *options)
     assert code == 0 and mended["broken"].keys() == BROKEN - {"p4"} and mended["n"] == 5 and "3 of 8" in out
-    assert mended["hash"] == result["hash"]
+    assert mended["hash"] != result["hash"]                                  # the files have changed
+
+
+def test_other_labels_under_the_same_name_begin_anew(run, voc, tmp_path):
+    """Numbers are of the files that are there, not of those that were (faults A.3)."""
+    options = ("--dataset", "voc", "--data-root", tmp_path / "data", "--limit", 8, "--batch-size", 8)
+    before = run("out", *options)[3]
+    labels = np.full((40, 60), 7, np.uint8)
+    labels[20:] = 9
+    put(voc / "SegmentationClass/p0.png", labels, palette=True)
+    after = run("out", *options)[3]
+    assert after["hash"] != before["hash"] and after["rows"] == run("fresh", *options)[3]["rows"] != before["rows"]
+
+
+def test_a_ledger_that_is_removed_meanwhile(run, tmp_path, monkeypatch):
+    """Of a single process nothing is lost; what another has counted is missed, and said to be (faults C.15)."""
+    whole = run("whole")[3]
+    add = Ledger.add
+
+    def removing(self, name, counts, seed):
+        add(self, name, counts, seed)
+        self.path.unlink()
+    monkeypatch.setattr(Ledger, "add", removing)
+    code, _, err, result = run("out")
+    assert code == 0 and result["rows"] == whole["rows"] and result["n"] == 4, err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "world", lambda: (0, 2))                   # the other one has written nothing
+    monkeypatch.setattr(evaluate, "wait_for_all", lambda: None)
+    args = Namespace(task="ovss", seed=0, prompt="present", resize="squash", draws=1, batch_size=1, limit=4)
+    with pytest.raises(ValueError, match="2 pictures that other processes counted are no longer in lost"):
+        evaluate.run(args, seg4diff.load(Path(whole["arguments"]["model"])), DATASETS["scenes"](), Path("lost"))
 
 
 def test_all_broken_is_an_error(run, voc, tmp_path):

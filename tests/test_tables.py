@@ -1,5 +1,9 @@
 """Real data sets in miniature, through the command: Table 1 and 2 beside the paper's numbers."""
+import io
 import json
+import os
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -69,6 +73,44 @@ def test_a_whole_table(command, tiny_file, tmp_path, root, task):
     assert {p.name for p in (tmp_path / f"out/{task}-all-tiny").iterdir()} == set(PRESENT[task])
 
 
+def pipe_without_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+OUTPUTS = {"pipe": (pipe_without_reader, 0), "full": (partial(open, "/dev/full", "w"), 2),
+           "ascii": (lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), 0)}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_cannot_be_printed_is_on_the_disk(command, tiny_file, tmp_path, root, monkeypatch, output):
+    """Of every data set, not of the first alone (faults B.8)."""
+    model = tmp_path / "t·ny.safetensors"                # a name that ASCII lacks
+    model.symlink_to(tiny_file)
+    options = ("--dataset", "all", "--data-root", root, "--model", model, "--device", "cpu", "--out", tmp_path / "out")
+    opened, code = OUTPUTS[output]
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", opened())
+        found, _, err = command("evaluate.py", *options)
+        if output == "ascii":
+            assert b"t\\xb7ny, ours" in sys.stdout.buffer.getvalue()
+    assert found == code and "Traceback" not in err and ("standard output cannot be written" in err) == (code == 2)
+    for name in PRESENT["ovss"]:
+        assert {"results.json", "overlays.png"} < {path.name for path in (tmp_path / "out" / name).iterdir()}
+
+
+def test_a_data_set_that_cannot_be_read(command, tiny_file, tmp_path, root):
+    """It has no column in the table, and is the error that the command ends with."""
+    for name in ("a", "b"):
+        (root / f"coco/val2017/{name}.jpg").write_text("no picture")
+    code, out, err = command("evaluate.py", "--dataset", "all", "--data-root", root, "--model", tiny_file)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: coco-object: none of the 2 pictures of coco-object could be read")
+    cells = next(x for x in out.splitlines() if x.startswith("ceiling, ours")).split("ours")[1].split()
+    assert [cell == "-" for cell in cells] == [column not in ("voc", "ade20k") for column in PAPER["ovss"]["columns"]]
+
+
 def test_no_data_set_at_all(command, tiny_file, tmp_path):
     code, out, err = command("evaluate.py", "--dataset", "all", "--data-root", tmp_path / "empty", "--model", tiny_file)
     assert code == 2 and out == "" and err.startswith("error: none of the data sets voc, coco-object, context59, ")
@@ -86,6 +128,8 @@ def test_real_data_sets_are_for_sd3(command, root, monkeypatch):
     for dataset in ("voc", "all", "scenes", "scenes-dev"):
         assert command("evaluate.py", "--data-root", root, "--dataset", dataset)[0] == 2
     assert asked == ["sd3", "sd3", "nano", "nano"]
+    command("evaluate.py", "--model", "")                # a name like any other: there is no such model
+    assert asked[-1] == ""
 
 
 def test_background_that_competes_and_is_never_scored(tiny, root):

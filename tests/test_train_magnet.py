@@ -3,7 +3,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import runpy
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ import seg4diff
 import train_magnet
 from nano import scenes
 from support.data import DATASETS, FACTS, TRAINING_SETS, Dataset, subset
+from support.files import Broken
 
 # ---------------------------------------------------------------------------- data
 
@@ -145,8 +148,8 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(command, train, tin
             raise KeyboardInterrupt
         return step(self, *args)
     monkeypatch.setattr(torch.optim.AdamW, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train("--steps", 4, "--save-every", 2, "--out", "cut")
+    code, out, err = train("--steps", 4, "--save-every", 2, "--out", "cut")
+    assert code == 130 and out == "" and err.splitlines()[-1].startswith("stopped; the same command goes on from here")
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
     code, _, err = train("--steps", 4, "--save-every", 2, "--out", "cut")
@@ -212,12 +215,129 @@ def test_coco_and_sa1b_run(train, tmp_path):
     assert code == 2 and "picture sa_1 of sa1b cannot be read" in err
 
 
-def test_a_broken_state_is_named(train, tmp_path):
-    assert train("--steps", 1)[0] == 0
-    state = tmp_path / "out/magnet-scenes-tiny-0/state.pt"
-    state.write_bytes(state.read_bytes()[:500])
-    code, _, err = train("--steps", 1)
-    assert code == 2 and "state.pt is broken" in err.splitlines()[-1]
+def test_another_run_is_not_gone_on_with(train, tmp_path, monkeypatch):
+    """What its weights or its measurements depend on has changed; the sentence says what (faults A.2)."""
+    coco = tmp_path / "d/coco"
+    for split in ("train2017", "val2017"):
+        put(coco / split / "1.jpg", np.full((40, 60, 3), 90))
+        put(coco / "stuffthingmaps" / split / "1.png", np.full((40, 60), 2))
+    (tmp_path / "c.json").write_text('{"1": "A car."}')
+    shutil.copytree(tmp_path / "d", tmp_path / "elsewhere")
+    usual = ("--dataset", "coco", "--data-root", "d", "--captions", "c.json", "--steps", 1, "--val", "coco-object",
+             "--val-limit", 1, "--out", "run")
+    assert train(*usual)[0] == train(*usual)[0] == 0
+
+    def refused(says, *change):
+        code, out, err = train(*usual, *change)
+        last = err.splitlines()[-1]
+        assert (code, out) == (2, "") and last.startswith("error: run holds a run with ") and says in last, err
+    refused("val coco-object instead of none", "--val", "none")
+    refused("val coco-object instead of scenes-dev", "--val", "scenes-dev")
+    refused("val_limit 1 instead of 2", "--val", "scenes-dev", "--val-limit", 2)
+    refused("captions c.json instead of ", "--captions", shutil.copy("c.json", "other.json"))
+    refused(f"data_root {tmp_path / 'd'} instead of {tmp_path / 'elsewhere'}", "--data-root", "elsewhere")
+    for name, use in (("c.json", "trained"), ("train2017/1.jpg", "trained"), ("val2017/1.jpg", "measured")):
+        path = tmp_path / name if name == "c.json" else coco / name
+        before = path.stat()
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        refused(f"files that are {use} on ")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with monkeypatch.context() as m:
+        m.setattr("support.files.code_stamp", lambda names: "changed")
+        refused("instead of changed")
+    assert train(*usual)[0] == 0
+
+
+def test_a_finished_run_writes_again_what_is_gone(train, tmp_path):
+    """Its files, as they were, though no step is left (faults B.9)."""
+    assert train("--steps", 2, "--out", "run")[0] == 0
+    lora = load_file(tmp_path / "run/lora.safetensors")
+    log = (tmp_path / "run/log.json").read_text()
+    for name in ("lora.safetensors", "log.json"):
+        (tmp_path / "run" / name).unlink()
+    code, out, err = train("--steps", 2, "--out", "run")
+    assert code == 0 and "0 steps" in out and "wrote run/lora.safetensors" in out, err
+    again = load_file(tmp_path / "run/lora.safetensors")
+    assert all(torch.equal(again[key], x) for key, x in lora.items()) and again.keys() == lora.keys()
+    assert (tmp_path / "run/log.json").read_text() == log
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A LoRA of two tensors, its optimiser, its identity, and what a run of a step would save of them."""
+    params = [torch.nn.Parameter(torch.full(shape, 0.5)) for shape in ((2, 3), (4, 2))]
+    opt = torch.optim.AdamW(params)
+    sum(p.sum() for p in params).backward()
+    opt.step()
+    measured = {"mIoU": 5.0, "unsup mIoU": 6.0, "flow loss": 7.0}
+    log = [{"step": 0, "val": measured}, {"step": 1, "lr": 1e-3, "flow": 1.0, "focal": 2.0, "dice": 3.0}]
+    saved = {"step": 1, "log": log, "run": {"steps": 3}, "opt": opt.state_dict(), "lora": [p.detach() for p in params]}
+    return params, opt, saved
+
+
+def broken(saved):
+    """States that differ from a good one in one part."""
+    def without(part, key):
+        return {k: v for k, v in part.items() if k != key}
+    lora = saved["lora"]
+    moments = saved["opt"]["state"]
+    first, second = saved["log"]
+    x = torch.zeros(2, 3)
+    tensors = [None, "x", x / 0, x + torch.inf, x.T, x.flatten(), x.double(), x.long(), x.to_sparse()]
+    parts = {"step": [-1, 4, 1.0, "1", None, True], "run": [None, [], "steps"],
+             "lora": [*([x, lora[1]] for x in tensors), [], lora[:1], lora * 2, dict(enumerate(lora)), 5],
+             "opt": [None, [], "x", {"param_groups": []}],
+             "log": [5, "x", {}, [5], ["flow"], [[]], [{}], [first, without(second, "dice")], [first | {"val": 5}],
+                     [first | {"val": {}}], [second | {"flow": "x"}], [second | {"flow": float("nan")}],
+                     [without(second, "step")]]}
+    states = [{}, [], [*moments.values()], {0: {}, 1: {}}, {0: 1, 1: 2}, moments | {0: without(moments[0], "step")}]
+    states += [moments | {0: moments[0] | {key: x}} for x in tensors for key in ("exp_avg", "exp_avg_sq")]
+    parts["opt"] += [{"state": x} for x in states]
+    yield from ("text", [1, 2], None, 5, torch.zeros(3), {}, set())
+    for key, values in parts.items():
+        yield without(saved, key)
+        yield from (saved | {key: x} for x in values)
+
+
+def test_a_broken_state_is_named(state, tmp_path):
+    """In a sentence, before anything is taken over, and never with the advice to let it run code (faults C.17)."""
+    params, opt, saved = state
+    path = tmp_path / "state.pt"
+    before = [p.detach().clone() for p in params]
+
+    def named():
+        with pytest.raises(Broken, match=f"^'{path}' cannot be read as a state of a run .remove it") as raised:
+            train_magnet.resume(path, {"steps": 3}, params, opt)
+        assert "\n" not in str(raised.value) and "weights_only" not in str(raised.value)
+        assert all(torch.equal(p, x) for p, x in zip(params, before))
+    assert train_magnet.resume(path, {"steps": 3}, params, opt) == (0, [])
+    for wrong in broken(saved):
+        torch.save(wrong, path)
+        named()
+    torch.save(saved | {"run": Dataset("any class", [], None)}, path)
+    named()
+    torch.save(saved, path)
+    whole = path.read_bytes()
+    for data in (b"", b"text", whole[:500], b"\0" * 1000, pickle.dumps(saved["log"])):
+        path.write_bytes(data)
+        named()
+    path.unlink()
+    path.mkdir()
+    named()
+
+
+def test_a_good_state_is_taken_over(state, tmp_path):
+    """Values and moments; how the optimiser steps is said by this run's settings."""
+    params, opt, saved = state
+    torch.save(saved, tmp_path / "state.pt")
+    again = [torch.nn.Parameter(torch.zeros_like(p)) for p in params]
+    new = torch.optim.AdamW(again, lr=0.5, weight_decay=0.25)
+    assert train_magnet.resume(tmp_path / "state.pt", {"steps": 3}, again, new) == (1, saved["log"])
+    for p, q in zip(params, again):
+        assert torch.equal(p, q) and all(torch.equal(x, new.state[q][key]) for key, x in opt.state[p].items())
+    assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (0.5, 0.25)
+    with pytest.raises(ValueError, match="holds a run with steps 3 instead of 4; name another --out"):
+        train_magnet.resume(tmp_path / "state.pt", {"steps": 4}, again, new)
 
 
 def test_the_batch_is_16_or_more(command, tiny_file):
@@ -227,11 +347,27 @@ def test_the_batch_is_16_or_more(command, tiny_file):
     assert code == 0 and "1 steps of 18 pictures" in out, err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(train, tmp_path, monkeypatch):
-    code, _, err = train("--steps", 3, "--save-every", 1, "--lr", 1e30)
-    assert code == 2 and "not finite" in err.splitlines()[-1] and "smaller --lr" in err
-    good = load_file(tmp_path / "out/magnet-scenes-tiny-0/lora.safetensors")
-    assert torch.load(tmp_path / "out/magnet-scenes-tiny-0/state.pt", weights_only=True)["step"] >= 1
+@pytest.mark.parametrize("lr", [1e15, 1e30])
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, lr):
+    """Nor those that give losses which are not: there is no step after the last that would tell (faults A.6)."""
+    code, out, err = train("--steps", 1, "--save-every", 1, "--lr", lr, "--out", "run")
+    assert code == 2 and out == "" and "not finite at step 1" in err.splitlines()[-1]
+    assert "smaller --lr" in err and "nothing was saved yet" in err and not list((tmp_path / "run").iterdir())
+
+
+def test_what_is_not_finite_ends_the_run_and_spoils_nothing(train, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+    steps = iter(range(1, 4))
+
+    def breaks(self, *args):
+        step(self, *args)
+        if next(steps) == 3:                                                 # in the last step
+            self.param_groups[0]["params"][0].data[0, 0] = torch.nan
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
+    code, _, err = train("--steps", 3, "--save-every", 1, "--out", "run")
+    assert code == 2 and "not finite at step 3" in err.splitlines()[-1] and "run has the last good state" in err
+    good = load_file(tmp_path / "run/lora.safetensors")
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 2
     assert all(x.isfinite().all() for x in good.values())
 
 
@@ -301,7 +437,7 @@ def test_rate():
 def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(capsys):
     def read(name):
         if name in "bd":
-            raise OSError("truncated")
+            raise Broken("truncated")
         return name
     data = Dataset("mine", list("abcd"), read)
     got = train_magnet.readable(data, data.names)
@@ -310,3 +446,5 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_the_next(capsys):
     assert err.count("picture b of mine cannot be read") == 1 and err.count("picture d") == 1
     with pytest.raises(ValueError, match="none of the 2"):
         train_magnet.readable(Dataset("mine", ["b", "d"], read), ["b", "d"])("b")
+    with pytest.raises(AttributeError):                                      # a mistake of ours is none of the picture
+        train_magnet.readable(Dataset("mine", ["b"], lambda name: name.nothing), ["b"])("b")
