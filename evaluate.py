@@ -229,7 +229,8 @@ if __name__ == "__main__":
     parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
-    parser.add_argument("--batch-size", type=at_least(1), help="pictures at once (default: the model's preset)")
+    parser.add_argument("--batch-size", type=at_least(1, most=1024),
+                        help="pictures at once (default: the model's preset)")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
     add_model_options(parser, default=None, default_help="nano for scenes, sd3 for real pictures")
     command(main, parser)

@@ -10,44 +10,79 @@ import sys
 from pathlib import Path
 
 import matplotlib
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from nano.pretrain import block_scores  # noqa: E402
-from support import weights  # noqa: E402
-from support.cli import Parser, at_least, command  # noqa: E402
+from support import pictures, weights  # noqa: E402
+from support.cli import Parser, at_least, command, show  # noqa: E402
+from support.files import check_kind, read_json, read_tensors, reading, stamp, write_figure, write_json  # noqa: E402
+
+
+def history(run: Path) -> tuple[int, list[tuple[int, float]]]:
+    """Samples that a run has seen, and its log of (samples, loss).  ValueError: no run; its mmdit.pt is broken."""
+    path = run / "mmdit.pt"
+    if not path.exists():
+        raise ValueError(f"{run} is not the folder of a run of pretrain.py: it holds no mmdit.pt")
+    state = read_tensors(path, "state of a training")
+    with reading(path, "state of a training"):
+        check_kind(state, dict, "its content")
+        for samples, loss in check_kind(state["log"], list, "log"):
+            check_kind(samples, int, "a number of samples")
+            check_kind(loss, float, "a loss")
+        return check_kind(state["samples"], int, "samples"), state["log"]
+
+
+def samples_of(file: Path) -> int:
+    """Samples that a snapshot has seen.  Broken: it is no snapshot of pretrain.py."""
+    header = weights.header(weights.find(file))
+    with reading(file, "snapshot of pretrain.py"):
+        return check_kind(check_kind(json.loads(header["trained"]), dict, "trained")["samples"], int, "samples")
+
+
+def measured_before(path: Path) -> dict[str, dict]:
+    """What a run's curves.json holds, nothing if there is none.  Broken: something else."""
+    if not path.exists():
+        return {}
+    measured = read_json(path)
+    with reading(path, "list of what was measured"):
+        for point in measured.values():
+            check_kind(check_kind(point, dict, "a point")["samples"], int, "samples")
+            for score in [point["floor"], *check_kind(point["mIoU"], list, "mIoU")]:
+                check_kind(score, float, "a score")
+    return measured
 
 
 def snapshots(run: Path, limit: int) -> list[dict]:
     """{"samples" seen, "mIoU" of each block (Fig. 8), "floor"} of a run's snapshots on `limit` scenes of scenes-dev.
 
-    What was measured is kept in the run's curves.json.
+    What was measured is kept in the run's curves.json.  Broken: this, or a snapshot.
     """
     path = run / "curves.json"
-    measured = json.loads(path.read_text()) if path.exists() else {}
+    measured = measured_before(path)
     for file in sorted(run.glob("nano_*.safetensors")):
         key = f"{file.name}/{limit}"
-        if key not in measured:
+        if measured.get(key, {}).get("stamp") != stamp([file]):
+            samples = samples_of(file)
             miou, floor = block_scores(file, limit)
-            samples = json.loads(weights.header(weights.find(file))["trained"])["samples"]
-            measured[key] = {"samples": samples, "mIoU": miou, "floor": floor}
-            path.write_text(json.dumps(measured))
+            measured[key] = {"samples": samples, "mIoU": miou, "floor": floor, "stamp": stamp([file])}
+            write_json(path, measured)
     points = [point for key, point in measured.items() if key.endswith(f"/{limit}")]
     return sorted(points, key=lambda point: point["samples"])
 
 
 def main(args: argparse.Namespace) -> None:
     """One run, or several that each went on from the last: samples are counted through, and blocks may be added."""
+    pictures.check_out(args.out)
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out {args.out} should end in .png")
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True, layout="constrained")
     before = 0                                           # samples of earlier runs
     points = []
     for run in args.run:
-        if not (run / "mmdit.pt").exists():
-            raise ValueError(f"{run} is not the folder of a run of pretrain.py: it holds no mmdit.pt")
-        state = torch.load(run / "mmdit.pt", map_location="cpu", weights_only=True)
+        seen, log = history(run)
         added = snapshots(run, args.limit)
         if before:
             for ax in (left, right):
@@ -57,10 +92,9 @@ def main(args: argparse.Namespace) -> None:
         for point in added:
             points.append(point | {"samples": before + point["samples"]})
             numbers = " ".join(f"{x:5.1f}" for x in point["mIoU"])
-            print(f"{points[-1]['samples']:8d} samples  mIoU by block: {numbers}")
-        samples, losses = zip(*state["log"]) if state["log"] else ([], [])
-        left.plot([(before + n) / 1000 for n in samples], losses, lw=0.8, color="C0")
-        before += state["samples"]
+            show(f"{points[-1]['samples']:8d} samples  mIoU by block: {numbers}")
+        left.plot([(before + n) / 1000 for n, _ in log], [loss for _, loss in log], lw=0.8, color="C0")
+        before += seen
     if not points:
         raise ValueError(f"{args.run[0]} holds no snapshot nano_*.safetensors; pretrain.py writes them")
     left.set(xlabel="samples seen [thousands]", ylabel="flow-matching loss (Eq. 2)", ylim=(0, 1), title="training loss")
@@ -72,8 +106,8 @@ def main(args: argparse.Namespace) -> None:
     right.set(xlabel="samples seen [thousands]", ylabel="mIoU [%]", ylim=(0, None),
               title=f"segmentation, {args.limit} scenes of scenes-dev")
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    fig.savefig(args.out, dpi=100)
-    print(f"wrote {args.out}")
+    write_figure(args.out, fig, dpi=100)
+    show(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -15,20 +15,21 @@ import argparse
 import copy
 import json
 import math
-import os
+import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,14 +38,14 @@ import protocol  # noqa: E402
 import seg4diff  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from nano import scenes  # noqa: E402
-from nano.train_vae import encode_latents, train_vae  # noqa: E402
-from nano.training import Progress, optimise, optimisers, resume, save_state  # noqa: E402
+from nano.train_vae import LATENT, encode_latents, train_vae  # noqa: E402
+from nano.training import Progress, check_trained, optimise, optimisers, resume, save_state  # noqa: E402
 from support import pictures, weights  # noqa: E402
 from support.checkpoint import pick_device  # noqa: E402
-from support.cli import Parser, at_least, command  # noqa: E402
+from support.cli import Parser, at_least, command, positive, show  # noqa: E402
 from support.data import DATASETS  # noqa: E402
-from support.files import write_json  # noqa: E402
-from text import CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
+from support.files import read_json, reading, replacing, write_json, write_picture  # noqa: E402
+from text import HEAD_DIM, CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
 from vae import VAE  # noqa: E402
 
 # What a run cannot change on the way.
@@ -56,28 +57,55 @@ FIXED = ("init", "seed", "scenes", "vae_widths", "width", "depth", "head_dim", "
 
 def draw_scenes(run: Path, n: int) -> None:
     """images.npy (n, side, side, 3) uint8 and facts.json, what captions are made of; all cores."""
-    images = open_memmap(run / "images.tmp.npy", "w+", np.uint8, (n, scenes.SIDE, scenes.SIDE, 3))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, scenes.SIDE, scenes.SIDE, 3)}
     facts = []
-    with Pool() as pool:
-        drawn = pool.imap(scenes.draw, scenes.TRAIN_SEEDS[:n], chunksize=32)
-        for i, scene in enumerate(tqdm(drawn, total=n, desc="scenes", mininterval=5)):
-            images[i] = scene.image
-            facts.append((scene.stuff, scene.things))
-    images.flush()
-    (run / "facts.json").write_text(json.dumps(facts))
-    os.replace(run / "images.tmp.npy", run / "images.npy")
+    with replacing(run / "images.npy") as new, open(new, "wb") as f:
+        write_array_header_1_0(f, header)
+        with Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:         # Ctrl-C is this process's
+            drawn = pool.imap(scenes.draw, scenes.TRAIN_SEEDS[:n], chunksize=32)
+            for scene in tqdm(drawn, total=n, desc="scenes", mininterval=5):
+                f.write(scene.image.tobytes())
+                facts.append((scene.stuff, scene.things))
+        write_json(run / "facts.json", facts)
+
+
+def read_facts(path: Path, n: int) -> list[scenes.Scene]:
+    """The scenes of facts.json, without their pictures.  Broken: it is cut, or not of `n` scenes of this world."""
+    facts = []
+    with reading(path, "list of scenes"):
+        for stuff, things in read_json(path, list):
+            scene = scenes.Scene(None, None, stuff, [scenes.Thing(*thing) for thing in things])
+            known = set(scene.stuff) <= {*scenes.STUFF}
+            for thing in scene.things:
+                known = known and thing.name in scenes.THINGS and thing.colour in scenes.COLOURS
+            if not known:
+                raise ValueError(f"there is no such scene: {str([stuff, things])[:80]}")
+            facts.append(scene)
+        if len(facts) != n:
+            raise ValueError(f"it holds {len(facts)} scenes, not {n}")
+    return facts
 
 
 # --------------------------------------------------------------------------- 2, 3: train_vae.py; 4. text towers, MM-DiT
 
 
 def word_merges(words: list[str]) -> list[str]:
-    """Byte-pair merges under which every given word is one token; other words fall apart into pieces."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(words)], trainer)
-    return [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    """Byte-pair merges under which every given word is one token; other words fall apart into pieces.
+
+    The pair that occurs most often is merged first, of those that occur as often the first in the alphabet.
+    """
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while True:
+        found = Counter(pair for pieces in split for pair in pairwise(pieces))
+        if not found:
+            return merges
+        left, right = min(found, key=lambda pair: (-found[pair], pair))
+        merges.append(f"{left} {right}")
+        for pieces in split:
+            for i in range(len(pieces) - 1, 0, -1):
+                if pieces[i - 1:i + 1] == [left, right]:
+                    pieces[i - 1:i + 1] = [left + right]
 
 
 def sincos_grid(side: int, width: int) -> Tensor:
@@ -139,26 +167,27 @@ def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoder
     return mmdit, TextEncoders(*towers, clip_tokenizer(merges), ctx_dim), merges
 
 
-def read_model(args: argparse.Namespace) -> tuple[MMDiT, TextEncoders, list[str]]:
-    """The same of the file --init, with more blocks if --depth says so."""
-    files = weights.find(args.init)
-    sd = weights.read(files, dtype=torch.float32)
-    mmdit = MMDiT.from_state_dict(sd["mmdit"])
+def read_model(args: argparse.Namespace) -> tuple[MMDiT, TextEncoders, list[str], VAE]:
+    """The same of the file --init and its VAE, with more blocks if --depth says so."""
+    model = seg4diff.load(args.init, "cpu", torch.float32)
+    mmdit = model.transformer
     if args.depth is not None:
         torch.manual_seed(args.seed)
         mmdit = grow(mmdit, args.depth)
-    merges = weights.merges(files)
-    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]),
-                        clip_tokenizer(merges), mmdit.config.ctx_dim)
-    return mmdit.requires_grad_(True).train(), text.requires_grad_(True).train(), merges
+    merges = weights.merges(weights.find(args.init))
+    return mmdit.requires_grad_(True).train(), model.text.requires_grad_(True).train(), merges, model.vae
 
 
 def export(path: Path, mmdit: MMDiT, text: TextEncoders, vae: VAE, merges: list[str], trained: dict) -> None:
-    """ONE file in SD3's key layout, fp16; the tokenizer's merges and the presets travel in its header."""
+    """ONE file in SD3's key layout, fp16; the tokenizer's merges and the presets travel in its header.
+
+    ValueError: a weight is not finite in fp16.
+    """
     sd = {}
     for part, module in (("mmdit", mmdit), ("vae", vae), ("clip_l", text.clip_l), ("clip_g", text.clip_g)):
         for key, value in module.state_dict().items():
             sd[weights.PREFIXES[part] + key] = value.detach().half().cpu().contiguous()
+    check_trained(sd)
     presets = {"block": mmdit.config.depth // 2, "size": scenes.SIDE, "steps": 28, "shift": 3.0, "noise_steps": 8,
                "cfg": 3.0, "batch": 16}
     header = {"merges": merges, "presets": presets, "trained": trained}
@@ -167,8 +196,8 @@ def export(path: Path, mmdit: MMDiT, text: TextEncoders, vae: VAE, merges: list[
 
 def write_model(path: Path, sd: dict[str, Tensor], header: dict[str, str]) -> None:
     """A model file that is there as a whole or not at all."""
-    save_file(sd, path.with_suffix(".tmp"), header)
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as new:
+        save_file(sd, new, header)
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
@@ -176,34 +205,33 @@ def is_block_matrix(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and "adaLN" not in name and ("joint_blocks" in name or "layers" in name)
 
 
-def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
-    """Eq. 2 on cached latents; Muon for the matrices inside the blocks, AdamW for the rest, EMA of all."""
+def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE, mmdit: MMDiT, text: TextEncoders, merges: list[str],
+                latents: Tensor, facts: list[scenes.Scene]) -> None:
+    """Eq. 2 on cached latents (n, C, h, w); Muon for the matrices inside the blocks, AdamW for the rest, EMA of all.
+
+    ValueError: the loss or a weight is not finite.
+    """
     device = args.device
-    latents = torch.from_numpy(np.load(run / "latents.npy"))                            # (n, C, h, w) fp16
-    facts = []
-    for stuff, things in json.loads((run / "facts.json").read_text()):
-        facts.append(scenes.Scene(None, None, stuff, [scenes.Thing(*thing) for thing in things]))
-    mmdit, text, merges = read_model(args) if args.init else new_model(args, latents.shape[1])
     model = nn.ModuleDict({"mmdit": mmdit, "clip_l": text.clip_l, "clip_g": text.clip_g}).to(device)
     ema = copy.deepcopy(model)
     opts = optimisers(model, is_block_matrix, args.lr)
     progress = Progress()
-    resume(run / "mmdit.pt", {"model": model, "ema": ema}, opts, progress)
+    resume(run / "mmdit.pt", {"model": model, "ema": ema}, opts, progress, args.origin)
     rng = np.random.default_rng([args.seed, progress.step])
     generator = torch.Generator().manual_seed(args.seed + progress.step)
     velocity = torch.compile(mmdit, dynamic=False) if args.compile else mmdit
     losses = []
 
     def keep(tag: str = "") -> None:
-        save_state(run / "mmdit.pt", {"model": model, "ema": ema}, opts, progress)
         path = run / f"nano{tag}.safetensors"
         smooth = TextEncoders(ema["clip_l"], ema["clip_g"], text.tokenizer, text.ctx_dim)
         trained = {"samples": progress.samples, "seconds": round(progress.spent), "scenes": len(latents),
                    "seed": args.seed}
-        export(path, ema["mmdit"], smooth, vae, merges, trained)
+        export(path, ema["mmdit"], smooth, vae, merges, trained)            # first: it is the stricter about inf
+        save_state(run / "mmdit.pt", {"model": model, "ema": ema}, opts, progress, args.origin)
         prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:16]]
         images = seg4diff.generate(seg4diff.load(path, device), prompts)
-        pictures.sheet(images, prompts).save(run / f"samples{tag}.png")
+        write_picture(run / f"samples{tag}.png", pictures.sheet(images, prompts))
 
     start = time.time() - progress.spent
     kept = time.time()
@@ -226,18 +254,15 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE) -> None:
             z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])                 # (B, C, h, w)
             vel, _ = velocity(z, sigma, cond.ctx, cond.pooled * keep_pooled.to(device))
         loss = F.mse_loss(vel.float(), eps - z0)                                        # Eq. 2
-        rate = min(1, (progress.step + 1) / 200, (1 - done) / args.cooldown + 0.01)     # warm up, hold, fall
-        optimise(opts, loss, args.lr * rate)
+        fall = (1 - done) / max(args.cooldown, 1e-9) + 0.01
+        rate = min(1, (progress.step + 1) / 200, fall)                                  # warm up, hold, fall
+        losses.append(optimise(opts, loss, args.lr * rate))
         progress.step += 1
         progress.samples += len(idx)
         progress.spent = time.time() - start
         decay = min(0.998, (1 + progress.step) / (10 + progress.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ValueError(f"the loss is {losses[-1]} after {progress.step} steps; the last good state is "
-                             f"{run / 'mmdit.pt'}")
         if progress.step % 50 == 0:
             mean = float(np.mean(losses[-50:]))
             progress.log.append((progress.samples, mean))
@@ -281,77 +306,100 @@ def choose_presets(path: Path, device: torch.device) -> None:
     rows = protocol.measure(model, data, data.names[:40], "thresholds")
     best = max(protocol.TASKS["thresholds"].variants(model), key=lambda v: rows[v.name]["mIoU"])
     write_presets(path, threshold=best.threshold, scaling=best.scaling)
-    print(f"mIoU on scenes-dev by block: {' '.join(f'{x:.1f}' for x in miou)}; the expert is block {block}\n"
-          f"<pad> maps: scaled over: {best.scaling}, merged below {best.threshold:g}: {rows[best.name]['mIoU']:.1f}, "
-          f"as many random proposals {rows[f'{best.name} floor']['mIoU']:.1f}")
+    show(f"mIoU on scenes-dev by block: {' '.join(f'{x:.1f}' for x in miou)}; the expert is block {block}\n"
+         f"<pad> maps: scaled over: {best.scaling}, merged below {best.threshold:g}: {rows[best.name]['mIoU']:.1f}, "
+         f"as many random proposals {rows[f'{best.name} floor']['mIoU']:.1f}")
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def claim(args: argparse.Namespace) -> None:
-    """Make --run this run's folder.  ValueError: it holds a run that began with other settings."""
+def check(args: argparse.Namespace) -> None:
+    """ValueError: sizes that do not go together, one sentence each."""
+    if args.width % args.head_dim or args.width % 4:
+        raise ValueError(f"--width must be a multiple of 4 and of --head-dim, not {args.width}")
+    if any(width % HEAD_DIM for width in args.text_widths):
+        raise ValueError(f"--text-widths must be multiples of {HEAD_DIM}, the width of a head, not {args.text_widths}")
+    groups = 32 if args.vae_widths[0] % 32 == 0 else 4                       # as VAE chooses them
+    if not 4 <= len(args.vae_widths) <= 7 or any(width % groups for width in args.vae_widths):
+        raise ValueError("--vae-widths must be 4 to 7 multiples of 4, or of 32 if the first is one, not "
+                         f"{args.vae_widths}")
+
+
+def claim(args: argparse.Namespace) -> dict[str, str]:
+    """Make --run this run's folder; the run's settings.  ValueError: it holds a run that began with other settings."""
     settings = {key: str(getattr(args, key)) for key in FIXED}
+    if args.init:
+        settings["init"] += f" ({weights.fingerprint(weights.find(args.init))})"
     settings["world"] = str(zlib.crc32((Path(__file__).parent / "scenes.py").read_bytes()))
+    if args.run.exists() and not args.run.is_dir():
+        raise ValueError(f"--run {args.run} is a file; name a folder")
     args.run.mkdir(parents=True, exist_ok=True)
     path = args.run / "origin.json"
-    before = json.loads(path.read_text()) if path.exists() else settings
-    other = [f"{key} {before.get(key)} instead of {settings[key]}" for key in settings
-             if before.get(key) != settings[key]]
+    before = read_json(path) if path.exists() else settings
+    other = [f"{key} {str(before.get(key))[:60]!r} instead of {value!r}" for key, value in settings.items()
+             if before.get(key) != value]
     if other:
         raise ValueError(f"{args.run} holds a run with {', '.join(other)}; name another --run")
     write_json(path, settings)
+    return settings
 
 
 def main(args: argparse.Namespace) -> None:
     args.device = pick_device(args.device)
-    if args.width % args.head_dim or args.width % 4:
-        raise ValueError(f"--width must be a multiple of 4 and of --head-dim, not {args.width}")
-    claim(args)
+    check(args)
+    if args.init:
+        *networks, vae = read_model(args)                # before the work: most that can be wrong is wrong here
+        vae = vae.to(args.device)
+    else:
+        networks = new_model(args, LATENT)
+    args.origin = claim(args)
     run = args.run
     if not (run / "images.npy").exists():
         draw_scenes(run, args.scenes)
-    if args.init:
-        sd = weights.read(weights.find(args.init), dtype=torch.float32)["vae"]
-    else:
-        if not (run / "vae_done.pt").exists():
-            train_vae(run, args)
-        sd = torch.load(run / "vae_done.pt", map_location="cpu", weights_only=True)["vae"]
-    vae = VAE.from_state_dict(sd, device=args.device)
-    if not (run / "latents.npy").exists():
-        encode_latents(run, vae, args.device)
-    train_mmdit(run, args, vae)
+    facts = read_facts(run / "facts.json", args.scenes)
+    if not args.init:
+        vae = train_vae(run, args)
+    latents = torch.from_numpy(encode_latents(run, vae, args.device, args.scenes))       # (n, C, h, w) fp16
+    train_mmdit(run, args, vae, *networks, latents, facts)
     choose_presets(run / "nano.safetensors", args.device)
-    print(f"wrote {run / 'nano.safetensors'}; copy it to nano/nano.safetensors to make it the embedded model")
+    show(f"wrote {run / 'nano.safetensors'}; copy it to nano/nano.safetensors to make it the embedded model")
 
 
 if __name__ == "__main__":
+    share = at_least(0, float, most=1)
     parser = Parser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run",
                         help="folder of scenes, latents and state")
     parser.add_argument("--init", type=Path, help="go on from this model file (its VAE too) instead of from nothing")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=at_least(1), default=24_000, help="distinct training scenes")
-    parser.add_argument("--minutes-vae", type=float, default=12)
+    parser.add_argument("--seed", type=at_least(0, most=2**32), default=0)
+    parser.add_argument("--scenes", type=at_least(1, most=len(scenes.TRAIN_SEEDS)), default=24_000,
+                        help="distinct training scenes")
+    parser.add_argument("--minutes-vae", type=positive, default=12)
     parser.add_argument("--batch-vae", type=at_least(1), default=4)
-    parser.add_argument("--vae-widths", type=int, nargs="+", default=(16, 24, 48, 64))
-    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term in the VAE's loss")
-    parser.add_argument("--samples", type=int, default=150_000, help="that the MM-DiT sees, kills not counted")
+    parser.add_argument("--vae-widths", type=at_least(4, most=4096), nargs="+", default=[16, 24, 48, 64])
+    parser.add_argument("--kl", type=at_least(0, float), default=1e-4, help="weight of the KL term in the VAE's loss")
+    parser.add_argument("--samples", type=at_least(0), default=150_000,
+                        help="that the MM-DiT sees, kills not counted")
     parser.add_argument("--batch", type=at_least(1), default=32)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, help="blocks (6); with --init more than that file's are appended")
-    parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--text-widths", type=int, nargs=2, default=(64, 128), help="CLIP-L's and CLIP-G's stand-in")
-    parser.add_argument("--text-layers", type=at_least(1), default=1,
+    parser.add_argument("--width", type=at_least(4, most=4096), default=128)
+    parser.add_argument("--depth", type=at_least(1, most=64),
+                        help="blocks (6); with --init more than that file's are appended")
+    parser.add_argument("--head-dim", type=at_least(1, most=4096), default=32)
+    parser.add_argument("--text-widths", type=at_least(HEAD_DIM, most=4096), nargs=2, default=[64, 128],
+                        help="CLIP-L's and CLIP-G's stand-in")
+    parser.add_argument("--text-layers", type=at_least(1, most=64), default=1,
                         help="of a text tower; the context is the last but one's")
-    parser.add_argument("--text-length", type=int, default=22, help="rows of a text tower, start and end included")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--noise-mean", type=float, default=0.8, help="of the logit-normal sigma; 0 is the middle")
-    parser.add_argument("--pooled", type=float, default=0.1, help="how often the pooled text vector is not withheld")
-    parser.add_argument("--low", type=float, default=0.4, help="share of the samples seen as 2x2-pooled latents first")
-    parser.add_argument("--cooldown", type=float, default=0.25,
+    parser.add_argument("--text-length", type=at_least(4, most=1024), default=22,
+                        help="rows of a text tower, start and end included")
+    parser.add_argument("--lr", type=positive, default=2e-3)
+    parser.add_argument("--noise-mean", type=at_least(-20, float, most=20), default=0.8,
+                        help="of the logit-normal sigma; 0 is the middle")
+    parser.add_argument("--pooled", type=share, default=0.1, help="how often the pooled text vector is not withheld")
+    parser.add_argument("--low", type=share, default=0.4, help="share of the samples seen as 2x2-pooled latents first")
+    parser.add_argument("--cooldown", type=share, default=0.25,
                         help="share of the samples in which the rate falls to zero")
-    parser.add_argument("--snapshot", type=float, default=8, help="minutes between saved states")
+    parser.add_argument("--snapshot", type=at_least(0, float), default=8, help="minutes between saved states")
     parser.add_argument("--compile", action="store_true", help="torch.compile the MM-DiT; needs a C++ compiler")
     command(main, parser)

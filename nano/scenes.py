@@ -256,11 +256,9 @@ def words() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    from support import pictures  # not above: nothing that draws a scene needs it
+    from support import cli, files, pictures  # not above: nothing that draws a scene needs them
 
     pictures.check_out(args.out)
-    if not 0 <= args.first < len(VAL_SEEDS):
-        raise ValueError(f"--first must be from 0 to {len(VAL_SEEDS) - 1}, not {args.first}")
     colours = pictures.palette(len(CLASSES))
     cells = []
     captions = []
@@ -270,15 +268,16 @@ def main(args: argparse.Namespace) -> None:
         cells.append(Image.fromarray(np.concatenate([image, pictures.overlay(image, scene.labels, colours)], axis=1)))
         captions.append(caption(scene, np.random.default_rng(seed)))
     sheet = pictures.sheet(cells, captions, columns=3)
-    pictures.stack(sheet, pictures.legend(CLASSES, colours, sheet.width)).save(args.out)
-    print(f"wrote {args.out}")
+    files.write_picture(args.out, pictures.stack(sheet, pictures.legend(CLASSES, colours, sheet.width)))
+    cli.show(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from support.cli import Parser, command
+    from support.cli import Parser, at_least, command
 
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("scenes.png"))
-    parser.add_argument("--first", type=int, default=0, help="first validation scene of the sheet")
+    parser.add_argument("--first", type=at_least(0, most=len(VAL_SEEDS) - 1), default=0,
+                        help="first validation scene of the sheet")
     command(main, parser)

@@ -1,6 +1,5 @@
 """nano's VAE: its training, and the latents of all scenes, which are encoded once.  A stage of pretrain.py."""
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -11,9 +10,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nano.training import Progress, optimise, optimisers, resume, save_state
-from support.files import write_tensors
+from nano import scenes
+from nano.training import Progress, optimise, optimisers, read_array, resume, save_state
+from support.files import Broken, replacing, write_picture
 from vae import SCALE, SHIFT, VAE
+
+LATENT = 16                             # channels, as SD3's
 
 
 def pixels(images: np.ndarray, device: torch.device) -> Tensor:
@@ -43,19 +45,30 @@ def is_inner_kernel(name: str, p: Tensor) -> bool:
     return p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
 
 
-def train_vae(run: Path, args: argparse.Namespace) -> None:
-    """L1 + L2 + a touch of KL; the last third trains the decoder alone on latents that stay as they are."""
-    images = np.load(run / "images.npy", mmap_mode="r")
+def train_vae(run: Path, args: argparse.Namespace) -> VAE:
+    """L1 + L2 + a touch of KL; the last third trains the decoder alone on latents that stay as they are.
+
+    What was trained is kept in vae_done.pt.  Broken: this, or the state of a killed training.
+    """
     torch.manual_seed(args.seed)
-    vae = VAE(args.vae_widths, enc_blocks=1, dec_blocks=1, latent=16).to(args.device)
+    vae = VAE(args.vae_widths, enc_blocks=1, dec_blocks=1, latent=LATENT).to(args.device)
+    if resume(run / "vae_done.pt", {"vae": vae}, [], Progress(), args.origin):
+        return vae.requires_grad_(False).eval()
+    images = read_images(run, args.scenes)
     opts = optimisers(vae, is_inner_kernel, 1e-3)
     progress = Progress()
-    resume(run / "vae.pt", {"vae": vae}, opts, progress)
+    resume(run / "vae.pt", {"vae": vae}, opts, progress, args.origin)
     vae.encoder.requires_grad_(not progress.folded)
     rng = np.random.default_rng([args.seed, progress.step])
 
     def batch(n: int) -> Tensor:
+        n = min(n, len(images))
         return pixels(images[np.sort(rng.choice(len(images), n, replace=False))], args.device)
+
+    def fold() -> None:
+        fold_scale(vae, [batch(32) for _ in range(16)])
+        vae.encoder.requires_grad_(False)
+        progress.folded = True
 
     budget = 60 * args.minutes_vae
     start = time.time() - progress.spent
@@ -63,9 +76,7 @@ def train_vae(run: Path, args: argparse.Namespace) -> None:
     while progress.spent < budget:
         done = progress.spent / budget
         if done > 0.66 and not progress.folded:
-            fold_scale(vae, [batch(32) for _ in range(16)])
-            vae.encoder.requires_grad_(False)
-            progress.folded = True
+            fold()
         x = batch(args.batch_vae)                                            # (B, 3, side, side)
         mean, logvar = vae.encoder(x).chunk(2, dim=1)                        # 2 x (B, C, h, w)
         logvar = logvar.clamp(-30, 20)
@@ -85,25 +96,46 @@ def train_vae(run: Path, args: argparse.Namespace) -> None:
         bar.set_postfix(psnr=f"{-10 * np.log10(mse.item() / 4):.1f}dB", kl=f"{kl.item():.2f}",
                         images=progress.samples)
         if progress.step % 300 == 0 or progress.spent >= budget:
-            save_state(run / "vae.pt", {"vae": vae}, opts, progress)
+            save_state(run / "vae.pt", {"vae": vae}, opts, progress, args.origin)
             save_pairs(x[:8], y[:8], run / "vae.png")
-    write_tensors(run / "vae_done.pt", {"vae": vae.state_dict()})
+    if not progress.folded:                              # so few minutes that two thirds were over with the last step
+        fold()
+    save_state(run / "vae_done.pt", {"vae": vae}, [], progress, args.origin)
+    return vae.requires_grad_(False).eval()
 
 
 def save_pairs(x: Tensor, y: Tensor, path: Path) -> None:
     """Pictures x above what came back of them, y; both (n, 3, px, px) in [-1, 1]."""
     rows = [torch.cat(list(row), dim=2) for row in (x, y)]                   # 2 x (3, px, n*px)
     grid = torch.cat(rows, dim=1).permute(1, 2, 0).detach().clamp(-1, 1)     # (2*px, n*px, 3)
-    Image.fromarray(((grid.cpu() + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
+    write_picture(path, Image.fromarray(((grid.cpu() + 1) * 127.5).round().to(torch.uint8).numpy()))
+
+
+def read_images(run: Path, n: int) -> np.ndarray:
+    """images.npy (n, side, side, 3) uint8, as draw_scenes wrote it.  Broken: it is cut, or holds other scenes."""
+    return read_array(run / "images.npy", np.uint8, (n, scenes.SIDE, scenes.SIDE, 3))
 
 
 @torch.inference_mode()
-def encode_latents(run: Path, vae: VAE, device: torch.device) -> None:
-    """latents.npy (n, C, h, w) fp16: every scene through the frozen encoder, once."""
-    images = np.load(run / "images.npy", mmap_mode="r")
+def encode_latents(run: Path, vae: VAE, device: torch.device, n: int) -> np.ndarray:
+    """Every scene through the frozen encoder, once: (n, C, h, w) fp16, kept in latents.npy.
+
+    Broken: what is kept is cut, or not the latents of these scenes by this VAE.
+    """
+    path = run / "latents.npy"
+    images = read_images(run, n)
+    side = scenes.SIDE // vae.factor
+    if path.exists():
+        latents = np.array(read_array(path, np.float16, (n, vae.channels, side, side)))
+        first = vae.encode(pixels(np.array(images[:1]), device)).cpu().numpy()
+        if not np.allclose(latents[:1], first, atol=0.1):                    # fp16, another device
+            raise Broken(f"{path} holds latents of another VAE; remove it, and they are encoded anew")
+        return latents
     chunks = []
     for i in tqdm(range(0, len(images), 64), desc="latents", mininterval=5):
         x = pixels(np.array(images[i:i + 64]), device)                       # (64, 3, side, side)
         chunks.append(vae.encode(x).half().cpu().numpy())
-    np.save(run / "latents.tmp.npy", np.concatenate(chunks))
-    os.replace(run / "latents.tmp.npy", run / "latents.npy")
+    latents = np.concatenate(chunks)
+    with replacing(path) as new, open(new, "wb") as f:   # an open file, as np.save would add .npy to a name
+        np.save(f, latents)
+    return latents

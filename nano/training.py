@@ -1,12 +1,16 @@
 """What the trainings of nano's VAE and of its MM-DiT share: the optimisers, a step, and states to go on from."""
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from support.files import write_tensors
+from support.checkpoint import check_finite
+from support.files import check_kind, read_tensors, reading, write_tensors
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,8 +58,12 @@ def optimisers(model: nn.Module, is_matrix: Callable[[str, Tensor], bool], lr: f
     return [Muon(matrices, lr), torch.optim.AdamW(others, lr, (0.9, 0.99), weight_decay=0.0)]
 
 
-def optimise(opts: list[torch.optim.Optimizer], loss: Tensor, lr: float) -> None:
-    """One step of all optimisers at this rate, gradient norm clipped at 1."""
+def optimise(opts: list[torch.optim.Optimizer], loss: Tensor, lr: float) -> float:
+    """One step of all optimisers at this rate, gradient norm clipped at 1; the loss.  ValueError: it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):                         # it must not reach the weights
+        raise ValueError(f"the loss is {value}; the same command goes on from the last saved state, which is good, "
+                         "and a smaller --lr or --kl may help")
     params = []
     for opt in opts:
         opt.zero_grad(set_to_none=True)
@@ -65,6 +73,7 @@ def optimise(opts: list[torch.optim.Optimizer], loss: Tensor, lr: float) -> None
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     for opt in opts:
         opt.step()
+    return value
 
 
 @dataclass
@@ -77,21 +86,74 @@ class Progress:
     folded: bool = False                # of the VAE: its encoder is done
 
 
-def save_state(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer], progress: Progress
-               ) -> None:
-    """Weights, the optimisers' state and progress, in one file."""
+def check_trained(sd: dict[str, Tensor]) -> None:
+    """ValueError: a weight is not finite, so that nobody should save it."""
+    for key, value in sd.items():
+        if not value.isfinite().all():
+            raise ValueError(f"the training went astray, {key} is not finite; what was saved before is still good, and "
+                             "a smaller --lr or --kl may help")
+
+
+def save_state(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer], progress: Progress,
+               origin: dict[str, str]) -> None:
+    """Weights, the optimisers' state, progress and the run's settings (claim in pretrain.py), in one file.
+
+    ValueError: a weight is not finite.
+    """
     state = {name: module.state_dict() for name, module in modules.items()}
-    write_tensors(path, state | vars(progress) | {"opts": [opt.state_dict() for opt in opts]})
+    for sd in state.values():
+        check_trained(sd)
+    write_tensors(path, state | vars(progress) | {"opts": [opt.state_dict() for opt in opts], "origin": origin})
 
 
-def resume(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer], progress: Progress) -> None:
-    """Put back what save_state wrote, if it did."""
+def check_alike(saved: object, own: object, what: str) -> None:
+    """ValueError: a saved value is of another kind or shape than the one whose place it takes, or is not finite."""
+    if isinstance(own, Tensor):
+        if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{what} is no {own.dtype} of shape {tuple(own.shape)}")
+        check_finite(saved, what)
+    elif isinstance(own, dict):
+        if check_kind(saved, dict, what).keys() != own.keys():
+            raise ValueError(f"{what} has other parts")
+        for key in own:
+            check_alike(saved[key], own[key], key)
+    elif type(saved) is not type(own):
+        raise ValueError(f"{what} is {str(saved)[:40]}")
+
+
+def resume(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer], progress: Progress,
+           origin: dict[str, str]) -> bool:
+    """Put back what save_state wrote; False: there is no such file.  Broken: it is cut, or of another run."""
     if not path.exists():
-        return
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, module in modules.items():
-        module.load_state_dict(state[name])
-    for opt, saved in zip(opts, state["opts"]):
-        opt.load_state_dict(saved)
-    for key in vars(progress):
-        setattr(progress, key, state[key])
+        return False
+    state = read_tensors(path, "state of this run")
+    with reading(path, "state of this run"):
+        if check_kind(state, dict, "its content")["origin"] != origin:
+            raise ValueError("it is another run's; remove it, or name another --run")
+        for name, module in modules.items():
+            check_alike(state[name], module.state_dict(), name)
+            module.load_state_dict(state[name])
+        for opt, saved in zip(opts, state["opts"], strict=True):
+            check_alike(saved["param_groups"][0], opt.state_dict()["param_groups"][0], "param_groups")
+            for i, values in check_kind(saved["state"], dict, "state").items():
+                own = opt.param_groups[0]["params"][i].data
+                if check_kind(values, dict, "state").keys() not in ({"m"}, {"step", "exp_avg", "exp_avg_sq"}):
+                    raise ValueError(f"of the optimiser's state it has {list(values)}")
+                for key, value in values.items():
+                    is_count = torch.is_tensor(value) and value.ndim == 0    # AdamW's steps
+                    check_alike(value, torch.zeros(()) if is_count else own, key)
+            opt.load_state_dict(saved)
+        for key, value in vars(progress).items():
+            check_alike(state[key], value, key)
+            setattr(progress, key, state[key])
+    return True
+
+
+def read_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file of this dtype and shape, read when it is looked at.  Broken: anything else."""
+    with reading(path, "array of this run"):
+        array = open_memmap(path, "r")
+        if (array.dtype, array.shape) != (dtype, shape):
+            raise ValueError(f"it holds {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}; remove it, "
+                             "and it is made anew")
+        return array

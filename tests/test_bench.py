@@ -2,11 +2,12 @@
 import os
 import re
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 
-from tools import bench
+from tools import bench, full_size
 
 
 def test_bench(command, tiny_file):
@@ -57,9 +58,22 @@ def test_calls_take_turns_and_medians_are_compared(monkeypatch, capsys):
         ["2000.0", "ms", "10.0", "MB"], ["6000.0", "ms", "40.0", "MB"], ["0.33", "x", "0.25", "x"]]
 
 
-@pytest.mark.parametrize("options, sentence", [(["--repeats", 0], "at least 1"), (["--batch-size", -1], "at least 1"),
-                                               (["--model", "none"], "known names are nano"),
-                                               (["--device", "tpu"], "cpu or cuda")])
+@pytest.mark.parametrize("options, sentence", [
+    (["--repeats", 0], "at least 1"), (["--batch-size", -1], "from 1 to 1024"),
+    (["--model", "none"], "known names are nano"), (["--device", "tpu"], "cpu or cuda")])
 def test_bad_input(command, options, sentence):
     code, out, err = command("tools/bench.py", *options)
     assert (code, out) == (2, "") and err.startswith("error: ") and sentence in err and err.count("\n") == 1
+
+
+def test_full_size_begins_with_its_checks(command, monkeypatch):
+    """An unknown device and a missing layout before 6 GB are written; sizes are no options."""
+    def write(path, shapes):
+        raise AssertionError("too late")
+    monkeypatch.setattr(full_size, "write", write)
+    monkeypatch.setattr(full_size, "LAYOUTS", {"mmdit": "none"})
+    with pytest.raises(ValueError, match=r"none\.json"):
+        full_size.main(Namespace(device="cpu", train=False))
+    for options in (["--device", "tpu"], ["--device", "cuda:99999"], ["--sizes", 0]):
+        code, out, err = command("tools/full_size.py", *options)
+        assert (code, out) == (2, "") and err.startswith("error: ") and str(options[0])[2:] in err

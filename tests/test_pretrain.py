@@ -11,10 +11,10 @@ from conftest import ARGS
 from PIL import Image
 
 import seg4diff
-from nano import pretrain, scenes, train_vae
-from nano.training import Muon
+from nano import pretrain, scenes, train_vae, training
 from support import weights
 from support.data import DATASETS, toy_scenes
+from support.files import Broken
 from vae import VAE
 
 FAST = ["--scenes", 40, "--minutes-vae", 0.05, "--batch-vae", 2, "--vae-widths", 4, 8, 8, 8, "--width", 64,
@@ -25,6 +25,10 @@ FAST = ["--scenes", 40, "--minutes-vae", 0.05, "--batch-vae", 2, "--vae-widths",
 def clock(monkeypatch):
     """A step of the VAE's training takes a second, whatever the machine does."""
     monkeypatch.setattr(train_vae, "time", Namespace(time=partial(next, count())))
+
+
+def is_matrix(name, p):
+    return p.ndim == 2
 
 
 def trained(path) -> dict:
@@ -74,12 +78,103 @@ def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path, monkeypat
     assert image.size == (128, 128)
 
 
-def test_the_vae_goes_on_with_its_encoder_as_it_was(tmp_path, clock):
+@pytest.mark.parametrize("options, sentence", [
+    (["--minutes-vae", 0], "must be positive"), (["--minutes-vae", -1], "must be positive"),
+    (["--head-dim", 0], "from 1 to 4096"), (["--head-dim", 48], "of --head-dim"),
+    (["--width", 10**9], "from 4 to 4096"),
+    (["--vae-widths", 0, 0], "from 4 to 4096"), (["--vae-widths", 8, 8, 8], "4 to 7 multiples"),
+    (["--vae-widths", 8, 8, 6, 8], "multiples of 4"), (["--vae-widths", 32, 32, 40, 64], "of 32"),
+    (["--text-widths", 64, 96], "multiples of 64"), (["--text-length", 3], "from 4 to 1024"),
+    (["--depth", 0], "from 1 to 64"), (["--samples", -1], "at least 0"), (["--seed", -1], "from 0 to"),
+    (["--scenes", 10**7], "from 1 to 1000000"),
+    (["--lr", -1], "positive"), (["--lr", "nan"], "positive"), (["--kl", -1], "at least 0"),
+    (["--low", 1.5], "from 0 to 1"), (["--pooled", -0.1], "from 0 to 1"), (["--cooldown", 2], "from 0 to 1"),
+    (["--noise-mean", "inf"], "from -20 to 20"), (["--snapshot", "nan"], "at least 0"),
+    (["--device", "tpu"], "cpu or cuda"),
+    (["--init", "none.safetensors"], "no such file")])
+def test_bad_options_are_named_before_the_work(command, tmp_path, options, sentence):
+    code, out, err = command("nano/pretrain.py", "--run", "run", *options)
+    assert (code, out) == (2, "") and err.startswith("error: ") and sentence in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_scenes_and_few_minutes(command, tmp_path, monkeypatch, clock):
+    """Two scenes are enough for a run, and one step of the VAE for latents of unit variance; broken parts are named."""
+    monkeypatch.setitem(DATASETS, "scenes-dev", partial(toy_scenes, name="scenes-dev", seeds=range(5000, 5001)))
+    monkeypatch.setattr(scenes, "VAL_SEEDS", range(1))
+    few = ["--run", tmp_path / "run", *FAST, "--scenes", 2, "--minutes-vae", 0.001, "--samples", 4, "--cooldown", 0]
+    code, _, err = command("nano/pretrain.py", *few)
+    assert code == 0, err
+    latents = np.load(tmp_path / "run/latents.npy").astype(np.float32)
+    assert latents.shape == (2, 16, 16, 16) and abs(latents.std() - 1) < 0.1
+    (tmp_path / "run/nano_0000k.safetensors").write_bytes((tmp_path / "run/nano.safetensors").read_bytes())
+    for name in ("origin.json", "facts.json", "images.npy", "vae_done.pt", "latents.npy", "mmdit.pt"):
+        path = tmp_path / "run" / name
+        good = path.read_bytes()
+        for broken in (b"[5]", good[:len(good) // 2]):
+            path.write_bytes(broken)
+            code, out, err = command("nano/pretrain.py", *few)
+            sentence = err.splitlines()[-1]
+            assert (code, out) == (2, "") and sentence.startswith("error: ") and name in sentence, name
+            assert "Traceback" not in err and path.read_bytes() == broken
+        path.write_bytes(good)
+    for name in ("nano_0000k.safetensors", "curves.json", "mmdit.pt"):
+        path = tmp_path / "run" / name
+        good = path.read_bytes() if path.exists() else b'{"x/60": {"samples": 8, "mIoU": [null], "floor": 1.0}}\n'
+        for broken in (b"[5]", good[:-1]):
+            path.write_bytes(broken)
+            code, out, err = command("nano/curves.py", "--run", tmp_path / "run", "--out", tmp_path / "c.png")
+            assert (code, out) == (2, "") and err.startswith("error: ") and name in err and err.count("\n") == 1, name
+        path.write_bytes(good)
+
+
+def test_states_of_another_run_or_astray_are_refused(tmp_path):
+    layer = torch.nn.Linear(4, 4)
+    path, origin = tmp_path / "mmdit.pt", {"seed": "0"}
+    opts = training.optimisers(layer, is_matrix, 1e-3)
+    training.save_state(path, {"model": layer}, opts, training.Progress(5), origin)
+
+    def resume(module=layer, origin=origin):
+        return training.resume(path, {"model": module}, training.optimisers(module, is_matrix, 1e-3), progress, origin)
+
+    progress = training.Progress()
+    assert resume() and progress.step == 5
+    for wrong in ({"origin": {"seed": "1"}}, {"module": torch.nn.Linear(4, 5)}):
+        with pytest.raises(Broken, match="mmdit.pt"):
+            resume(**wrong)
+    state = torch.load(path, weights_only=True)
+    for part, value in (("model", {}), ("opts", []), ("opts", [5, 5]), ("step", "5"), ("log", None), ("origin", 0)):
+        torch.save(state | {part: value}, path)
+        with pytest.raises(Broken, match="mmdit.pt"):
+            resume()
+    good = path.read_bytes()
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        training.save_state(path, {"model": layer}, [], progress, origin)
+    with pytest.raises(ValueError, match="the loss is nan"):
+        training.optimise([], layer(torch.ones(4)).sum(), 1e-3)
+    assert path.read_bytes() == good
+
+
+def test_latents_of_another_vae_are_refused(tmp_path):
+    np.save(tmp_path / "images.npy", np.stack([scenes.draw(seed).image for seed in range(2)]))
+    first, second = (VAE((4, 8, 8, 8), 1, 1, 16) for _ in range(2))
+    latents = train_vae.encode_latents(tmp_path, first, torch.device("cpu"), 2)
+    assert (train_vae.encode_latents(tmp_path, first, torch.device("cpu"), 2) == latents).all()
+    with pytest.raises(Broken, match="another VAE"):
+        train_vae.encode_latents(tmp_path, second, torch.device("cpu"), 2)
+
+
+def test_the_vae_goes_on_with_its_encoder_as_it_was(tmp_path, monkeypatch, clock):
     """The last third trains the decoder alone, after a kill too."""
+    monkeypatch.setattr(scenes, "SIDE", 32)
     np.save(tmp_path / "images.npy", np.stack([scenes.draw(seed, 32).image for seed in range(40)]))
-    args = Namespace(device=torch.device("cpu"), seed=0, vae_widths=(4, 8, 8, 8), batch_vae=2, kl=1e-4)
+    args = Namespace(device=torch.device("cpu"), seed=0, vae_widths=(4, 8, 8, 8), batch_vae=2, kl=1e-4,
+                     scenes=40, origin={})
     states = []
     for args.minutes_vae in (0.1, 0.15):
+        (tmp_path / "vae_done.pt").unlink(missing_ok=True)
         train_vae.train_vae(tmp_path, args)
         states.append(torch.load(tmp_path / "vae.pt", weights_only=True))
     first, second = states
@@ -114,7 +209,7 @@ def test_muon_makes_updates_orthogonal():
         width = p[0].numel()
         rank_one_ish = torch.randn(shape[0], 1) @ torch.randn(1, width) + 0.1 * torch.randn(shape[0], width)
         p.grad = rank_one_ish.reshape(shape)
-        Muon([p], lr=1.0).step()
+        training.Muon([p], lr=1.0).step()
         size = 0.2 * max(p.flatten(1).shape) ** 0.5
         values = torch.linalg.svdvals(p.detach().flatten(1)) / size
         assert values.min() > 0.6 and values.max() < 1.3

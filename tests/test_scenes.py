@@ -118,6 +118,22 @@ def test_captions_fit_and_every_word_is_one_token(drawn):
     assert max(len(tokenizer.encode(words).ids) for words in texts) <= 22 - 2
 
 
+def test_merges_do_not_depend_on_chance():
+    """Of pairs that occur as often the first in the alphabet, whatever the order of the words; no token comes twice."""
+    assert word_merges(["gh", "ab", "ef", "cd", "ij"]) == ["a b</w>", "c d</w>", "e f</w>", "g h</w>", "i j</w>"]
+    merges = word_merges(scenes.words())
+    assert merges == word_merges(scenes.words()[::-1])
+    assert len({merge.replace(" ", "") for merge in merges}) == len(merges)
+
+
+def test_the_sheet(command):
+    code, out, err = command("nano/scenes.py", "--first", 9990)
+    assert (code, out, err) == (0, "wrote scenes.png\n", "")
+    for options in (["--first", -1], ["--first", 10_000], ["--out", "scenes.txt"], ["--out", "none/scenes.png"]):
+        code, out, err = command("nano/scenes.py", *options)
+        assert (code, out) == (2, "") and err.startswith("error: ") and options[0] in err and err.count("\n") == 1
+
+
 def test_the_side_changes_the_size_alone():
     small, usual = scenes.draw(3, 64), scenes.draw(3)
     assert small.image.shape == (64, 64, 3) and (small.things, small.stuff) == (usual.things, usual.stuff)

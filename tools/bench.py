@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import seg4diff  # noqa: E402
 from mmdit import i2t, i2t_attention, joint_probs  # noqa: E402
-from support.cli import Parser, add_model_options, at_least, command  # noqa: E402
+from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -68,9 +68,9 @@ def compare(title, calls, repeats, device):
         rounds.append([seconds(call, device) for call in calls.values()])
     times = 1000 * np.median(rounds, axis=0)
     for name, ms, mb in zip(calls, times, memory):
-        print(f"{title:14s} {name:18s} {ms:10.1f} ms {mb:10.1f} MB")
+        show(f"{title:14s} {name:18s} {ms:10.1f} ms {mb:10.1f} MB")
     share = memory[0] / memory[1] if memory[1] > 0 else np.nan
-    print(f"{title:14s} {'ratio':18s} {times[0] / times[1]:10.2f} x  {share:10.2f} x")
+    show(f"{title:14s} {'ratio':18s} {times[0] / times[1]:10.2f} x  {share:10.2f} x")
 
 
 @torch.inference_mode()
@@ -84,10 +84,10 @@ def main(args):
     z = z.to(model.device, model.dtype)
     sigma = torch.full((B,), model.preset.sigma, device=model.device)
     cond = model.text.encode([["car", "sky"]] * B)
-    print(f"{model.name}, {cfg.depth} blocks, expert {block}; {B} x {model.preset.size} pixels; {model.device}, "
-          f"{model.dtype}, {torch.get_num_threads()} threads; medians of {args.repeats}")
+    show(f"{model.name}, {cfg.depth} blocks, expert {block}; {B} x {model.preset.size} pixels; {model.device}, "
+         f"{model.dtype}, {torch.get_num_threads()} threads; medians of {args.repeats}")
     sizes = [sum(p.nbytes for p in b.parameters()) / 2**20 for b in model.transformer.joint_blocks]
-    print(f"weights of the blocks: {sum(sizes[:block + 1]):.1f} of {sum(sizes):.1f} MB are all that segmentation loads")
+    show(f"weights of the blocks: {sum(sizes[:block + 1]):.1f} of {sum(sizes):.1f} MB are all that segmentation loads")
 
     def forward(stop):
         return model.transformer(z, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
@@ -103,6 +103,7 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     add_model_options(parser, lora=False)
-    parser.add_argument("--batch-size", type=at_least(1), help="pictures at once (default: the model's preset)")
+    parser.add_argument("--batch-size", type=at_least(1, most=1024),
+                        help="pictures at once (default: the model's preset)")
     parser.add_argument("--repeats", type=at_least(1), default=10)
     command(main, parser)

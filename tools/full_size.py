@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,25 +35,26 @@ from lora import add_lora  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support import weights  # noqa: E402
 from support.checkpoint import peak_megabytes, pick_device  # noqa: E402
-from support.cli import Parser, command  # noqa: E402
+from support.cli import Parser, command, show  # noqa: E402
+from support.files import read_json, replacing  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
 
 LAYOUTS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
 
 
-def write(path):
+def write(path, shapes):
     """Random fp16 tensors under the published keys, and as many merges as CLIP's vocabulary has."""
     sd = {}
     generator = torch.Generator().manual_seed(0)
-    for part, layout in LAYOUTS.items():
-        shapes = json.loads((ROOT / "tests/layouts" / f"{layout}.json").read_text())
-        for key, shape in shapes.items():
+    for part in shapes:
+        for key, shape in shapes[part].items():
             scale = 1 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1
             sd[weights.PREFIXES[part] + key] = (scale * torch.randn(shape, generator=generator)).half()
     vocab = len(sd[weights.PREFIXES["clip_l"] + "text_model.embeddings.token_embedding.weight"])
     symbols = text.byte_symbols()
     merges = [f"{a} {b}" for a in symbols for b in symbols][:vocab - 2 * len(symbols) - 2]
-    save_file(sd, path, {"merges": json.dumps(merges)})
+    with replacing(path) as new:
+        save_file(sd, new, {"merges": json.dumps(merges)})
 
 
 @torch.inference_mode()
@@ -69,8 +71,8 @@ def segment(path, early, device):
     _, taps = model.transformer(z0, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=block if early else None)
     maps = i2t_attention(taps[block])                                        # (1, H, N, M)
     assert maps.isfinite().all() and maps.sum(-1).max() <= 1.001             # shares of each pixel's attention
-    print(f"{loaded - start:.0f} s load, {encoded - loaded:.0f} s VAE and text, {time.time() - encoded:.0f} s MM-DiT")
-    print(f"{model.transformer.config.depth} blocks, peak {peak_megabytes(model.device) / 1000:.1f} GB", flush=True)
+    show(f"{loaded - start:.0f} s load, {encoded - loaded:.0f} s VAE and text, {time.time() - encoded:.0f} s MM-DiT")
+    show(f"{model.transformer.config.depth} blocks, peak {peak_megabytes(model.device) / 1000:.1f} GB")
 
 
 def kept_bytes(model, batch):
@@ -96,13 +98,13 @@ def measure_training(path, sizes, device):
     model = seg4diff.load(path, device)
     transformer = model.transformer
     params = add_lora(transformer, generator=torch.Generator().manual_seed(0))
-    print(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters of the LoRA, {model.device}, {model.dtype}")
+    show(f"{sum(p.numel() for p in params) / 1e6:.1f} M parameters of the LoRA, {model.device}, {model.dtype}")
     cond = model.text.encode(["cat dog sky"])
     tokens = [(size // model.vae.factor // transformer.config.patch) ** 2 for size in (*sizes, model.preset.size)]
     points = {}
     for checkpointing in (False, True):
         transformer.checkpointing = checkpointing
-        print(f"checkpointing {checkpointing}; GB are those kept for the backward pass, and the peak above the weights")
+        show(f"checkpointing {checkpointing}; GB are those kept for the backward pass, and the peak above the weights")
         kept = []
         for size, N in zip(sizes, tokens):
             side = size // model.vae.factor
@@ -112,25 +114,29 @@ def measure_training(path, sizes, device):
             kept.append(kept_bytes(model, batch))
             start = time.time()
             peak = megabytes(partial(magnet.gradient, model, params, [(batch, [0])], magnet.Settings()), model.device)
-            print(f"{N} tokens: {time.time() - start:.1f} s, kept {kept[-1] / 1e9:.2f} GB, peak {peak / 1000:.1f} GB")
+            show(f"{N} tokens: {time.time() - start:.1f} s, kept {kept[-1] / 1e9:.2f} GB, peak {peak / 1000:.1f} GB")
         slope, constant = np.polyfit(tokens[:2], kept[:2], 1)
         for N in tokens[2:]:
-            print(f"by the line through the first two, {N} image tokens: kept {(constant + slope * N) / 1e9:.2f} GB")
+            show(f"by the line through the first two, {N} image tokens: kept {(constant + slope * N) / 1e9:.2f} GB")
         points[checkpointing] = list(zip(tokens, kept))
     return points
 
 
 def main(args):
-    pick_device(args.device)                             # raises before 6 GB are written if it is not there
+    pick_device(args.device)                             # this and the layouts before 6 GB are written
+    shapes = {part: read_json(ROOT / f"tests/layouts/{layout}.json") for part, layout in LAYOUTS.items()}
     processes = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sd3_random.safetensors"
-        write(path)
+        write(path, shapes)
         if args.train:
             measure_training(path, (128, 192, 256), args.device)
             return
         for early in (True, False):
-            processes.submit(segment, path, early, args.device).result()
+            try:
+                processes.submit(segment, path, early, args.device).result()
+            except BrokenProcessPool:
+                raise MemoryError from None              # the system ended it
 
 
 if __name__ == "__main__":
