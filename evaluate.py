@@ -39,7 +39,7 @@ from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
-CODE = ("protocol.py", "seg4diff.py", "sampling.py", "loading.py", "mmdit.py", "vae.py", "text.py",
+CODE = ("protocol.py", "seg4diff.py", "readings.py", "sampling.py", "loading.py", "mmdit.py", "vae.py", "text.py",
         "lora.py", "support/checkpoint.py", "support/weights.py", "support/data.py", "support/metrics.py",
         "support/ledger.py", "support/classes.json", "nano/scenes.py")
 

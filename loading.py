@@ -62,6 +62,7 @@ class Preset:
     batch: int = 1                  # pictures evaluated at once
     threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
     scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
+    i2i_threshold: float = 0.7      # symmetric KL below which anchors are merged (chosen on nano's scenes-dev)
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":

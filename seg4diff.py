@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import readings
 from loading import Seg4Diff, load, noise, sigmas  # noqa: F401 - sigmas is public here, too
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
+from readings import READINGS
 from sampling import add_noise, blur_matrix, generate, guided_velocity, sample  # noqa: F401 - public here, too
 from support.cli import Parser, add_model_options, at_least, command
 from support.metrics import IGNORE
@@ -80,23 +82,48 @@ def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> T
     return rescale(maps, (1, 2)) if minmax else maps
 
 
-def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) -> bilinear to (height, width) -> every pixel's best class, int64.  ValueError: maps not finite."""
+def label_map(maps: Tensor, size: tuple[int, int], colours: Tensor | None = None) -> Tensor:
+    """(K, h, w) -> bilinear to (height, width) -> every pixel's best class, int64.
+
+    colours (3, height, width) in [0, 1]: the maps are refined by the picture (readings.refine) before they compete.
+    ValueError: maps not finite.
+    """
     if not maps.isfinite().all():
         raise ValueError("the attention maps are not finite numbers; float16 can overflow: try bfloat16 or float32")
     best = maps.new_full(size, -torch.inf, dtype=torch.float32)              # (height, width)
     labels = best.new_zeros(size, dtype=torch.int64)
-    for i in range(0, len(maps), 8):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
-        up = F.interpolate(maps[None, i:i + 8].float(), size=size, mode="bilinear", align_corners=False)[0]
+    patch = max(size[0] // maps.shape[1], size[1] // maps.shape[2])          # its longer side, in pixels
+    for i in range(0, len(maps), 4):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
+        up = F.interpolate(maps[None, i:i + 4].float(), size=size, mode="bilinear", align_corners=False)[0]
+        if colours is not None:
+            up = readings.refine(up, colours, patch)                         # (up to 4, height, width)
         value, index = up.max(0)                                             # 2 x (height, width)
         labels = torch.where(value > best, index + i, labels)
         best = torch.maximum(value, best)
     return labels
 
 
-def labels_of(maps: Tensor, image: Image.Image) -> np.ndarray:
-    """`label_map` at the size of a picture."""
-    return label_map(maps, (image.height, image.width)).cpu().numpy()
+def labels_of(maps: Tensor, image: Image.Image, reading: str = "paper") -> np.ndarray:
+    """`label_map` at the size of a picture, refined by it for the reading "pixels"."""
+    colours = None
+    if reading == "pixels":
+        colours = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(maps.device) / 255
+    return label_map(maps, (image.height, image.width), colours).cpu().numpy()
+
+
+def joined(kind: str, prompts: Sequence[Tensor], taps: Sequence[JointQKV]) -> Tensor:
+    """One kind of map of one picture, of all its prompts: their scores (H, K_p, h, w) and q, k, v -> (H, K, h, w).
+
+    Readings beyond the paper begin with the mean over heads and have 1 in the place of H, "anchors" 2.
+    """
+    if kind == "anchors":
+        return readings.anchor_reading(taps[0])                              # (2, anchors, h, w)
+    if kind in KINDS:
+        return torch.cat(list(prompts), dim=1)
+    parts = readings.prompt_shares(prompts)                                  # P x (K_p, h, w)
+    if kind == "i2i":                                    # each prompt's classes go through the I2I of its own pass
+        parts = [readings.i2i_step(qkv, part) for qkv, part in zip(taps, parts)]
+    return torch.cat(parts)[None]                                            # (1, K, h, w)
 
 
 @torch.inference_mode()
@@ -106,8 +133,10 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     """Clean latents through the model: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
     z0 from encode_image, a row for each picture; its noise is that of seeds[b], maps are means over so many draws, of
-    seeds[b], seeds[b] + 1, ...  More names than a prompt holds run as several prompts on the same noise: softmax maps
-    are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they are.
+    seeds[b], seeds[b] + 1, ...  kinds: of KINDS; "shares" and "i2i" (readings.py), (1, K, h, w); "anchors", of which
+    regions are made, (2, anchors, h, w).  More names than a prompt holds run as several prompts on the same noise:
+    softmax maps are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they
+    are; shares are formed over the classes of all prompts.
     classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a class.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit.
     """
@@ -122,10 +151,13 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
         prompts = [[]] if classes is None else split_classes(model.text, classes[b])
         rows += [(b, names) for names in prompts]
     columns = [slice(i, i + 1) for i in range(model.text.length)]
-    parts = [{(i, kind): [] for i in blocks for kind in kinds} for _ in range(B)]
+    source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
+    drawn = [{(i, kind): [] for i in blocks for kind in kinds} for _ in range(B)]
     for draw in range(draws):
         eps = noise(z0.shape[1:], [seed + draw for seed in seeds]).to(z0.device)             # (B, C, ., .)
         z = add_noise(z0.float(), eps, sigma).to(model.dtype)                # Eq. 8
+        scores = [{(i, kind): [] for i in blocks for kind in source.values()} for _ in range(B)]
+        tapped = [{i: [] for i in blocks} for _ in range(B)]                 # of each prompt, where a kind needs them
         for start in range(0, len(rows), B):             # never more than B rows at once
             pictures, prompts = zip(*rows[start:start + B])
             cond = model.text.encode(list(prompts))                          # Eq. 9
@@ -133,30 +165,58 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
             _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
                                         stop_at=max(blocks))
             spans = [columns] * len(pictures) if classes is None else cond.spans
-            for i, kind in parts[0]:
+            for i, kind in scores[0]:
                 for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
-                    parts[b][i, kind].append(attn)
-    out = []
-    for part in parts:                                   # of one picture: draws x prompts x (H, names, h, w)
-        out.append({key: torch.cat(attn, 1).unflatten(1, (draws, -1)).mean(1) for key, attn in part.items()})
-    return out
+                    scores[b][i, kind].append(attn)
+            if not {"i2i", "anchors"}.isdisjoint(kinds):
+                for i in blocks:
+                    for b, qkv in zip(pictures, taps[i].each()):
+                        tapped[b][i].append(qkv)
+        for b in range(B):
+            for i, kind in drawn[b]:
+                drawn[b][i, kind].append(joined(kind, scores[b][i, source[kind]], tapped[b][i]))
+    return [{key: torch.stack(maps).mean(0) for key, maps in picture.items()} for picture in drawn]
 
 
 @torch.inference_mode()
-def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | None = None, sigma: float | None = None,
-            seed: int | Sequence[int] = 0, kind: str = "softmax", head: int | None = None, minmax: bool = False,
-            draws: int = 1) -> Segmentation | list[Segmentation]:
+def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str | Sequence[str] = "paper",
+            block: int | None = None, sigma: float | None = None, seed: int | Sequence[int] = 0, kind: str = "softmax",
+            head: int | None = None, minmax: bool = False, draws: int = 1
+            ) -> Segmentation | dict[str, Segmentation] | list:
     """Open-vocabulary segmentation (Sec. 3.4, Fig. 7): every pixel of a picture gets one of its `classes`.
 
     One picture and its class names, or equal lists, which go through the model together; a seed for each, or for all.
+    reading: of READINGS, what is made of the attention (readings.py); several of them come off the same pass, as
+    {reading: Segmentation} for each picture.
     block and sigma default to the model's preset. kind (KINDS), head and minmax are the variants of Fig. 9 and of the
-    supplement's B.2 to B.4; draws: noise draws that the maps are averaged over.
-    ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
+    supplement's B.2 to B.4, and go with the paper's reading; draws: noise draws that the maps are averaged over.
+    ValueError: no classes, names that do not fit, a reading, kind, block or head that does not exist, sigma outside
+    [0, 1], variants of the paper's reading with another.
     """
     single = isinstance(image, Image.Image)
     images = [image] if single else image
     names = [classes] if single else classes
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
+    chosen = [reading] if isinstance(reading, str) else list(reading)
+    check_segment(model, names, chosen, kind, head, minmax)
+    block = model.preset.block if block is None else block
+    sigma = model.preset.sigma if sigma is None else sigma
+    source = {"paper": kind, "shares": "shares", "i2i": "i2i", "pixels": "i2i"}
+    kinds = list(dict.fromkeys(source[r] for r in chosen))
+    z0 = encode_image(model, images)                                         # (B, C, ., .)
+    attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=kinds, draws=draws)
+    out = []
+    for b, scores in enumerate(attn):
+        found = {}
+        for r in chosen:
+            maps = class_maps(scores[block, source[r]], head, minmax)        # (K, h, w)
+            found[r] = Segmentation(labels_of(maps, images[b], r), maps.cpu(), list(names[b]))
+        out.append(found[reading] if isinstance(reading, str) else found)
+    return out[0] if single else out
+
+
+def check_segment(model, names, chosen, kind, head, minmax):
+    """ValueError: see `segment`."""
     if any(isinstance(x, str) or len(x) > IGNORE for x in names):
         raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
     last = model.transformer.config.heads - 1
@@ -164,26 +224,22 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {last}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
-    block = model.preset.block if block is None else block
-    sigma = model.preset.sigma if sigma is None else sigma
-    z0 = encode_image(model, images)                                         # (B, C, ., .)
-    attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=[kind], draws=draws)
-    out = []
-    for b, scores in enumerate(attn):
-        maps = class_maps(scores[block, kind], head, minmax)                 # (K, h, w)
-        out.append(Segmentation(labels_of(maps, images[b]), maps.cpu(), list(names[b])))
-    return out[0] if single else out
+    if not chosen or not set(chosen) <= set(READINGS):
+        raise ValueError(f"there is no reading {', '.join(chosen)!r}; the readings are {', '.join(READINGS)}")
+    if set(chosen) != {"paper"} and (kind, head, minmax) != ("softmax", None, False):
+        raise ValueError("kind, head and minmax are variants of the paper's reading, not of any other")
 
 
 # ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
 
+REGIONS = ("pad", "i2i")
 SCALINGS = ("map", "token", "none")
 
 
 class Proposals(NamedTuple):
     labels: np.ndarray                  # (height, width) of the picture given, index into maps
-    maps: Tensor                        # (P, h, w), each sums to 1
-    members: list[list[int]]            # for each proposal, the text columns whose maps it is the mean of
+    maps: Tensor                        # (P, h, w): pad, each sums to 1; i2i, all sum to 1 at each patch
+    members: list[list[int]]            # for each proposal, the text columns, or the anchors, that it gathers
 
 
 def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, list[list[int]]]:
@@ -203,9 +259,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
         x = rescale(x, 1 if scaling == "map" else 0)
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
-    cross = p @ log_p.mT                                                     # (L, L): sum of p_i log p_j
-    self_cross = cross.diag()                                                # (L,), minus the entropies
-    kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L), mean of both directions
+    kl = readings.symmetric_kl(log_p)                                        # (L, L)
     taken = torch.zeros(len(p), dtype=torch.bool)
     proposals = []
     members = []
@@ -226,26 +280,37 @@ def pad_maps(model: Seg4Diff, z0: Tensor, *, block: int, sigma: float, seeds: Se
 
 
 @torch.inference_mode()
-def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: float | None = None,
-            seed: int | Sequence[int] = 0, threshold: float | None = None, scaling: str | None = None, draws: int = 1
-            ) -> Proposals | list[Proposals]:
-    """Regions without any names (Sec. 4.2): <sos>, <eos> and <pad> of the empty prompt, their maps merged.
+def propose(model: Seg4Diff, image: Images, *, regions: str = "pad", block: int | None = None,
+            sigma: float | None = None, seed: int | Sequence[int] = 0, threshold: float | None = None,
+            scaling: str | None = None, draws: int = 1) -> Proposals | list[Proposals]:
+    """Regions without any names, by the empty prompt.  One picture or a list; a seed for each, or for all.
 
-    One picture or a list; a seed for each, or for all; the rest from the preset.  ValueError: see merge_maps.
+    regions "pad" (Sec. 4.2): the maps of <sos>, <eos> and <pad>, merged (merge_maps). "i2i", beyond the paper: anchors
+    on a grid, merged by where their image-to-image attention goes (readings.merge_anchors); no scaling is read.
+    What is not given comes from the preset, with a threshold for each kind of regions.
+    ValueError: regions that do not exist, a scaling for "i2i"; see merge_maps.
     """
+    if regions not in REGIONS or (regions == "i2i" and scaling is not None):
+        raise ValueError(f"regions is one of {', '.join(REGIONS)}, and scaling belongs to pad; "
+                         f"not {regions!r}, {scaling!r}")
     single = isinstance(image, Image.Image)
     images = [image] if single else image
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
     block = model.preset.block if block is None else block
     sigma = model.preset.sigma if sigma is None else sigma
-    threshold = model.preset.threshold if threshold is None else threshold
+    if threshold is None:
+        threshold = model.preset.threshold if regions == "pad" else model.preset.i2i_threshold
     scaling = model.preset.scaling if scaling is None else scaling
     z0 = encode_image(model, images)                                         # (B, C, ., .)
-    maps = pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)           # (B, L, h, w)
+    if regions == "pad":
+        maps = pad_maps(model, z0, block=block, sigma=sigma, seeds=seeds, draws=draws)       # (B, L, h, w)
+        merged = [merge_maps(tokens, threshold, scaling) for tokens in maps]                 # B x (P, h, w)
+    else:
+        attn = attend(model, z0, None, blocks=[block], sigma=sigma, seeds=seeds, kinds=["anchors"], draws=draws)
+        merged = [readings.merge_anchors(scores[block, "anchors"], threshold) for scores in attn]
     out = []
-    for b in range(len(images)):
-        proposals, members = merge_maps(maps[b], threshold, scaling)         # (P, h, w)
-        out.append(Proposals(labels_of(proposals, images[b]), proposals.cpu(), members))
+    for picture, (proposals, members) in zip(images, merged):
+        out.append(Proposals(labels_of(proposals, picture), proposals.cpu(), members))
     return out[0] if single else out
 
 
@@ -256,8 +321,10 @@ def run_segment(args):
     check_out(args.out)
     image = open_image(args.image)
     model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
-    seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
+    seg = segment(model, image, args.classes, reading=args.reading, block=args.block, sigma=args.sigma, seed=args.seed)
     panels(image, seg.labels, seg.classes).save(args.out)
+    note = "" if args.reading == "paper" else " (beyond the paper; its own by --reading paper)"
+    print(f"reading: {args.reading}{note}")
     for k, name in enumerate(seg.classes):
         print(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
     print(f"wrote {args.out}")
@@ -282,6 +349,7 @@ if __name__ == "__main__":
     seg = commands.add_parser("segment", help="mask the named classes in a picture")
     seg.add_argument("image", type=Path)
     seg.add_argument("classes", nargs="+", metavar="CLASS")
+    seg.add_argument("--reading", default="i2i", choices=READINGS, help="what is made of the attention (i2i)")
     seg.add_argument("--block", type=int, help="block whose attention is taken; the model's expert block if not given")
     seg.add_argument("--sigma", type=float, help="noise level in [0, 1]; the model's preset if not given")
     seg.set_defaults(run=run_segment)
