@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import seg4diff
@@ -194,3 +195,13 @@ def test_nano_reads_better_beyond_the_paper():
             total[row] = total.get(row, 0) + c
     miou = [ev.scoring.score(total[reading])["mIoU"] for reading in seg4diff.READINGS]
     assert miou == sorted(miou) and miou[2] > miou[0] + 4 and miou[3] > miou[2] + 3
+
+
+def test_figures_of_another_reading(command, tiny_file, tmp_path):
+    pictures = []
+    for reading in ("paper", "i2i"):
+        options = ("strip", "--model", tiny_file, "--device", "cpu", "--reading", reading, "--out", tmp_path / reading)
+        assert command("figures.py", *options)[0] == 0
+        assert json.loads((tmp_path / reading / "strip.json").read_text())["reading"] == reading
+        pictures.append(np.asarray(Image.open(tmp_path / reading / "strip.png"))[50:])       # below the title
+    assert not np.array_equal(*pictures)
