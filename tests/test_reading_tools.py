@@ -77,7 +77,7 @@ def test_why(command, tiny_file, tmp_path):
     code, out, err = command("tools/why_readings.py", *options)
     assert code == 0, err
     assert "by chance" in out and len(json.loads((tmp_path / "o/why.json").read_text())["pictures"]) == 3
-    for name in ("bleeding.png", "rows.png", "failures.png"):
+    for name in ("typical.png", "bleeding.png", "rows.png", "failures.png"):
         assert min(Image.open(tmp_path / "o" / name).size) > 150
 
 

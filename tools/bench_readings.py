@@ -59,9 +59,7 @@ def read(qkv, image, reading):
 
 
 def compare(title, calls, repeats):
-    """Every call in turns, after a round to warm up and one for the memory: medians, and ratios to the first."""
-    for call in calls.values():
-        call()
+    """Every call in turns, after a round for the memory, which also warms up: medians, and ratios to the first."""
     memory = [megabytes(call, CPU) for call in calls.values()]
     times = np.median([[seconds(call, CPU) for call in calls.values()] for _ in range(repeats)], axis=0)
     show(f"{title}, {torch.get_num_threads()} threads, medians of {repeats}")

@@ -1,7 +1,8 @@
 """Why the readings beyond the paper (readings.py) are better, and where they fail, shown on pictures of scenes-dev.
 
-    python tools/why_readings.py                         # bleeding.png, rows.png, failures.png in out/why-nano
+    python tools/why_readings.py                         # typical.png, bleeding.png, ... in out/why-nano
 
+typical.png: the pictures in the middle, sorted by what the step through I2I gains.
 bleeding.png: a patch's mass on all text varies, and the bilinear step lets heavy patches bleed into light ones.
 rows.png: where chosen patches look, the rows of I2I that the step averages the shares over.
 failures.png: the pictures in which the step costs pixels, or gains least.
@@ -143,9 +144,12 @@ def main(args):
         own, chance = zip(*[look.own_class() for look in looks])
         ratios = [text_mass(look)[1] for look in looks]
         whole = [float(i2t_attention(look.qkv).sum(-1).mean()) for look in looks]
-    worst = sorted(looks, key=lambda look: look.right["i2i"] - look.right["shares"])[:3]
-    rows = [[(look.item.image, "picture"), *map(look.shown, readings.READINGS), look.truth()] for look in worst]
-    draw(out / "failures.png", "Where the step through I2I costs most pixels, or gains least", rows)
+    looks = sorted(looks, key=lambda look: look.right["i2i"] - look.right["shares"])
+    middle = len(looks) // 2
+    for name, title, some in (("failures", "Where the step through I2I costs most pixels, or gains least", looks[:3]),
+                              ("typical", "Readings of the same pass", looks[middle - 1:middle + 2])):
+        rows = [[(look.item.image, "picture"), *map(look.shown, readings.READINGS), look.truth()] for look in some]
+        draw(out / f"{name}.png", title, rows)
     numbers = {"pictures": [look.item.name for look in looks], "mass on all text": whole,
                "mass on the names, largest over smallest patch": ratios,
                "share of a patch's I2I that goes to its own class": own, "the same by chance": chance,
@@ -156,7 +160,7 @@ def main(args):
     show(f"I2I to patches of the own class: {np.mean(own):.1%}, by chance {np.mean(chance):.1%}; means over pictures")
     show(f"fewer pixels right by i2i than by shares: {numbers['i2i worse than shares']} pictures, than by the paper's "
          f"reading: {numbers['i2i worse than the paper']}")
-    show(f"wrote {out}/why.json, bleeding.png, rows.png and failures.png")
+    show(f"wrote {out}/why.json, typical.png, bleeding.png, rows.png and failures.png")
 
 
 if __name__ == "__main__":
