@@ -238,15 +238,15 @@ def sensitivity(model, items, classes, sigma):
     return np.array(out)                                                     # (n, depth)
 
 
-def bootstrap(counts, draws=1000, seed=0):
+def bootstrap(counts, draws=1000, seed=0, score=scores):
     """mIoU of each block when the pictures are drawn again with replacement.
 
-    counts (n, blocks, K, K): confusion matrices of each picture. Returns (draws, blocks) mIoU in percent and, for each
-    block, the share of draws in which it is the best, (blocks,).
+    counts (n, blocks, K, K): confusion matrices of each picture, or what else `score` takes. Returns (draws, blocks)
+    mIoU in percent and, for each block, the share of draws in which it is the best, (blocks,).
     """
-    n, blocks, K, _ = counts.shape
+    n, blocks, *shape = counts.shape
     flat = counts.reshape(n, -1).astype(np.float64)                          # (n, blocks*K*K)
     times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)        # (draws, n)
-    again = (times @ flat).reshape(-1, K, K)                                 # (draws*blocks, K, K)
-    miou = np.array([scores(c)["mIoU"] for c in again]).reshape(draws, blocks)
+    again = (times @ flat).reshape(-1, *shape)                               # (draws*blocks, K, K)
+    miou = np.array([score(c)["mIoU"] for c in again]).reshape(draws, blocks)
     return miou, np.bincount(miou.argmax(1), minlength=blocks) / draws

@@ -4,6 +4,8 @@
     python evaluate.py --dataset voc                     # Table 1's first number, by SD3, of ./data/VOCdevkit
     python evaluate.py --dataset all                     # Table 1, beside the paper's numbers
     python evaluate.py --task unsup                      # Table 2: regions without names (--dataset all, too)
+    python evaluate.py --task unsup --regions i2i        # beyond the paper: regions of the image-to-image attention
+    python evaluate.py --task readings                   # beyond the paper: four readings of the same attention
     python evaluate.py --task thresholds                 # how Table 2's scaling and threshold are chosen
     python evaluate.py --task layers                     # Fig. 8: mIoU of every block
     python evaluate.py --task heads                      # Fig. 17 / supplement Fig. 4: of every head
@@ -21,19 +23,21 @@ import platform
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+import analysis
 import seg4diff
 from loading import Seg4Diff, image_seed
-from protocol import CODE, TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
+from protocol import CODE, TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation, unsup_i2i
 from support.checkpoint import peak_megabytes
 from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.files import Broken, code_stamp, stamp, write_json, write_picture
 from support.ledger import Ledger, wait_for_all, world
-from support.metrics import table
+from support.metrics import proposal_scores, table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
 
@@ -63,8 +67,12 @@ def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
         facts[choice] = str(value)
     if ev.scoring is UNNAMED:
         facts["prompt"] = "empty"
+    first = ev.variants[0]
+    if len(ev.variants) == 1 and first.reading != "paper":
+        facts["reading"] = f"{first.reading}, beyond the paper"
     if ev.task == "unsup":
-        facts["merging"] = f"maps scaled over: {ev.variants[0].scaling}, merged below KL {ev.variants[0].threshold:g}"
+        what = f"maps scaled over: {first.scaling}" if first.regions == "pad" else "I2I of anchors, beyond the paper"
+        facts["merging"] = f"{what}, merged below KL {first.threshold:g}"
     return facts
 
 
@@ -83,6 +91,26 @@ def count_into(ledger, ev, names, silent):
             if total:
                 best, row = max((ev.scoring.score(total[v.name])["mIoU"], v.name) for v in ev.variants)
                 bar.set_postfix({f"mIoU {row}": f"{best:.1f}"})
+
+
+def differences(ev: Evaluation, ledger: Ledger, names: list[str]) -> dict[str, list[float]]:
+    """What each variant's mIoU is above the first one's, and between what limits: [difference, low, high].
+
+    95 % of the differences when the pictures, the same for both, are drawn again with replacement.
+    """
+    K = len(ev.data.classes)
+    counts = []
+    for name in names:
+        rows = ledger.sum([name])
+        if rows:                                         # it could be read and has a labelled pixel
+            conf = np.stack([rows[v.name][:, :K] for v in ev.variants])               # (variants, K, K)
+            tp = conf.diagonal(axis1=1, axis2=2)                             # (variants, K)
+            counts.append(np.stack([tp, conf.sum(1) - tp, conf.sum(2) - tp], axis=2))        # TP, FP, FN
+    counts = np.stack(counts)                                                # (n, variants, K, 3)
+    miou, _ = analysis.bootstrap(counts, score=proposal_scores)              # (draws, variants)
+    low, high = np.percentile(miou - miou[:, :1], [2.5, 97.5], axis=0)       # (variants,) each
+    whole = [proposal_scores(c)["mIoU"] for c in counts.sum(0)]
+    return {v.name: [whole[i] - whole[0], low[i], high[i]] for i, v in enumerate(ev.variants)}
 
 
 def examples(ev: Evaluation, names: list[str]) -> Image.Image:
@@ -112,12 +140,16 @@ def report(args, ev, ledger, names, seconds, out):
     rows = {row: ev.scoring.score(c) for row, c in total.items()}
     facts = facts_of(ev, n)
     megabytes = peak_megabytes(ev.model.device)
+    above = {}
+    if ev.task == "readings":
+        above = differences(ev, ledger, names)
     write_json(out / "results.json", {
         "task": ev.task, "n": n, "facts": facts, "identity": ledger.identity, "hash": ledger.hash, "broken": broken,
         "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": ev.data.classes, "rows": rows,
+        "above the first row": above,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})
-    if len(ev.variants) == 1:
+    if ev.task in ("ovss", "unsup"):
         picture = out / "overlays.png"
         write_picture(picture, examples(ev, [name for name in names if ledger.done.get(name)][:12]))
     else:
@@ -126,10 +158,17 @@ def report(args, ev, ledger, names, seconds, out):
     for fact, value in facts.items():
         show(f"{fact + ':':9s}{value}")
     show(table(rows))
+    if ev.task == "ovss" and len(ev.variants) > 1:
+        paper, beyond = ev.variants
+        show(f"{paper.name}: the paper's reading; {beyond.name}: beyond it, a step through the block's own "
+             "image-to-image attention")
+    for row, (mean, low, high) in list(above.items())[1:]:
+        show(f"{row} above {ev.variants[0].name}: {mean:+.1f} mIoU (95 % interval over the pictures: {low:+.1f} to "
+             f"{high:+.1f})")
     if broken:
         show(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
-    if len(ev.variants) == 1:
+    if ev.task in ("ovss", "unsup"):
         iou = zip(ev.data.classes, rows[ev.variants[0].name]["IoU"])
         show("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
     show(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
@@ -141,6 +180,10 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     start = time.time()
     rank, processes = world()
     ev = evaluation(model, data, args.task, Protocol(args.seed, args.prompt, args.resize, args.draws), args.batch_size)
+    if args.regions == "i2i":
+        ev = ev._replace(variants=unsup_i2i(model))
+    if args.reading is not None:
+        ev = ev._replace(variants=[ev.variants[0]._replace(reading=args.reading)])
     names = subset(data.names, args.limit)
     K = len(data.classes)
     ledger = Ledger(out, identity_of(ev), ev.rows, (K, ev.scoring.columns(K)), rank)
@@ -163,6 +206,12 @@ def check(args):
     """ValueError: options that do not go together, one sentence each."""
     if (args.threshold is not None or args.scaling is not None) and args.task != "unsup":
         raise ValueError("--threshold and --scaling belong to --task unsup")
+    if args.regions is not None and args.task != "unsup":
+        raise ValueError("--regions belongs to --task unsup")
+    if args.regions == "i2i" and args.scaling is not None:
+        raise ValueError("--scaling belongs to --regions pad")
+    if args.reading is not None and args.task != "ovss":
+        raise ValueError("--reading belongs to --task ovss; --task readings compares all readings")
     if args.prompt == "all" and TASKS[args.task].scoring is UNNAMED:
         raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
     if args.dataset == "all" and args.task not in PAPER:
@@ -196,7 +245,8 @@ def main(args):
     model = seg4diff.load(name, args.device, args.dtype, segment_only, args.lora)
     if model.name in ("floor", "ceiling"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
-    model.preset = model.preset.changed(threshold=args.threshold, scaling=args.scaling)
+    merging = "i2i_threshold" if args.regions == "i2i" else "threshold"
+    model.preset = model.preset.changed(scaling=args.scaling, **{merging: args.threshold})
     out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
     if args.dataset != "all":
         run(args, model, sets[0], out)
@@ -227,6 +277,8 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", default="present", choices=["present", "all"], help="the picture's classes, or all")
     parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="the paper: crop")
     parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
+    parser.add_argument("--reading", choices=seg4diff.READINGS, help="ovss: this one alone (default: paper and i2i)")
+    parser.add_argument("--regions", choices=seg4diff.REGIONS, help="unsup: <pad> maps, or I2I's (default: pad)")
     parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
     parser.add_argument("--batch-size", type=at_least(1, most=1024),

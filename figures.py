@@ -115,9 +115,8 @@ def pca(model, prompts, out):
             x = getattr(qkv, name)[0, :, :qkv.n_img].transpose(0, 1).flatten(1)              # (N, D)
             row.append(analysis.pca_rgb(x, qkv.grid))
         rows.append(row)
-    titles = ["generated", *(f"block {block}" for block in taps[t])]
     picture_rows(out / "pca.png", f"First three components at t = {t} (Fig. 3, 29): {prompts[0]}",
-                 ["queries", "keys", "values"], rows, [titles])
+                 ["queries", "keys", "values"], rows, [["generated", *(f"block {block}" for block in taps[t])]])
     return {"prompt": prompts[0], "t": t}
 
 
@@ -225,8 +224,8 @@ def perturb(model, prompts, out):
 
 def guide(model, prompts, out):
     """Fig. 6, 32: Eq. 7 with s = 1 and one block after the other, on top of classifier-free guidance."""
-    blocks = range(model.transformer.config.depth)
-    variants = {"none": {}, **{f"block {i}": {"pag": 1.0, "blocks": [i]} for i in blocks}}
+    depth = model.transformer.config.depth
+    variants = {"none": {}, **{f"block {i}": {"pag": 1.0, "blocks": [i]} for i in range(depth)}}
     return compare_pictures(model, prompts, variants, out / "guide.png",
                             f"Guidance by a perturbed block (Eq. 7, s = 1), {model.name} (Fig. 6)")
 
@@ -247,8 +246,7 @@ def expert(model, prompts, out, data, limit=100):
     miou, best = analysis.bootstrap(counts)                                  # (draws, depth), (depth,)
     low, high = np.percentile(miou, [2.5, 97.5], axis=0)                     # (depth,) each
     norms, _ = analysis.mean_norms(model, prompts)
-    items = [data.read(name) for name in names[:32]]
-    change = analysis.sensitivity(model, items, data.classes, model.preset.sigma)            # (n, depth)
+    change = analysis.sensitivity(model, map(data.read, names[:32]), data.classes, model.preset.sigma)   # (n, depth)
     rows = {"mIoU [%]": [scores(c)["mIoU"] for c in counts.sum(0)],
             "value norm, prompt / image": list(np.divide(norms["prompt"], norms["image"])),
             "change by blurring I2T [%]": change.mean(0).tolist()}
@@ -292,26 +290,26 @@ def text_matters(model, prompts, out, data, limit=100):
     return {"n": len(items), "flow loss saved by class names [%]": rows}
 
 
-def class_shares(model, item, data):
+def class_shares(model, item, data, reading):
     """A picture's class names, the argmax in colour, and each class's share among the classes, which it compares."""
     ids = classes_in(item.labels)
     names = [data.classes[k] for k in ids]
-    seg = seg4diff.segment(model, item.image, names, seed=image_seed(item.name, 0))
+    seg = seg4diff.segment(model, item.image, names, reading=reading, seed=image_seed(item.name, 0))
     argmax = overlay(item.image, ids[seg.labels], palette(len(data.classes)))
     return names, argmax, list(seg.maps / seg.maps.sum(0))                   # K x (h, w)
 
 
-def strip(model, prompts, out, data):
+def strip(model, prompts, out, data, reading="paper"):
     """Fig. 7: a picture, a heat map for each class name, and the argmax over them."""
     item = data.read(data.names[0])
-    names, argmax, maps = class_shares(model, item, data)
-    title = f"Block {model.preset.block} of {model.name} (Fig. 7); maps: each class's share, dark 0, bright 1"
-    row = [item.image, *maps, argmax]
-    picture_rows(out / "strip.png", title, [], [row], [["picture", *names, "argmax"]], vmin=0, vmax=1)
-    return {"picture": item.name}
+    names, argmax, maps = class_shares(model, item, data, reading)
+    title = f"Block {model.preset.block} of {model.name} (Fig. 7), {reading}; each class's share, dark 0, bright 1"
+    picture_rows(out / "strip.png", title, [], [[item.image, *maps, argmax]], [["picture", *names, "argmax"]],
+                 vmin=0, vmax=1)
+    return {"picture": item.name, "reading": reading}
 
 
-def magnet_maps(model, prompts, out, data, base):
+def magnet_maps(model, prompts, out, data, base, reading="paper"):
     """Fig. 12, 33: class maps of noised pictures, and pictures from the same noise, without (base) and with a LoRA."""
     items = [data.read(name) for name in data.names[:3]]
     rows = []
@@ -319,11 +317,11 @@ def magnet_maps(model, prompts, out, data, base):
     for item in items:
         truth = overlay(item.image, item.labels, palette(len(data.classes)))
         for m, picture, caption in ((base, item.image, "picture"), (model, truth, "truth")):
-            names, argmax, maps = class_shares(m, item, data)
+            names, argmax, maps = class_shares(m, item, data, reading)
             rows.append([picture, argmax, *maps[:6]])
             titles.append([caption, "argmax", *names])
     title = (f"Block {model.preset.block} without and with the LoRA {model.name.removeprefix(base.name + '+')} "
-             "(Fig. 12, 33); maps: each class's share among the classes, dark 0, bright 1")
+             f"(Fig. 12, 33), {reading}; maps: each class's share among the classes, dark 0, bright 1")
     picture_rows(out / "magnet.png", title, ["without", "with"] * len(items), rows, titles, vmin=0, vmax=1)
     before = seg4diff.generate(base, prompts[:4])
     after = seg4diff.generate(model, prompts[:4])
@@ -367,10 +365,9 @@ def main(args):
     prompts = prompts_for(model, args.limit, args.prompts)
     out = args.out or Path("out") / f"figures-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
-    chosen = args.figures
-    if "all" in chosen:                                  # by default
-        chosen = [figure for figure in FIGURES if figure != "magnet" or args.lora]
-    for figure in chosen:
+    if "all" in args.figures:                            # by default
+        args.figures = [figure for figure in FIGURES if figure != "magnet" or args.lora]
+    for figure in args.figures:
         inputs = [model, prompts, out]
         if figure in ("strip", "expert", "text", "magnet"):
             inputs.append(DATASETS[args.dataset or ("scenes-dev" if toy(model) else "voc")](args.data_root))
@@ -378,6 +375,8 @@ def main(args):
             inputs.append(2 * args.limit)
         if figure == "magnet":
             inputs.append(seg4diff.load(args.model, args.device, args.dtype))
+        if figure in ("strip", "magnet"):
+            inputs.append(args.reading)
         numbers = {"model": [model.name, model.fingerprint], **FIGURES[figure](*inputs)}
         write_json(out / f"{figure}.json", numbers)
         for key, value in numbers.items():
@@ -392,6 +391,7 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
     parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; data set's pictures: twice that")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")
+    parser.add_argument("--reading", choices=seg4diff.READINGS, default="paper", help="of strip and magnet (paper)")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/figures-MODEL)")
     add_model_options(parser, seed=False)

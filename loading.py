@@ -56,7 +56,7 @@ SCALINGS = ("map", "token", "none")
 # What a number of a preset may be: its kind, the least, the largest. Whether it suits a model is for check_fit to say.
 LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
           "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
-          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30)}
+          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "i2i_threshold": (Real, 1e-30, 1e30)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Preset:
     batch: int = 1                  # pictures evaluated at once
     threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
     scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
+    i2i_threshold: float = 0.7      # symmetric KL below which anchors are merged (chosen on nano's scenes-dev)
 
     def __post_init__(self):
         """ValueError: what cannot be.  The one check of a file's header and of arguments (`changed`)."""

@@ -38,6 +38,11 @@ class JointQKV(NamedTuple):
     n_img: int                      # N
     grid: tuple[int, int]           # (h, w), N = h*w, row-major
 
+    def each(self) -> list["JointQKV"]:
+        """The samples one by one, B = 1 each."""
+        rows = zip(self.q.split(1), self.k.split(1), self.v.split(1))
+        return [JointQKV(q, k, v, self.n_img, self.grid) for q, k, v in rows]
+
 
 def joint_probs(qkv: JointQKV) -> Tensor:
     """A = softmax(Q K^T / sqrt(d)), (B, H, N+M, N+M) in fp32; rows are queries and sum to 1.

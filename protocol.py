@@ -17,14 +17,23 @@ from PIL import Image
 import seg4diff
 from loading import Seg4Diff, image_seed
 from support.data import Dataset, Item, centre_crop, read_ahead
-from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
+from support.metrics import (
+    IGNORE,
+    border_counts,
+    border_iou,
+    classes_in,
+    confusion,
+    match_proposals,
+    proposal_scores,
+    scores,
+)
 
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
-CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.py", "lora.py", "support/checkpoint.py",
-        "support/weights.py", "support/data.py", "support/files.py", "support/metrics.py",
-        "support/ledger.py", "support/classes.json", "nano/scenes.py")
+CODE = ("protocol.py", "seg4diff.py", "readings.py", "sampling.py", "loading.py", "mmdit.py", "vae.py", "text.py",
+        "lora.py", "support/checkpoint.py", "support/weights.py", "support/data.py", "support/files.py",
+        "support/metrics.py", "support/ledger.py", "support/classes.json", "nano/scenes.py")
 
 # ---------------------------------------------------------------------------- variants: model -> list[Variant]
 
@@ -37,13 +46,22 @@ class Variant(NamedTuple):
     kind: str = "softmax"               # seg4diff.KINDS
     minmax: bool = False
     head: int | None = None
-    threshold: float | None = None      # of merging <pad> maps
+    threshold: float | None = None      # of merging regions
     scaling: str | None = None          # seg4diff.SCALINGS
+    reading: str = "paper"              # seg4diff.READINGS
+    regions: str = "pad"                # seg4diff.REGIONS
 
 
 def ovss(m):
-    """Table 1."""
-    return [Variant(m.name, m.preset.block, m.preset.sigma)]
+    """Table 1; and below the paper's reading the one beyond it that looks at the model's attention alone."""
+    block = m.preset.block
+    sigma = m.preset.sigma
+    return [Variant(m.name, block, sigma), Variant(f"{m.name} i2i", block, sigma, reading="i2i")]
+
+
+def readings(m):
+    """Beyond the paper: all readings of one pass (readings.py)."""
+    return [Variant(r, m.preset.block, m.preset.sigma, reading=r) for r in seg4diff.READINGS]
 
 
 def layers(m):
@@ -84,6 +102,12 @@ def unsup(m):
     return [Variant(m.name, p.block, p.sigma, threshold=p.threshold, scaling=p.scaling)]
 
 
+def unsup_i2i(m):
+    """Beyond the paper: regions of the image-to-image attention."""
+    p = m.preset
+    return [Variant(m.name, p.block, p.sigma, regions="i2i", threshold=p.i2i_threshold)]
+
+
 def thresholds(m):
     """How <pad> maps are merged: what Table 2's presets are chosen from."""
     block = m.preset.block
@@ -117,13 +141,18 @@ class Prediction(NamedTuple):
 
 # Four functions of (model, batch, variants, draws), which return {variant: Prediction} for each picture
 def predict_named(model, batch, variants, draws):
-    """Each variant is a call of seg4diff.segment."""
+    """Calls of seg4diff.segment; variants that differ in their reading alone share one."""
     out = [{} for _ in batch.images]
+    calls = {}
     for v in variants:
-        segmentations = seg4diff.segment(model, batch.images, batch.names, block=v.block, sigma=v.sigma, draws=draws,
-                                         seed=batch.seeds, kind=v.kind, head=v.head, minmax=v.minmax)
-        for row, ids, segmentation in zip(out, batch.ids, segmentations):
-            row[v.name] = Prediction(ids[segmentation.labels], ids)
+        calls.setdefault(v._replace(name="", reading=""), []).append(v)
+    for v, alike in calls.items():
+        found = seg4diff.segment(model, batch.images, batch.names, reading=[a.reading for a in alike], block=v.block,
+                                 sigma=v.sigma, seed=batch.seeds, kind=v.kind, head=v.head, minmax=v.minmax,
+                                 draws=draws)
+        for row, ids, segmentations in zip(out, batch.ids, found):
+            for a in alike:
+                row[a.name] = Prediction(ids[segmentations[a.reading].labels], ids)
     return out
 
 
@@ -131,8 +160,8 @@ def predict_unnamed(model, batch, variants, draws):
     """Each variant is a call of seg4diff.propose."""
     out = [{} for _ in batch.images]
     for v in variants:
-        regions = seg4diff.propose(model, batch.images, block=v.block, sigma=v.sigma, draws=draws, seed=batch.seeds,
-                                   threshold=v.threshold, scaling=v.scaling)
+        regions = seg4diff.propose(model, batch.images, regions=v.regions, block=v.block, sigma=v.sigma, draws=draws,
+                                   seed=batch.seeds, threshold=v.threshold, scaling=v.scaling)
         for row, proposals in zip(out, regions):
             values = np.arange(len(proposals.maps), dtype=np.uint8)
             row[v.name] = Prediction(values[proposals.labels], values)
@@ -178,10 +207,16 @@ def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -
     return seg4diff.label_map(maps, size).numpy()
 
 
-def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """What the protocol gives for the truth itself, averaged over the cells of the patch grid."""
+def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int],
+                refined_by: Image.Image | None = None) -> np.ndarray:
+    """What the protocol gives for the truth itself, averaged over the cells of the patch grid.
+
+    refined_by: the picture, for what the reading "pixels" can make of it.
+    """
     onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
     maps = F.interpolate(onehot[None], size=grid, mode="area")[0]                            # (K, h, w)
+    if refined_by is not None:
+        return seg4diff.labels_of(maps, refined_by, "pixels")
     return seg4diff.label_map(maps, labels.shape).numpy()
 
 
@@ -205,10 +240,36 @@ def count_named(truth, labels, K):
     return confusion(truth, labels, K), labels
 
 
+def count_borders(truth, labels, K):
+    """The confusion matrix, and beside it border_counts."""
+    return np.concatenate([confusion(truth, labels, K), border_counts(truth, labels, K)], axis=1), labels
+
+
+def border_scores(counts):
+    K = len(counts)
+    s = scores(counts[:, :K])
+    occurs = counts[:, :K].sum(1) > 0
+    return s | {"boundary IoU": border_iou(counts[:, K:], occurs)}
+
+
+def count_unnamed(truth, labels, K):
+    """match_proposals' (K, 3), and a column that holds the number of regions, and 1 for the picture."""
+    counts, named = match_proposals(truth, labels, K)
+    regions = np.zeros((K, 1), np.int64)
+    regions[:2, 0] = len(classes_in(labels)), 1
+    return np.concatenate([counts, regions], axis=1), named
+
+
+def unnamed_scores(counts):
+    return proposal_scores(counts[:, :3]) | {"regions": float(counts[0, 3] / counts[1, 3])}
+
+
 # With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
 NAMED = Scoring(count_named, scores, lambda K: K)
-UNNAMED = Scoring(match_proposals, proposal_scores, lambda K: 3)
+BORDERS = Scoring(count_borders, border_scores, lambda K: K + 2)
+UNNAMED = Scoring(count_unnamed, unnamed_scores, lambda K: 4)
 TASKS = {"ovss": Task(ovss, predict_named, NAMED), "unsup": Task(unsup, predict_unnamed, UNNAMED),
+         "readings": Task(readings, predict_named, BORDERS),
          "thresholds": Task(thresholds, sweep_unnamed, UNNAMED, "{} floor"), "layers": Task(layers, sweep_named, NAMED),
          "heads": Task(heads, sweep_named, NAMED), "timesteps": Task(timesteps, sweep_named, NAMED),
          "normalization": Task(normalization, sweep_named, NAMED)}
@@ -229,10 +290,11 @@ class Evaluation(NamedTuple):
 
     @property
     def rows(self):
-        """Names of the table's rows: variants, the floor of each or of all, the ceiling."""
+        """Names of the table's rows: variants, the floor of each or of all, the ceiling, and that of refined maps."""
         names = [v.name for v in self.variants]
         floors = [TASKS[self.task].floor.format(name) for name in names]
-        return [*names, *dict.fromkeys(floors), "ceiling"]
+        refined = ["ceiling pixels"] if any(v.reading == "pixels" for v in self.variants) else []
+        return [*names, *dict.fromkeys(floors), "ceiling", *refined]
 
     def read(self, name: str) -> Item:
         """A picture and its truth, cropped if the protocol says so."""
@@ -261,6 +323,8 @@ class Evaluation(NamedTuple):
                     rows[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
             present = classes_in(item.labels)
             rows["ceiling"] = present[ceiling_map(item.labels, present, (side, side))]
+            if "ceiling pixels" in self.rows:
+                rows["ceiling pixels"] = present[ceiling_map(item.labels, present, (side, side), item.image)]
             out.append(rows)
         return out
 

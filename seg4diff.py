@@ -1,4 +1,4 @@
-"""The method of Seg4Diff: rectified flow, guidance by perturbation, and image-to-text attention as a segmentation.
+"""The method of Seg4Diff: image-to-text attention as a segmentation, with names and without.
 
     python seg4diff.py segment photo.png cat sofa wall --model sd3 --out overlay.png
     python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
@@ -7,7 +7,7 @@
     seg = seg4diff.segment(model, Image.open("photo.png"), ["cat", "sofa", "wall"])
 """
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -19,115 +19,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from loading import SCALINGS, Preset, Seg4Diff, load, noise, sigmas  # noqa: F401 (SCALINGS: for callers)
+import readings
+from loading import SCALINGS, Preset, Seg4Diff, load, noise, sigmas  # noqa: F401 - some are public here, too
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
+from readings import READINGS
+from sampling import add_noise, blur_matrix, generate, guided_velocity, sample  # noqa: F401 - public here, too
 from support.checkpoint import check_finite
 from support.cli import Parser, add_model_options, command, show
 from support.files import write_picture
 from support.metrics import IGNORE
-from support.pictures import check_out, open_image, panels, sheet, to_image
-from text import TextCond, split_classes
-
-# ---------------------------------------------------------------------------- flow, sampler, guidance, Sec. 3.2, 3.3
-
-
-def add_noise(z0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
-    """The noisy latent; Eq. 8 is the same line with t = 1 - sigma.  sigma: number or (B, 1, 1, 1)."""
-    return (1 - sigma) * z0 + sigma * eps                                    # Eq. 1
-
-
-def sample(velocity: Callable, z: Tensor, schedule: Tensor, callback: Callable | None = None) -> Tensor:
-    """Euler steps along dz/dsigma = velocity(z (B, C, ., .), sigma (B,)); callback(i, z) sees z after step i."""
-    for i in range(len(schedule) - 1):
-        z = z + (schedule[i + 1] - schedule[i]) * velocity(z, schedule[i].expand(len(z)))
-        if callback is not None:
-            callback(i, z)
-    return z
-
-
-def blur_matrix(M: int, kernel: int = 5, std: float = 9.0) -> Tensor:
-    """(M, M): A_I2T @ blur_matrix blurs along the text tokens with a Gaussian (A.3); rows and columns sum to 1.
-
-    NOTE(paper): it pads by reflection "to preserve the total attention mass", for which the edge itself must be
-    repeated (b a | a b c), as here; without, the much attended <sos> token would lose two fifths of its mass.
-    """
-    reach = kernel // 2
-    offsets = torch.arange(-reach, reach + 1)
-    weight = torch.exp(-offsets.square() / (2 * std ** 2))                   # (kernel,)
-    edges = np.pad(np.eye(M, dtype=np.float32), ((reach, reach), (0, 0)), "symmetric")       # (M+2*reach, M)
-    return sum(w * torch.from_numpy(edges[k:k + M]) for k, w in enumerate(weight / weight.sum()))    # (M, M)
-
-
-def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: float, pag: float = 0.0,
-                    blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> Callable:
-    """uncond + cfg (cond - uncond) + pag (cond - perturbed): classifier-free guidance, and on top of it Eq. 7.
-
-    All branches go through the model in one batch. "perturbed" has I2T blurred in `blocks`; `perturb` blurs it in all
-    branches (Fig. 5). To blur A_I2T is to mix the text values that image queries see (mmdit.joint_attention).
-    """
-    branches = [cond]
-    if cfg != 1:
-        branches.insert(0, uncond)
-    if pag != 0:
-        branches.append(cond)
-    n = len(branches)
-    ctx = torch.cat([branch.ctx for branch in branches])                     # (n*B, M, ctx_dim)
-    pooled = torch.cat([branch.pooled for branch in branches])               # (n*B, pooled_dim)
-    B, M, _ = cond.ctx.shape
-    blurred = blur_matrix(M).to(ctx.device).expand(n * B, M, M)
-    mix = {}
-    if pag != 0:
-        last_blurred = torch.eye(M, device=ctx.device).repeat(n * B, 1, 1)   # (n*B, M, M)
-        last_blurred[-B:] = blurred[-B:]
-        mix = dict.fromkeys(blocks, last_blurred)
-    mix |= dict.fromkeys(perturb, blurred)
-
-    def velocity(z, sigma):
-        z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
-        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix)
-        vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
-        vel_cond = guided = vel[0]
-        if cfg != 1:
-            vel_cond = vel[1]
-            guided = vel[0] + cfg * (vel_cond - vel[0])
-        if pag != 0:
-            guided = guided + pag * (vel_cond - vel[-1])                     # Eq. 7
-        return guided
-    return velocity
-
-
-@torch.inference_mode()
-def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None = None, cfg: float | None = None,
-             pag: float = 0.0, blocks: Sequence[int] | None = None, perturb: Sequence[int] = (), seed: int = 0,
-             callback: Callable | None = None) -> list[Image.Image]:
-    """One picture of side preset.size for each prompt, preset.batch at once; picture i starts from noise seed + i.
-
-    steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
-    `blocks` (default: the expert block).  perturb: blocks blurred throughout (Fig. 5).  callback: as in `sample`.
-    ValueError: steps or cfg out of range, no prompt, pag or pixels not finite, no such block, blocks without pag.
-    """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    preset = model.preset.changed(steps=steps, cfg=cfg, noise_steps=0)       # noise_steps: of segmentation alone
-    if not prompts or not math.isfinite(pag) or not isinstance(seed, Integral):
-        raise ValueError("generation takes at least one prompt, a finite scale pag and a whole number as seed, not "
-                         f"{len(prompts)} prompts, {pag} and {seed!r}")
-    if blocks is not None and pag == 0:
-        raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; to blur alone name perturb")
-    blocks = [preset.block] if blocks is None else blocks
-    side = preset.size // model.vae.factor
-    schedule = sigmas(preset.steps, preset.shift).to(model.device)           # (S+1,)
-    images = []
-    for start in range(0, len(prompts), preset.batch):
-        part = prompts[start:start + preset.batch]
-        seeds = range(seed + start, seed + start + len(part))
-        z = noise((model.vae.channels, side, side), seeds).to(model.device)  # (B, C, side, side)
-        cond = model.text.encode(part)
-        uncond = model.text.encode([""] * len(part))
-        z = sample(guided_velocity(model, cond, uncond, preset.cfg, pag, blocks, perturb), z, schedule, callback)
-        for latent in z.to(model.dtype).split(1):                            # one at a time, to save memory
-            images.append(to_image(check_finite(model.vae.decode(latent)[0], "the pixels")))
-    return images
-
+from support.pictures import check_out, open_image, panels, sheet
+from text import split_classes
 
 # ---------------------------------------------------------------------------- I2T maps -> masks, Sec. 3.4
 
@@ -183,22 +85,47 @@ def class_maps(attn: Tensor, head: int | None = None, minmax: bool = False) -> T
     return rescale(maps, (1, 2)) if minmax else maps
 
 
-def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) -> bilinear to (height, width) -> every pixel's best class, int64.  ValueError: maps not finite."""
+def label_map(maps: Tensor, size: tuple[int, int], colours: Tensor | None = None) -> Tensor:
+    """(K, h, w) -> bilinear to (height, width) -> every pixel's best class, int64.
+
+    colours (3, height, width) in [0, 1]: the maps are refined by the picture (readings.refine) before they compete.
+    ValueError: maps not finite.
+    """
     check_finite(maps, "the attention maps")
     best = maps.new_full(size, -torch.inf, dtype=torch.float32)              # (height, width)
     labels = best.new_zeros(size, dtype=torch.int64)
-    for i in range(0, len(maps), 8):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
-        up = F.interpolate(maps[None, i:i + 8].float(), size=size, mode="bilinear", align_corners=False)[0]
+    patch = max(size[0] // maps.shape[1], size[1] // maps.shape[2])          # its longer side, in pixels
+    for i in range(0, len(maps), 4):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
+        up = F.interpolate(maps[None, i:i + 4].float(), size=size, mode="bilinear", align_corners=False)[0]
+        if colours is not None:
+            up = readings.refine(up, colours, patch)                         # (up to 4, height, width)
         value, index = up.max(0)                                             # 2 x (height, width)
         labels = torch.where(value > best, index + i, labels)
         best = torch.maximum(value, best)
     return labels
 
 
-def labels_of(maps: Tensor, image: Image.Image) -> np.ndarray:
-    """`label_map` at the size of a picture."""
-    return label_map(maps, (image.height, image.width)).cpu().numpy()
+def labels_of(maps: Tensor, image: Image.Image, reading: str = "paper") -> np.ndarray:
+    """`label_map` at the size of a picture, refined by it for the reading "pixels"."""
+    colours = None
+    if reading == "pixels":
+        colours = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(maps.device) / 255
+    return label_map(maps, (image.height, image.width), colours).cpu().numpy()
+
+
+def joined(kind: str, prompts: Sequence[Tensor], taps: Sequence[JointQKV]) -> Tensor:
+    """One kind of map of one picture, of all its prompts: their scores (H, K_p, h, w) and q, k, v -> (H, K, h, w).
+
+    Readings beyond the paper begin with the mean over heads and have 1 in the place of H, "anchors" 2.
+    """
+    if kind == "anchors":
+        return readings.anchor_reading(taps[0])                              # (2, anchors, h, w)
+    if kind in KINDS:
+        return torch.cat(list(prompts), dim=1)
+    parts = readings.prompt_shares(prompts)                                  # P x (K_p, h, w)
+    if kind == "i2i":                                    # each prompt's classes go through the I2I of its own pass
+        parts = [readings.i2i_step(qkv, part) for qkv, part in zip(taps, parts)]
+    return torch.cat(parts)[None]                                            # (1, K, h, w)
 
 
 @torch.inference_mode()
@@ -208,8 +135,10 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     """Clean latents through the model: {(block, kind): (H, K, h, w)} for each, K its own classes in order.
 
     z0 from encode_image, a row for each picture; its noise is that of seeds[b], maps are means over so many draws, of
-    seeds[b], seeds[b] + 1, ...  More names than a prompt holds run as several prompts on the same noise: softmax maps
-    are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they are.
+    seeds[b], seeds[b] + 1, ...  kinds: of KINDS; "shares" and "i2i" (readings.py), (1, K, h, w); "anchors", of which
+    regions are made, (2, anchors, h, w).  More names than a prompt holds run as several prompts on the same noise:
+    softmax maps are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they
+    are; shares are formed over the classes of all prompts.
     classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a class.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit, no draws.
     """
@@ -226,10 +155,13 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
         prompts = [[]] if classes is None else split_classes(model.text, classes[b])
         rows += [(b, names) for names in prompts]
     columns = [slice(i, i + 1) for i in range(model.text.length)]
-    parts = [{(i, kind): [] for i in blocks for kind in kinds} for _ in range(B)]
+    source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
+    drawn = [{(i, kind): [] for i in blocks for kind in kinds} for _ in range(B)]
     for draw in range(draws):
         eps = noise(z0.shape[1:], [seed + draw for seed in seeds]).to(z0.device)             # (B, C, ., .)
         z = add_noise(z0.float(), eps, sigma).to(model.dtype)                # Eq. 8
+        scores = [{(i, kind): [] for i in blocks for kind in source.values()} for _ in range(B)]
+        tapped = [{i: [] for i in blocks} for _ in range(B)]                 # of each prompt, where a kind needs them
         for start in range(0, len(rows), B):             # never more than B rows at once
             pictures, prompts = zip(*rows[start:start + B])
             cond = model.text.encode(list(prompts))                          # Eq. 9
@@ -237,30 +169,58 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
             _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
                                         stop_at=max(blocks))
             spans = [columns] * len(pictures) if classes is None else cond.spans
-            for i, kind in parts[0]:
+            for i, kind in scores[0]:
                 for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
-                    parts[b][i, kind].append(attn)
-    out = []
-    for part in parts:                                   # of one picture: draws x prompts x (H, names, h, w)
-        out.append({key: torch.cat(attn, 1).unflatten(1, (draws, -1)).mean(1) for key, attn in part.items()})
-    return out
+                    scores[b][i, kind].append(attn)
+            if not {"i2i", "anchors"}.isdisjoint(kinds):
+                for i in blocks:
+                    for b, qkv in zip(pictures, taps[i].each()):
+                        tapped[b][i].append(qkv)
+        for b in range(B):
+            for i, kind in drawn[b]:
+                drawn[b][i, kind].append(joined(kind, scores[b][i, source[kind]], tapped[b][i]))
+    return [{key: torch.stack(maps).mean(0) for key, maps in picture.items()} for picture in drawn]
 
 
 @torch.inference_mode()
-def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | None = None, sigma: float | None = None,
-            seed: int | Sequence[int] = 0, kind: str = "softmax", head: int | None = None, minmax: bool = False,
-            draws: int = 1) -> Segmentation | list[Segmentation]:
+def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str | Sequence[str] = "paper",
+            block: int | None = None, sigma: float | None = None, seed: int | Sequence[int] = 0, kind: str = "softmax",
+            head: int | None = None, minmax: bool = False, draws: int = 1
+            ) -> Segmentation | dict[str, Segmentation] | list:
     """Open-vocabulary segmentation (Sec. 3.4, Fig. 7): every pixel of a picture gets one of its `classes`.
 
     One picture and its class names, or equal lists, which go through the model together; a seed for each, or for all.
+    reading: of READINGS, what is made of the attention (readings.py); several of them come off the same pass, as
+    {reading: Segmentation} for each picture.
     block and sigma default to the model's preset. kind (KINDS), head and minmax are the variants of Fig. 9 and of the
-    supplement's B.2 to B.4; draws: noise draws that the maps are averaged over.
-    ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
+    supplement's B.2 to B.4, and go with the paper's reading; draws: noise draws that the maps are averaged over.
+    ValueError: no classes, names that do not fit, a reading, kind, block or head that does not exist, sigma outside
+    [0, 1], variants of the paper's reading with another.
     """
     single = isinstance(image, Image.Image)
     images = [image] if single else image
     names = [classes] if single else classes
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
+    chosen = [reading] if isinstance(reading, str) else list(reading)
+    check_segment(model, names, chosen, kind, head, minmax)
+    block = model.preset.block if block is None else block
+    sigma = model.preset.sigma if sigma is None else sigma
+    source = {"paper": kind, "shares": "shares", "i2i": "i2i", "pixels": "i2i"}
+    kinds = list(dict.fromkeys(source[r] for r in chosen))
+    z0 = encode_image(model, images)                                         # (B, C, ., .)
+    attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=kinds, draws=draws)
+    out = []
+    for b, scores in enumerate(attn):
+        found = {}
+        for r in chosen:
+            maps = class_maps(scores[block, source[r]], head, minmax)        # (K, h, w)
+            found[r] = Segmentation(labels_of(maps, images[b], r), maps.cpu(), list(names[b]))
+        out.append(found[reading] if isinstance(reading, str) else found)
+    return out[0] if single else out
+
+
+def check_segment(model, names, chosen, kind, head, minmax):
+    """ValueError: see `segment`."""
     if any(isinstance(x, str) or len(x) > IGNORE for x in names):
         raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
     last = model.transformer.config.heads - 1
@@ -268,23 +228,21 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
         raise ValueError(f"there is no head {head}: this model's heads are 0 to {last}")
     if kind not in KINDS:
         raise ValueError(f"there is no kind of score {kind!r}; the kinds are {', '.join(KINDS)}")
-    block = model.preset.changed(block=block).block
-    sigma = model.preset.sigma if sigma is None else sigma
-    z0 = encode_image(model, images)                                         # (B, C, ., .)
-    attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=[kind], draws=draws)
-    out = []
-    for b, scores in enumerate(attn):
-        maps = class_maps(scores[block, kind], head, minmax)                 # (K, h, w)
-        out.append(Segmentation(labels_of(maps, images[b]), maps.cpu(), list(names[b])))
-    return out[0] if single else out
+    if not chosen or not set(chosen) <= set(READINGS):
+        raise ValueError(f"there is no reading {', '.join(chosen)!r}; the readings are {', '.join(READINGS)}")
+    if set(chosen) != {"paper"} and (kind, head, minmax) != ("softmax", None, False):
+        raise ValueError("kind, head and minmax are variants of the paper's reading, not of any other")
 
 
 # ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
 
+REGIONS = ("pad", "i2i")
+
+
 class Proposals(NamedTuple):
     labels: np.ndarray                  # (height, width) of the picture given, index into maps
-    maps: Tensor                        # (P, h, w), each sums to 1
-    members: list[list[int]]            # for each proposal, the text columns whose maps it is the mean of
+    maps: Tensor                        # (P, h, w): pad, each sums to 1; i2i, all sum to 1 at each patch
+    members: list[list[int]]            # for each proposal, the text columns, or the anchors, that it gathers
 
 
 def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, list[list[int]]]:
@@ -302,9 +260,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
         x = rescale(x, 1 if scaling == "map" else 0)
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
-    cross = p @ log_p.mT                                                     # (L, L): sum of p_i log p_j
-    self_cross = cross.diag()                                                # (L,), minus the entropies
-    kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L), mean of both directions
+    kl = readings.symmetric_kl(log_p)                                        # (L, L)
     taken = torch.zeros(len(p), dtype=torch.bool)
     proposals = []
     members = []
@@ -325,24 +281,36 @@ def pad_maps(model: Seg4Diff, z0: Tensor, *, block: int, sigma: float, seeds: Se
 
 
 @torch.inference_mode()
-def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: float | None = None,
-            seed: int | Sequence[int] = 0, threshold: float | None = None, scaling: str | None = None, draws: int = 1
-            ) -> Proposals | list[Proposals]:
-    """Regions without any names (Sec. 4.2): <sos>, <eos> and <pad> of the empty prompt, their maps merged.
+def propose(model: Seg4Diff, image: Images, *, regions: str = "pad", block: int | None = None,
+            sigma: float | None = None, seed: int | Sequence[int] = 0, threshold: float | None = None,
+            scaling: str | None = None, draws: int = 1) -> Proposals | list[Proposals]:
+    """Regions without any names, by the empty prompt.  One picture or a list; a seed for each, or for all.
 
-    One picture or a list; a seed for each, or for all; the rest from the preset.  ValueError: see merge_maps.
+    regions "pad" (Sec. 4.2): the maps of <sos>, <eos> and <pad>, merged (merge_maps). "i2i", beyond the paper: anchors
+    on a grid, merged by where their image-to-image attention goes (readings.merge_anchors); no scaling is read.
+    What is not given comes from the preset, with a threshold for each kind of regions.
+    ValueError: regions that do not exist, a scaling for "i2i"; see merge_maps.
     """
+    if regions not in REGIONS or (regions == "i2i" and scaling is not None):
+        raise ValueError(f"regions is one of {', '.join(REGIONS)}, and scaling belongs to pad; "
+                         f"not {regions!r}, {scaling!r}")
     single = isinstance(image, Image.Image)
     images = [image] if single else image
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
+    if threshold is None and regions == "i2i":
+        threshold = model.preset.i2i_threshold
     preset = model.preset.changed(block=block, threshold=threshold, scaling=scaling)
     sigma = preset.sigma if sigma is None else sigma
     z0 = encode_image(model, images)                                         # (B, C, ., .)
-    maps = pad_maps(model, z0, block=preset.block, sigma=sigma, seeds=seeds, draws=draws)    # (B, L, h, w)
+    if regions == "pad":
+        maps = pad_maps(model, z0, block=preset.block, sigma=sigma, seeds=seeds, draws=draws)    # (B, L, h, w)
+        merged = [merge_maps(tokens, preset.threshold, preset.scaling) for tokens in maps]   # B x (P, h, w)
+    else:
+        attn = attend(model, z0, None, blocks=[preset.block], sigma=sigma, seeds=seeds, kinds=["anchors"], draws=draws)
+        merged = [readings.merge_anchors(scores[preset.block, "anchors"], preset.threshold) for scores in attn]
     out = []
-    for b in range(len(images)):
-        proposals, members = merge_maps(maps[b], preset.threshold, preset.scaling)           # (P, h, w)
-        out.append(Proposals(labels_of(proposals, images[b]), proposals.cpu(), members))
+    for picture, (proposals, members) in zip(images, merged):
+        out.append(Proposals(labels_of(proposals, picture), proposals.cpu(), members))
     return out[0] if single else out
 
 
@@ -353,8 +321,10 @@ def run_segment(args):
     check_out(args.out)
     image = open_image(args.image)
     model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
-    seg = segment(model, image, args.classes, block=args.block, sigma=args.sigma, seed=args.seed)
+    seg = segment(model, image, args.classes, reading=args.reading, block=args.block, sigma=args.sigma, seed=args.seed)
     write_picture(args.out, panels(image, seg.labels, seg.classes))
+    note = "" if args.reading == "paper" else " (beyond the paper; its own by --reading paper)"
+    show(f"reading: {args.reading}{note}")
     for k, name in enumerate(seg.classes):
         show(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
     show(f"wrote {args.out}")
@@ -380,6 +350,7 @@ if __name__ == "__main__":
     seg = commands.add_parser("segment", help="mask the named classes in a picture")
     seg.add_argument("image", type=Path)
     seg.add_argument("classes", nargs="+", metavar="CLASS")
+    seg.add_argument("--reading", default="i2i", choices=READINGS, help="what is made of the attention (i2i)")
     seg.add_argument("--block", type=int, help="block whose attention is taken; the model's expert block if not given")
     seg.add_argument("--sigma", type=float, help="noise level in [0, 1]; the model's preset if not given")
     seg.set_defaults(run=run_segment)

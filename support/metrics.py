@@ -1,5 +1,6 @@
 """How a label map is scored (A.4): with names by a confusion matrix, without by matching regions to classes."""
 import numpy as np
+from scipy.ndimage import distance_transform_cdt
 from scipy.optimize import linear_sum_assignment
 
 IGNORE = 255                            # label of pixels that belong to no class and are never scored
@@ -70,9 +71,45 @@ def proposal_scores(counts):
     return rates(*counts.T)
 
 
+BORDER = 0.02                           # width of a class's border, as a share of the picture's diagonal
+
+
+def border(mask: np.ndarray, width: int) -> np.ndarray:
+    """The pixels of a mask that are at most `width` from a pixel outside it, or from outside the picture, any way.
+
+    Distances are those of a king on a chessboard, as `width` erosions by 3 x 3 give them.
+    """
+    inside = distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
+    return mask & (inside <= width)
+
+
+def border_counts(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
+    """Boundary IoU (Cheng et al., CVPR 2021) of each class: pixels in both borders and in any, (K, 2).
+
+    Pixels whose truth is IGNORE are left out of both.
+    """
+    height, width = truth.shape
+    reach = max(1, round(BORDER * (height ** 2 + width ** 2) ** 0.5))
+    valid = truth != IGNORE
+    counts = np.zeros((K, 2), np.int64)
+    for k in np.union1d(classes_in(truth), pred[valid]):
+        a = border(truth == k, reach)
+        b = border((pred == k) & valid, reach)
+        counts[k] = (a & b).sum(), (a | b).sum()
+    return counts
+
+
+def border_iou(counts: np.ndarray, occurs: np.ndarray) -> float:
+    """Mean over the classes that occur in the truth (K,) of border_counts (K, 2), in percent."""
+    return float((100 * counts[occurs, 0] / counts[occurs, 1]).mean())
+
+
 def table(rows):
-    """mIoU, mACC, pACC, a row to a variant."""
+    """mIoU, mACC, pACC, and what else a task measures, a row to a variant."""
+    first = next(iter(rows.values()))
+    columns = ["mIoU", "mACC", "pACC"] + [key for key in ("boundary IoU", "regions") if key in first]
     width = max(map(len, rows))
-    lines = [f"{'':{width}s}   mIoU   mACC   pACC"]
-    lines += [f"{name:{width}s} {r['mIoU']:6.1f} {r['mACC']:6.1f} {r['pACC']:6.1f}" for name, r in rows.items()]
+    lines = [f"{'':{width}s}" + "".join(f" {column:>6s}" for column in columns)]
+    for name, row in rows.items():
+        lines.append(f"{name:{width}s}" + "".join(f" {row[c]:{max(6, len(c))}.1f}" for c in columns))
     return "\n".join(lines)

@@ -62,8 +62,15 @@ def plot_heads(ax, variants, rows, model):
     ax.figure.colorbar(image, label="mIoU [%]")
 
 
-PLOTS = {"layers": plot_layers, "timesteps": plot_timesteps, "normalization": plot_normalization,
-         "thresholds": plot_thresholds, "heads": plot_heads}
+def plot_readings(ax, variants, rows, model):
+    """Beyond the paper."""
+    ax.bar([v.name for v in variants], miou_of(variants, rows), width=0.6)
+    ax.axhline(rows["ceiling pixels"]["mIoU"], color="grey", ls="--", lw=1, label="ceiling, refined by pixels")
+    ax.set(title="Readings of the same attention")
+
+
+PLOTS = {"readings": plot_readings, "layers": plot_layers, "timesteps": plot_timesteps,
+         "normalization": plot_normalization, "thresholds": plot_thresholds, "heads": plot_heads}
 
 
 def plot(task, variants, rows, model, path):

@@ -14,6 +14,7 @@ from torch import Tensor
 import analysis
 import figures
 import lora as lora_module
+import sampling
 import seg4diff
 from loading import image_seed
 from mmdit import JointQKV, joint_probs
@@ -152,7 +153,8 @@ def test_caption_losses_by_hand(tiny):
 
 def test_captions_are_scored_with_other_noise_than_pictures_begin_from(tiny, monkeypatch):
     used, plain = [], seg4diff.noise
-    monkeypatch.setattr(seg4diff, "noise", lambda shape, seeds: used.extend(seeds) or plain(shape, seeds))
+    for module in (seg4diff, sampling):
+        monkeypatch.setattr(module, "noise", lambda shape, seeds: used.extend(seeds) or plain(shape, seeds))
     images = seg4diff.generate(tiny, ["snow", "sand"], steps=1)
     begun = set(used)
     used.clear()

@@ -38,8 +38,9 @@ def test_segment(command, folder, tiny, tiny_file):
     names = ["car", "sky", "teddy bear"]
     code, out, err = command("seg4diff.py", "segment", "photo.png", *names, "--model", tiny_file, "--device", "cpu")
     assert (code, err) == (0, "")
-    *areas, last = out.splitlines()
-    labels = seg4diff.segment(tiny, Image.open(folder / "photo.png"), names).labels
+    reading, *areas, last = out.splitlines()
+    assert reading == "reading: i2i (beyond the paper; its own by --reading paper)"
+    labels = seg4diff.segment(tiny, Image.open(folder / "photo.png"), names, reading="i2i").labels
     assert [line.rsplit(maxsplit=1)[0] for line in areas] == names
     assert [line.split()[-1] for line in areas] == [f"{(labels == k).mean():.1%}" for k in range(3)]
     assert last == "wrote overlay.png"
@@ -51,7 +52,7 @@ def test_segment(command, folder, tiny, tiny_file):
 
 def test_segment_options(command, folder, tiny, tiny_file):
     """All reach seg4diff.segment: the picture is that of the same options, and of no fewer."""
-    options = {"block": 2, "sigma": 0.9, "seed": 1}
+    options = {"block": 2, "sigma": 0.9, "seed": 1, "reading": "paper"}
     names = ["car", "sky", "snow"]
     arguments = [x for key, value in options.items() for x in (f"--{key}", value)]
     fixed = ("--model", tiny_file, "--out", "o.png")
@@ -60,9 +61,10 @@ def test_segment_options(command, folder, tiny, tiny_file):
     photo = Image.open(folder / "photo.png")
     labels = seg4diff.segment(tiny, photo, names, **options).labels
     assert (np.asarray(Image.open(folder / "o.png")) == np.asarray(panels(photo, labels, names))).all()
-    for option in options:
+    for option in ("block", "sigma", "seed"):
         fewer = {key: value for key, value in options.items() if key != option}
         assert (seg4diff.segment(tiny, photo, names, **fewer).labels != labels).any()
+    assert (seg4diff.segment(tiny, photo, names, **options | {"reading": "i2i"}).labels != labels).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (700, 9), (5, 300), (1500, 1000)])
@@ -97,10 +99,10 @@ def test_segment_200_classes(command, folder, tiny, tiny_file):
     names = [f"{name} {i}" for i, name in enumerate(coloured[:200])]
     assert len(set(names)) == 200 and len(seg4diff.split_classes(tiny.text, names)) > 20
     code, out, err = command("seg4diff.py", "segment", "photo.png", *names, "--model", tiny_file)
-    areas = [line.rsplit(maxsplit=1) for line in out.splitlines()[:-1]]
+    areas = [line.rsplit(maxsplit=1) for line in out.splitlines()[1:-1]]
     assert (code, err) == (0, "") and [name for name, _ in areas] == names
     assert sum(float(share.rstrip("%")) for _, share in areas) == pytest.approx(100, abs=0.05 * 200)
-    labels = seg4diff.segment(tiny, Image.open(folder / "photo.png"), names).labels
+    labels = seg4diff.segment(tiny, Image.open(folder / "photo.png"), names, reading="i2i").labels
     assert labels.max() > 26 and [share for _, share in areas] == [f"{(labels == k).mean():.1%}" for k in range(200)]
     code, _, err = command("seg4diff.py", "segment", "photo.png", *names, *names, "--model", tiny_file)
     assert code == 2 and "at most 255 class names" in err

@@ -15,7 +15,7 @@ from support.data import DATASETS, Item
 from support.files import Broken
 from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
 
-ROWS = {"ovss": 1, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
+ROWS = {"ovss": 2, "readings": 4, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
         "normalization": 4}                                                  # 3 blocks, 2 heads
 
 # ---------------------------------------------------------------------------- metrics
@@ -331,18 +331,19 @@ def test_task(command, tiny_file, tmp_path, task):
     code, out, err = command("evaluate.py", "--task", task, "--model", tiny_file, "--limit", 2, "--device", "cpu")
     assert code == 0, err
     folder = tmp_path / "out" / f"{task}-scenes-tiny"
-    picture = "overlays.png" if ROWS[task] == 1 else f"{task}.png"
+    picture = "overlays.png" if task in ("ovss", "unsup") else f"{task}.png"
     result = results(folder, strict=True)
     assert {p.name for p in folder.iterdir()} == {picture, "results.json", f"ledger-{result['hash']}-0.jsonl"}
     assert min(Image.open(folder / picture).size) > 200
     rows = result["rows"]
     variants = result["variants"]
     floors = [f"{v['name']} floor" for v in variants] if task == "thresholds" else ["floor"]
+    ceilings = ["ceiling", "ceiling pixels"] if task == "readings" else ["ceiling"]
     names = [v["name"] for v in variants]
-    assert len(names) == ROWS[task] and sorted(rows) == sorted([*names, *floors, "ceiling"])
+    assert len(names) == ROWS[task] and sorted(rows) == sorted([*names, *floors, *ceilings])
     printed = [row for line in out.splitlines() for row in rows if line.startswith(f"{row:{max(map(len, rows))}s} ")]
     assert [row for row in printed if row in names] == names and [row for row in printed if row in floors] == floors
-    assert printed[-1] == "ceiling" and (task == "thresholds" or printed[-2] == "floor")
+    assert printed[-len(ceilings):] == ceilings and (task == "thresholds" or printed[-len(ceilings) - 1] == "floor")
     assert all(0 <= rows[floor]["mIoU"] < rows["ceiling"]["mIoU"] <= 100 for floor in floors)
     assert rows["ceiling"]["pACC"] > 90
     for name, row in rows.items():
