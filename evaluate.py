@@ -226,7 +226,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
     parser.add_argument("--prompt", default="present", choices=["present", "all"], help="the picture's classes, or all")
     parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="the paper: crop")
-    parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
+    parser.add_argument("--draws", type=at_least(1, most=1000), default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
     parser.add_argument("--batch-size", type=at_least(1, most=1024),
