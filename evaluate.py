@@ -276,7 +276,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
     parser.add_argument("--prompt", default="present", choices=["present", "all"], help="the picture's classes, or all")
     parser.add_argument("--resize", default="squash", choices=["squash", "crop"], help="the paper: crop")
-    parser.add_argument("--draws", type=at_least(1), default=1, help="noise draws whose maps are averaged")
+    parser.add_argument("--draws", type=at_least(1, most=1000), default=1, help="noise draws whose maps are averaged")
     parser.add_argument("--reading", choices=seg4diff.READINGS, help="ovss: this one alone (default: paper and i2i)")
     parser.add_argument("--regions", choices=seg4diff.REGIONS, help="unsup: <pad> maps, or I2I's (default: pad)")
     parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")

@@ -313,8 +313,9 @@ if __name__ == "__main__":
     parser.add_argument("--captions", type=Path, help="JSON {image id: caption} for coco or sa1b")
     parser.add_argument("--limit", type=at_least(1), default=PICTURES, help="training pictures, always the same ones")
     add_model_options(parser, default=None, default_help="nano for scenes, else sd3", lora=False)
-    numbers = {"steps": at_least(1), "warmup": at_least(0), "lr": positive, "batch": at_least(1),
-               "rank": at_least(1), "mask_weight": at_least(0, float), "match": renamed("'name'", "tokens")}
+    few = at_least(1, most=1024)
+    numbers = {"steps": at_least(1, most=10**6), "warmup": at_least(0), "lr": positive, "batch": few, "rank": few,
+               "mask_weight": at_least(0, float), "match": renamed("'name'", "tokens")}
     choices = {"val": ["none", *DATASETS], "match": ["hungarian", "name"], "maps": ["mean", "heads"],
                "normalise": NORMALISATIONS, "sigma": ["uniform", "logit-normal"]}
     for key, meaning in MEANINGS.items():
@@ -322,7 +323,7 @@ if __name__ == "__main__":
         parser.add_argument("--" + key.replace("_", "-"), type=numbers.get(key), choices=choices.get(key),
                             help=f"{meaning} ({values})")
     parser.add_argument("--candidates", type=renamed("--maps mean or --maps heads"), help=argparse.SUPPRESS)
-    parser.add_argument("--accumulate", type=at_least(1), help=f"batches a step (default: {STEP} pictures or more)")
+    parser.add_argument("--accumulate", type=few, help=f"batches a step (default: {STEP} pictures or more)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory: activations are computed twice")
     parser.add_argument("--val-limit", type=at_least(1), default=100, help="pictures of --val that are measured")
     parser.add_argument("--val-every", type=at_least(1), default=100, help="steps between measurements")

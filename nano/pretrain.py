@@ -377,12 +377,12 @@ if __name__ == "__main__":
     parser.add_argument("--scenes", type=at_least(1, most=len(scenes.TRAIN_SEEDS)), default=24_000,
                         help="distinct training scenes")
     parser.add_argument("--minutes-vae", type=positive, default=12)
-    parser.add_argument("--batch-vae", type=at_least(1), default=4)
+    parser.add_argument("--batch-vae", type=at_least(1, most=1024), default=4)
     parser.add_argument("--vae-widths", type=at_least(4, most=4096), nargs="+", default=[16, 24, 48, 64])
     parser.add_argument("--kl", type=at_least(0, float), default=1e-4, help="weight of the KL term in the VAE's loss")
     parser.add_argument("--samples", type=at_least(0), default=150_000,
                         help="that the MM-DiT sees, kills not counted")
-    parser.add_argument("--batch", type=at_least(1), default=32)
+    parser.add_argument("--batch", type=at_least(1, most=4096), default=32)
     parser.add_argument("--width", type=at_least(4, most=4096), default=128)
     parser.add_argument("--depth", type=at_least(1, most=64),
                         help="blocks (6); with --init more than that file's are appended")

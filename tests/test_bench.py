@@ -60,6 +60,7 @@ def test_calls_take_turns_and_medians_are_compared(monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, sentence", [
     (["--repeats", 0], "at least 1"), (["--batch-size", -1], "from 1 to 1024"),
+    (["--batch-size", 10**12], "from 1 to 1024"),
     (["--model", "none"], "known names are nano"), (["--device", "tpu"], "cpu or cuda")])
 def test_bad_input(command, options, sentence):
     code, out, err = command("tools/bench.py", *options)

@@ -8,6 +8,7 @@ the same.  What is written must be whole, whatever the outcome.
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import traceback
@@ -29,6 +30,7 @@ from nano import scenes, train_vae
 from support.data import DATASETS, toy_scenes
 
 CASES = int(os.environ.get("SEG4DIFF_FUZZ") or 0)         # 0: as many as KINDS says
+MEMORY = 12 << 30                                        # bytes of addresses that many cases may take
 SECONDS = 120                                            # that a case may take
 DEEP = "nested deep"                                     # stands for 20,000 brackets in a JSON text
 LEAVES = (None, [], {}, "", "x", "5", True, -1, 0, 1, 1.5, 70_000, 10**12, 10**30, 1e300, -1e300, float("nan"), DEEP)
@@ -384,6 +386,8 @@ def test_fuzz(command, good, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(scenes, "VAL_SEEDS", range(1))
     monkeypatch.setattr(train_vae, "time", Namespace(time=partial(next, count())))           # a step takes a second
     signal.signal(signal.SIGALRM, hang)
+    if CASES:                                            # the machine is not to suffer from what may be found
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     make, cases = KINDS[kind]
     findings = []
     for n in range(CASES or cases):
