@@ -98,7 +98,7 @@ def differences(ev: Evaluation, ledger: Ledger, names: list[str]) -> dict[str, l
 
     95 % of the differences when the pictures, the same for both, are drawn again with replacement.
     """
-    K = len(ev.data.classes)
+    K, _ = ledger.shape
     counts = []
     for name in names:
         rows = ledger.sum([name])

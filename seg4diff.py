@@ -203,7 +203,7 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str |
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
     chosen = [reading] if isinstance(reading, str) else list(reading)
     check_segment(model, names, chosen, kind, head, minmax)
-    block = model.preset.block if block is None else block
+    block = model.preset.changed(block=block).block
     sigma = model.preset.sigma if sigma is None else sigma
     source = {"paper": kind, "shares": "shares", "i2i": "i2i", "pixels": "i2i"}
     kinds = list(dict.fromkeys(source[r] for r in chosen))

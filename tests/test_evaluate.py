@@ -352,7 +352,8 @@ def test_task(command, tiny_file, tmp_path, task):
         assert len(occurring) < 15 and row["mIoU"] == pytest.approx(np.mean(occurring))
         assert f"{name} " in out and f"{row['mIoU']:.1f}" in out
     different = len({round(rows[v["name"]]["pACC"], 6) for v in variants})
-    assert different > 5 if task == "thresholds" else different == len(variants)             # no two are the same
+    alike = {"thresholds": 18, "readings": 1}.get(task, 0)                   # refinement can change nothing
+    assert different >= len(variants) - alike
     assert result["task"] == task and result["arguments"]["limit"] == "2" and result["seconds"] > 0
     assert result["versions"]["torch"] == torch.__version__ and result["broken"] == {}
     facts = result["facts"]

@@ -100,18 +100,18 @@ def test_one_pass_for_all_readings(tiny, monkeypatch):
 def test_differences_by_hand(tiny, tmp_path):
     """Two classes, three pictures, all alike: the difference is that of the scores, and certain."""
     ev = evaluation(tiny, DATASETS["scenes"](), "readings")
-    ledger = Ledger(tmp_path, {})
+    ledger = Ledger(tmp_path, {}, ("paper", "shares", "i2i", "pixels"), (2, 4))
     wrong = np.array([[3, 1, 9, 9], [2, 2, 9, 9]])                           # a confusion matrix, and borders
     right = np.array([[4, 0, 9, 9], [0, 4, 9, 9]])
     for name in "abc":
         ledger.add(name, {"paper": wrong, "shares": wrong, "i2i": right, "pixels": right}, 0)
     ledger.add("unlabelled", {}, 0)
-    found = evaluate.differences(ev, ledger, ["a", "b", "c", "unlabelled", "broken"], (2, 4))
+    found = evaluate.differences(ev, ledger, ["a", "b", "c", "unlabelled", "broken"])
     gain = 100 - scores(wrong[:, :2])["mIoU"]
     assert found["paper"] == found["shares"] == [0, 0, 0]
     assert found["i2i"] == pytest.approx([gain] * 3) == found["pixels"]
     ledger.add("d", {"paper": right, "shares": wrong, "i2i": right, "pixels": right}, 0)
-    difference, low, high = evaluate.differences(ev, ledger, list("abcd"), (2, 4))["i2i"]
+    difference, low, high = evaluate.differences(ev, ledger, list("abcd"))["i2i"]
     assert low < difference < high <= gain + 1e-9
 
 
