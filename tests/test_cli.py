@@ -179,9 +179,9 @@ GENERATE = [
     (["car", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
 EVALUATE = [
     (["--task", "layer"], "invalid choice: 'layer'"), (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
-    (["--limit", "0"], "at least 1"), (["--limit", "-3"], "at least 1"), (["--batch-size", "0"], "at least 1"),
+    (["--limit", "0"], "at least 1"), (["--limit", "-3"], "at least 1"), (["--batch-size", "0"], "from 1 to 1024"),
     (["--device", "gpu"], "cpu or cuda"), (["--limit", "1", "--out", "words.png"], "words.png"),
-    (["--limit", "1", "--out", "words.png/o"], "words.png/o"), (["--draws", "0"], "at least 1"),
+    (["--limit", "1", "--out", "words.png/o"], "words.png/o"), (["--draws", "0"], "from 1 to 1000"),
     (["--prompt", "some"], "'some' (choose from"), (["--resize", "pad"], "'pad' (choose from"),
     (["--scaling", "pixel", "--task", "unsup"], "'pixel' (choose from"),
     (["--threshold", "0", "--task", "unsup"], "positive"), (["--threshold", "nan", "--task", "unsup"], "positive"),
