@@ -100,7 +100,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
          segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
-    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA (NOTE(official): fp16), fp32 on the CPU.  With
+    device "auto": CUDA, MPS or CPU, the first that is there.  dtype "auto": support.checkpoint.pick_dtype.  With
     segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
     file of train_magnet.py's or another LoRA of SD3 (lora.load_lora), merged into the weights.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.

@@ -215,7 +215,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, z):
-        return self.proj(z).flatten(2).mT                                    # (B, N, D), rows of the grid first
+        # As a linear layer of the patches: a convolution in float32 would run in TF32 on CUDA.
+        patches = F.unfold(z, self.proj.kernel_size, stride=self.proj.stride).mT             # (B, N, C*p*p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)                # (B, N, D)
 
 
 class MLP(nn.Module):

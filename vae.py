@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.checkpoint import Device, Dtype, assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, full_float32, shape
 
 SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE has about unit variance
 
@@ -169,9 +169,11 @@ class VAE(nn.Module):
         """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
         assert not any(side % self.factor for side in x.shape[-2:]), \
             f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
-        mean, _ = self.encoder(x).chunk(2, dim=1)       # mean, log-variance: (B, C, px/8, px/8) each
+        with full_float32():
+            mean, _ = self.encoder(x).chunk(2, dim=1)   # mean, log-variance: (B, C, px/8, px/8) each
         return (mean - SHIFT) * SCALE
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (B, C, px/8, px/8) -> picture (B, 3, px, px), about [-1, 1]; clamp before showing it."""
-        return self.decoder(z / SCALE + SHIFT)
+        with full_float32():
+            return self.decoder(z / SCALE + SHIFT)

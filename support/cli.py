@@ -60,9 +60,9 @@ def add_model_options(parser: Parser, default: str | None = "nano", default_help
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     if seed:
         parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto",
-                        help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, float16 (released code)")
+                        help="auto (bfloat16 on CUDA, float16 on its cards before 8.0, else float32), float32, bfloat16, float16")
 
 
 # What an allocation that failed says, whoever made it: CPU, CUDA, cuBLAS, cuDNN, MPS. Not all are OutOfMemoryErrors.

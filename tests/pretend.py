@@ -1,0 +1,266 @@
+"""A GPU that is not there: what a PyTorch program does wrong on one, seen on a CPU.
+
+    with pretend("cuda") as gpu:                         # or "mps"; inside, torch says that there is one
+        model = seg4diff.load("nano", "cuda")            # model.device is cuda:0, its numbers are real
+        seg4diff.segment(model, image, names)
+    gpu.refused                                          # what a GPU would not have taken, with the lines that did it
+    gpu.crossings                                        # every copy to and from it, and every wait for it
+
+A tensor on the pretended device is a `Far`, a wrapper around a CPU tensor that says it is on cuda:0. PyTorch hands every
+operation on it to Card.run, which does three things: it raises where a GPU would raise (above all where tensors of both
+devices meet), it notes what crosses between the devices, and it computes the operation on the CPU tensors inside. So
+values are right to the end, and whatever depends on them is run, too.
+
+To the C++ side of PyTorch a Far is on "cpu:0", as a CPU build can build guards and gradients for no other device; a
+plain CPU tensor is on "cpu" without a number, so the two are told apart. `Names` turns what the program asks for,
+"cuda", into cpu:0 before PyTorch sees it.
+
+What it cannot show: kernels that do not exist, memory, time, rounding, and autocast, which changes nothing here.
+"""
+import contextlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROOT = Path(__file__).parent.parent
+INSIDE = torch.device("cpu", 0)                          # what C++ sees of the pretended device
+HOST = torch.device("cpu")
+aten = torch.ops.aten
+
+# Operations whose result decides on the host what comes next: the program waits until the device is done.
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default,
+           aten.is_nonzero.default, aten._unique2.default, aten.bincount.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class Refused(RuntimeError):
+    """What the real device would have raised."""
+
+
+class Crossing(NamedTuple):
+    kind: str                           # "to device", "to host" or "wait"
+    functions: tuple[str, ...]          # the project's functions that were running, innermost first
+
+
+def running():
+    """The project's functions that are running, innermost first, and the line in the first of them."""
+    frame = sys._getframe(1)
+    functions = []
+    line = "outside the project"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(str(ROOT)) and name != __file__:
+            if not functions:
+                line = f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
+            functions.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return tuple(functions), line
+
+
+class Card:
+    """The pretended device, and what happened on it."""
+
+    def __init__(self, kind):
+        self.device = torch.device(kind, 0)
+        self.refused = []                                # "file:line: what was wrong"
+        self.crossings = []
+
+    def refuse(self, text):
+        self.refused.append(f"{running()[1]}: {text}")
+        raise Refused(text)
+
+    def note(self, kind):
+        self.crossings.append(Crossing(kind, running()[0]))
+
+    def means(self, device):
+        """Whether this is the pretended device, as the program or as C++ calls it."""
+        return isinstance(device, torch.device) and (device == INSIDE or device.type == self.device.type)
+
+    def check(self, func, args, kwargs, far, near, here):
+        """Refuse and note what a GPU would; here: the result is to be on the device."""
+        name = func._schema.name
+        if func is aten._to_copy.default:
+            if far and not here:
+                self.note("to host")
+            if near and here:
+                self.note("to device")
+        elif func is aten.copy_.default:
+            if far and near:
+                self.note("to device" if isinstance(args[0], Far) else "to host")
+        elif func in INDEXING:                           # an index may come from the host, but not the other way round
+            if not isinstance(args[0], Far):
+                self.refuse(f"{name}: indices on {self.device} for a tensor on the cpu")
+            for index in args[1]:
+                if index is not None and not isinstance(index, Far):
+                    self.note("to device")
+                if index is not None and index.dtype == torch.bool:
+                    self.note("wait")
+            if len(args) > 2 and not isinstance(args[2], Far) and args[2].ndim:
+                self.refuse(f"{name}: values on the cpu for a tensor on {self.device}")
+        elif far and near:                               # a number in a tensor, (), may come along elementwise
+            elementwise = torch.Tag.pointwise in func.tags
+            if not elementwise or any(x.ndim for x in near):
+                self.refuse(f"{name}: tensors on {self.device} and on the cpu, {[tuple(x.shape) for x in near]}")
+        generator = kwargs.get("generator")
+        if generator is not None and not far and not self.means(generator.device):
+            self.refuse(f"{name}: a generator of the cpu for a tensor on {self.device}")
+        if func in WAITING and far:
+            self.note("wait")
+
+    def run(self, func, args, kwargs):
+        """One operation, as the device would take it."""
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        far = [x for x in tensors if isinstance(x, Far)]
+        near = [x for x in tensors if not isinstance(x, Far) and not x.is_meta]
+        asked = kwargs.get("device")
+        here = bool(far) if asked is None else self.means(asked)
+        if not far and not here:
+            return func(*args, **kwargs)
+        self.check(func, args, kwargs, far, near, here)
+
+        def bare(x):
+            if isinstance(x, Far):
+                return x.inside
+            return HOST if self.means(x) else x
+
+        outer = {id(x.inside): x for x in far}           # an operation in place returns the tensor that it was given
+        untouched = {id(x) for x in near}                # copy_ to the host returns the host's tensor
+
+        def wrap(x):
+            if not isinstance(x, Tensor) or x.is_meta or id(x) in untouched:
+                return x
+            if id(x) in outer:
+                return outer[id(x)]
+            if func is aten._to_copy.default and not here:
+                return x
+            if self.device.type == "mps" and x.dtype == torch.float64:
+                self.refuse(f"{func._schema.name}: mps has no float64")
+            return Far(x, self)
+
+        args, kwargs = tree_map(bare, (args, kwargs))
+        kwargs.pop("pin_memory", None)
+        return tree_map(wrap, func(*args, **kwargs))
+
+
+class Far(Tensor):
+    """A tensor on the pretended device: `inside` holds its numbers, `card` is the device."""
+
+    @staticmethod
+    def __new__(cls, inside, card):
+        with torch.inference_mode(False):                # or no view of a parameter could be made in inference mode
+            return Tensor._make_wrapper_subclass(cls, inside.shape, strides=inside.stride(), dtype=inside.dtype,
+                                                 storage_offset=inside.storage_offset(), device=INSIDE)
+
+    def __init__(self, inside, card):
+        self.inside = inside
+        self.card = card
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: self.card.device)
+    is_cuda = property(lambda self: self.card.device.type == "cuda")
+    is_mps = property(lambda self: self.card.device.type == "mps")
+    is_cpu = property(lambda self: False)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        card = next(x.card for x in tree_leaves((args, kwargs)) if isinstance(x, Far))
+        return card.run(func, args, kwargs or {})
+
+    def tolist(self):
+        self.card.note("to host")
+        return self.inside.tolist()
+
+    def numpy(self, *args, **kwargs):
+        self.card.refuse(f".numpy() of a tensor on {self.card.device}; .cpu() first")
+
+    __array__ = numpy
+
+    def __repr__(self, **options):
+        return f"{self.card.device}: {self.inside!r}"
+
+    def __format__(self, spec):
+        return format(self.item(), spec) if self.ndim == 0 else repr(self)
+
+
+class Operations(TorchDispatchMode):
+    """Sends every operation through Card.run, also those that make a tensor out of nothing."""
+
+    def __init__(self, card):
+        super().__init__()
+        self.card = card
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.card.run(func, args, kwargs or {})
+
+
+class Names(TorchFunctionMode):
+    """Turns the program's "cuda" (or "mps") into the device that C++ sees, in every call of PyTorch."""
+
+    def __init__(self, card):
+        super().__init__()
+        self.card = card
+
+    def place(self, x):
+        named = isinstance(x, str) and x.split(":")[0] == self.card.device.type
+        return INSIDE if named or self.card.means(x) else x
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.device or getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
+        args = tuple(map(self.place, args))
+        kwargs = {key: self.place(x) for key, x in kwargs.items()}
+        given = (*args[1:], *kwargs.values())
+        if func is Tensor.backward:                      # checkpoints compute again in there, and need this mode, too
+            keep = bool(kwargs.get("retain_graph"))
+            with self:
+                return torch.autograd.graph._engine_run_backward(
+                    (args[0],), (torch.ones_like(args[0]),), keep, False, (), allow_unreachable=True,
+                    accumulate_grad=True)
+        # C++ takes a move between cpu and cpu:0 for no move at all
+        host = func is Tensor.cpu or "cpu" in given or any(isinstance(x, torch.device) and x == HOST for x in given)
+        leaves = isinstance(args[0] if args else None, Far) and host
+        arrives = INSIDE in given and args and not isinstance(args[0], Far)
+        if func is Tensor.cpu and not leaves:
+            return func(*args, **kwargs)
+        if func in (Tensor.to, Tensor.cpu) and (leaves or arrives):
+            dtype = next((x for x in given if isinstance(x, torch.dtype)), None)
+            return aten._to_copy(args[0], device=HOST if leaves else INSIDE, dtype=dtype)
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
+            return aten._to_copy(func(*args, **kwargs | {"device": None}), device=INSIDE)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def pretend(kind: str, capability: tuple[int, int] = (8, 0)):
+    """Inside, there is one device of this kind, "cuda" or "mps"; yields its Card.  capability: CUDA's, of its age."""
+    card = Card(kind)
+    cuda = kind == "cuda"
+    save = torch.save
+
+    def save_bare(value, *args, **kwargs):               # what torch.load(map_location="cpu") would make of the file
+        save(tree_map(lambda x: x.detach().inside.clone() if isinstance(x, Far) else x, value), *args, **kwargs)
+
+    patches = {
+        "torch.save": save_bare, "torch.cuda.is_available": lambda: cuda, "torch.cuda.device_count": lambda: int(cuda),
+        "torch.cuda.get_device_capability": lambda device=None: capability, "torch.cuda._lazy_init": lambda: None,
+        "torch.cuda.set_device": lambda device: None, "torch.cuda.synchronize": lambda device=None: card.note("wait"),
+        "torch.cuda.max_memory_allocated": lambda device=None: 0, "torch.cuda.memory_allocated": lambda device=None: 0,
+        "torch.cuda.reset_peak_memory_stats": lambda device=None: None,
+        "torch.backends.mps.is_available": lambda: not cuda, "torch.mps.synchronize": lambda: card.note("wait")}
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)     # Module.to cannot put a Far into .data
+        for name, replacement in patches.items():
+            stack.enter_context(mock.patch(name, replacement))
+        stack.enter_context(Operations(card))
+        stack.enter_context(Names(card))
+        yield card
