@@ -24,17 +24,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import seg4diff
 from loading import Seg4Diff, image_seed
 from protocol import TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation
 from support.checkpoint import peak_megabytes
-from support.cli import Parser, add_model_options, at_least, command, positive, renamed
+from support.cli import BAR, Parser, add_model_options, at_least, command, positive, progress, renamed
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.files import write_json
 from support.ledger import Ledger, wait_for_all, world
-from support.metrics import table
+from support.metrics import match_proposals, table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
 
@@ -79,7 +78,8 @@ def count_into(ledger, ev, names, shape, silent):
     """Count the pictures that the ledger lacks, a line each, under a bar that shows the best mIoU so far."""
     todo = [name for name in names if name not in ledger.done]
     total = ledger.sum(names, shape)
-    with tqdm(total=len(names), initial=len(names) - len(todo), desc="evaluating", unit="image", disable=silent) as bar:
+    shown = time.time()
+    with progress("evaluating", "image", len(names), len(names) - len(todo), silent) as bar:
         for name, counts in ev.count(todo):
             bar.update()
             if isinstance(counts, Exception):
@@ -87,7 +87,8 @@ def count_into(ledger, ev, names, shape, silent):
                 continue
             ledger.add(name, counts, image_seed(name, ev.protocol.seed))
             add_up(total, counts)
-            if total:
+            if total and not bar.disable and time.time() - shown > BAR:      # a score takes longer than a picture
+                shown = time.time()
                 best, row = max((ev.scoring.score(total[v.name])["mIoU"], v.name) for v in ev.variants)
                 bar.set_postfix({f"mIoU {row}": f"{best:.1f}"})
 
@@ -98,7 +99,9 @@ def examples(ev: Evaluation, names: list[str]) -> Image.Image:
     for name in names:
         item = ev.read(name)
         (rows,) = ev.predict([item])
-        _, labels = ev.scoring.count(item.labels, rows[ev.variants[0].name], len(ev.data.classes))
+        labels = rows[ev.variants[0].name]
+        if ev.scoring is UNNAMED:
+            _, labels = match_proposals(item.labels, labels, len(ev.data.classes))
         shown.append((item.image, item.labels, labels))
     return overlay_grid(shown, ev.data.classes)
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora import load_lora, merge_lora
@@ -45,6 +47,26 @@ def image_seed(name: str, seed: int) -> int:
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds])
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+@dataclass
+class Square:
+    """A picture at the model's size, made before it is needed (protocol.Evaluation.prepare)."""
+    pixels: np.ndarray                  # (size, size, 3) uint8
+    width: int                          # of the picture that it was made from
+    height: int
+
+
+def squash(image: Image.Image, size: int) -> Square:
+    """A picture to the model's square.
+
+    NOTE(official): the paper crops the centre; its code squashes, in two steps, and so do we, in one antialiased step.
+    """
+    square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return Square(np.array(square), image.width, image.height)
 
 
 # ---------------------------------------------------------------------------- a model and its presets

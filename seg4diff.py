@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from loading import Seg4Diff, load, noise, sigmas
+from loading import Seg4Diff, Square, load, noise, sigmas, squash
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from support.cli import Parser, add_model_options, at_least, command
 from support.metrics import IGNORE
@@ -131,7 +131,8 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
 
 # what one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M)
 KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_attention(qkv).mT}
-Images = Image.Image | Sequence[Image.Image]             # one picture, or several, which return lists
+Picture = Image.Image | Square
+Images = Picture | Sequence[Picture]                     # one picture, or several, which return lists
 
 
 class Segmentation(NamedTuple):
@@ -142,17 +143,14 @@ class Segmentation(NamedTuple):
 
 @torch.inference_mode()
 def encode_image(model: Seg4Diff, image: Images) -> Tensor:
-    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time.
-
-    NOTE(official): the paper crops the centre; its code squashes, in two steps, and so do we, in one antialiased step.
-    """
-    size = model.preset.size
-    images = [image] if isinstance(image, Image.Image) else image
+    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time."""
+    images = [image] if isinstance(image, Picture) else image
     latents = []
     for picture in images:
-        square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1    # (1, 3, size, size)
-        latents.append(model.vae.encode(x.to(model.device, model.dtype)))
+        square = picture if isinstance(picture, Square) else squash(picture, model.preset.size)
+        x = torch.from_numpy(square.pixels).to(model.device)                 # (size, size, 3), as bytes over the bus
+        x = x.permute(2, 0, 1)[None].float() / 127.5 - 1                     # (1, 3, size, size)
+        latents.append(model.vae.encode(x.to(model.dtype)))
     return torch.cat(latents)                                                # (B, C, ., .)
 
 
@@ -195,7 +193,7 @@ def label_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return labels
 
 
-def labels_of(maps: Tensor, image: Image.Image) -> np.ndarray:
+def labels_of(maps: Tensor, image: Picture) -> np.ndarray:
     """`label_map` at the size of a picture."""
     return label_map(maps, (image.height, image.width)).cpu().numpy()
 
@@ -254,7 +252,7 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, block: int | N
     supplement's B.2 to B.4; draws: noise draws that the maps are averaged over.
     ValueError: no classes, names that do not fit, kind, block or head that does not exist, sigma outside [0, 1].
     """
-    single = isinstance(image, Image.Image)
+    single = isinstance(image, Picture)
     images = [image] if single else image
     names = [classes] if single else classes
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
@@ -308,15 +306,15 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     self_cross = cross.diag()                                                # (L,), minus the entropies
     kl = 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)   # (L, L), mean of both directions
     taken = torch.zeros(len(p), dtype=torch.bool)
-    proposals = []
     members = []
     for i, near in enumerate((kl < threshold).cpu()):
         if not taken[i]:
             near[i] = True
             taken |= near
             members.append(near.nonzero()[:, 0].tolist())
-            proposals.append(p[members[-1]].mean(0))
-    return torch.stack(proposals).unflatten(1, maps.shape[1:]), members      # (P, h, w)
+    gathered = p[sum(members, [])].split([len(group) for group in members])  # P x (tokens of the group, N)
+    proposals = torch.stack([group.mean(0) for group in gathered])           # (P, N)
+    return proposals.unflatten(1, maps.shape[1:]), members                   # (P, h, w)
 
 
 @torch.inference_mode()
@@ -334,7 +332,7 @@ def propose(model: Seg4Diff, image: Images, *, block: int | None = None, sigma: 
 
     One picture or a list; a seed for each, or for all; the rest from the preset.  ValueError: see merge_maps.
     """
-    single = isinstance(image, Image.Image)
+    single = isinstance(image, Picture)
     images = [image] if single else image
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
     block = model.preset.block if block is None else block

@@ -63,8 +63,8 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device in cards:
         torch.cuda.set_device(device)
     elif device not in there:
-        raise ValueError(f"there is no device {device!r}; use cpu, cuda or mps (PyTorch sees {len(cards)} CUDA devices "
-                         f"and {len(there) // 2} of MPS), or auto")
+        raise ValueError(f"there is no device {device!r}; use cpu or cuda (PyTorch sees {len(cards)} CUDA devices), "
+                         "mps on an Apple computer, or auto")
     return torch.device(device)
 
 

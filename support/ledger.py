@@ -6,6 +6,7 @@
 
 Several processes (torchrun) write a file each in one folder; whoever opens a ledger reads them all.
 """
+import atexit
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ def wait_for_all():
     if world()[1] > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+            atexit.register(torch.distributed.destroy_process_group)         # or PyTorch complains at the end
         torch.distributed.barrier()
 
 

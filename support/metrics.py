@@ -1,6 +1,8 @@
 """How a label map is scored (A.4): with names by a confusion matrix, without by matching regions to classes."""
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 IGNORE = 255                            # label of pixels that belong to no class and are never scored
 
@@ -10,38 +12,57 @@ def classes_in(labels):
     return np.setdiff1d(labels, [IGNORE])
 
 
+def overlaps(truth: Tensor, labels: Tensor, K: int, P: int) -> Tensor:
+    """How many pixels of each class (K) have each label (P): (K, P), counted on the device where both maps are.
+
+    truth: classes, or IGNORE for a pixel that is left out; labels: 0 to P-1, of truth's shape.
+    """
+    pairs = torch.where(truth == IGNORE, K * P, truth.long() * P + labels)   # K*P: the bin of what is left out
+    return torch.bincount(pairs.flatten(), minlength=K * P + 1)[:K * P].view(K, P)           # (K, P)
+
+
 def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
     """Pixel counts (K, K), rows the truth, columns the prediction; pixels whose truth is IGNORE are left out."""
     valid = truth != IGNORE
     largest = max(truth[valid].max(initial=0), pred[valid].max(initial=0))
     if largest >= K:
         raise ValueError(f"a label map holds class {largest}, but there are {K} classes")
-    pairs = truth[valid].astype(np.int64) * K + pred[valid]
-    return np.bincount(pairs, minlength=K * K).reshape(K, K)
+    return overlaps(torch.from_numpy(truth[valid]), torch.from_numpy(pred[valid]), K, K).numpy()
+
+
+def match_overlaps(overlap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Overlaps (K, P) of classes and proposals -> (K, 3) pixel counts TP, FP, FN of each class, and the class of each
+    proposal, (P,) uint8, IGNORE where it got none.
+
+    Classes and proposals are matched one to one so that the overlap is largest (Hungarian). Overlap with its match is a
+    class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
+    """
+    K, P = overlap.shape
+    counts = np.zeros((K, 3), np.int64)
+    classes = np.full(P, IGNORE, np.uint8)
+    counts[:, 2] = overlap.sum(1)
+    ids = overlap.any(1).nonzero()[0]                    # of classes that occur,
+    regions = overlap.any(0).nonzero()[0]                # and of proposals that lie on labelled pixels
+    for i, j in zip(*linear_sum_assignment(overlap[ids][:, regions], maximize=True)):
+        k = ids[i]
+        p = regions[j]
+        tp = overlap[k, p]
+        if tp == 0:                                      # no match: which of such pairs is chosen means nothing
+            continue
+        counts[k] = tp, overlap[:, p].sum() - tp, overlap[k].sum() - tp
+        classes[p] = k
+    return counts, classes
 
 
 def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
     """Unnamed regions against a label map, as DiffSeg scores them: (K, 3) pixel counts TP, FP, FN of each class, and
-    `pred` with the classes that its regions were matched to, IGNORE where a region got none.
+    `pred` with the classes that its regions were matched to, IGNORE where a region got none (match_overlaps).
 
-    Classes and proposals are matched one to one so that the overlap is largest (Hungarian). Overlap with its match is a
-    class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
     Pixels whose truth is IGNORE are left out of all counts.
     """
-    valid = truth != IGNORE
-    counts = np.zeros((K, 3), np.int64)
-    named = np.full(truth.shape, IGNORE, np.uint8)
-    ids, rows = np.unique(truth[valid], return_inverse=True)
-    regions, columns = np.unique(pred[valid], return_inverse=True)
-    overlap = np.zeros((len(ids), len(regions)), np.int64)
-    np.add.at(overlap, (rows, columns), 1)
-    counts[ids, 2] = overlap.sum(1)
-    for i, j in zip(*linear_sum_assignment(overlap, maximize=True)):
-        if overlap[i, j] == 0:                           # no match: which of such pairs is chosen means nothing
-            continue
-        counts[ids[i]] = overlap[i, j], overlap[:, j].sum() - overlap[i, j], overlap[i].sum() - overlap[i, j]
-        named[pred == regions[j]] = ids[i]
-    return counts, named
+    overlap = overlaps(torch.from_numpy(truth), torch.from_numpy(pred), K, int(pred.max()) + 1)
+    counts, classes = match_overlaps(overlap.numpy())
+    return counts, classes[pred]
 
 
 def rates(tp, fp, fn):

@@ -6,10 +6,10 @@
     gpu.refused                                          # what a GPU would not have taken, with the lines that did it
     gpu.crossings                                        # every copy to and from it, and every wait for it
 
-A tensor on the pretended device is a `Far`, a wrapper around a CPU tensor that says it is on cuda:0. PyTorch hands every
-operation on it to Card.run, which does three things: it raises where a GPU would raise (above all where tensors of both
-devices meet), it notes what crosses between the devices, and it computes the operation on the CPU tensors inside. So
-values are right to the end, and whatever depends on them is run, too.
+A tensor on the pretended device is a `Far`, a wrapper around a CPU tensor that says it is on cuda:0. PyTorch hands
+every operation on it to Card.run, which raises where a GPU would raise (above all where tensors of both devices meet),
+notes what crosses between the devices, and computes the operation on the CPU tensors inside. So values are right to the
+end, and whatever depends on them is run, too.
 
 To the C++ side of PyTorch a Far is on "cpu:0", as a CPU build can build guards and gradients for no other device; a
 plain CPU tensor is on "cpu" without a number, so the two are told apart. `Names` turns what the program asks for,
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
 INSIDE = torch.device("cpu", 0)                          # what C++ sees of the pretended device
@@ -40,28 +40,39 @@ WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.de
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
+def each(f, x):
+    """f of everything in nested lists and tuples."""
+    if isinstance(x, list | tuple):
+        return type(x)(each(f, y) for y in x)
+    return f(x)
+
+
+def tensors_in(args):
+    """Those of an operation's arguments, lists of tensors included."""
+    found = []
+    each(found.append, args)
+    return [x for x in found if isinstance(x, Tensor)]
+
+
 class Refused(RuntimeError):
     """What the real device would have raised."""
 
 
 class Crossing(NamedTuple):
     kind: str                           # "to device", "to host" or "wait"
-    functions: tuple[str, ...]          # the project's functions that were running, innermost first
+    functions: list[str]                # the project's functions that were running, innermost first
 
 
 def running():
-    """The project's functions that are running, innermost first, and the line in the first of them."""
+    """The project's frames, innermost first."""
+    found = []
     frame = sys._getframe(1)
-    functions = []
-    line = "outside the project"
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(str(ROOT)) and name != __file__:
-            if not functions:
-                line = f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
-            functions.append(frame.f_code.co_name)
+            found.append(frame)
         frame = frame.f_back
-    return tuple(functions), line
+    return found
 
 
 class Card:
@@ -73,11 +84,12 @@ class Card:
         self.crossings = []
 
     def refuse(self, text):
-        self.refused.append(f"{running()[1]}: {text}")
+        at = running()[0]
+        self.refused.append(f"{at.f_code.co_filename}:{at.f_lineno}: {text}")
         raise Refused(text)
 
     def note(self, kind):
-        self.crossings.append(Crossing(kind, running()[0]))
+        self.crossings.append(Crossing(kind, [frame.f_code.co_name for frame in running()]))
 
     def means(self, device):
         """Whether this is the pretended device, as the program or as C++ calls it."""
@@ -116,7 +128,7 @@ class Card:
 
     def run(self, func, args, kwargs):
         """One operation, as the device would take it."""
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in((*args, *kwargs.values()))
         far = [x for x in tensors if isinstance(x, Far)]
         near = [x for x in tensors if not isinstance(x, Far) and not x.is_meta]
         asked = kwargs.get("device")
@@ -144,9 +156,8 @@ class Card:
                 self.refuse(f"{func._schema.name}: mps has no float64")
             return Far(x, self)
 
-        args, kwargs = tree_map(bare, (args, kwargs))
-        kwargs.pop("pin_memory", None)
-        return tree_map(wrap, func(*args, **kwargs))
+        kwargs = {key: bare(x) for key, x in kwargs.items() if key != "pin_memory"}
+        return each(wrap, func(*each(bare, tuple(args)), **kwargs))
 
 
 class Far(Tensor):
@@ -165,12 +176,10 @@ class Far(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: self.card.device)
     is_cuda = property(lambda self: self.card.device.type == "cuda")
-    is_mps = property(lambda self: self.card.device.type == "mps")
-    is_cpu = property(lambda self: False)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        card = next(x.card for x in tree_leaves((args, kwargs)) if isinstance(x, Far))
+        card = next(x.card for x in tensors_in((*args, *(kwargs or {}).values())) if isinstance(x, Far))
         return card.run(func, args, kwargs or {})
 
     def tolist(self):
@@ -182,41 +191,32 @@ class Far(Tensor):
 
     __array__ = numpy
 
-    def __repr__(self, **options):
-        return f"{self.card.device}: {self.inside!r}"
-
-    def __format__(self, spec):
-        return format(self.item(), spec) if self.ndim == 0 else repr(self)
-
 
 class Operations(TorchDispatchMode):
     """Sends every operation through Card.run, also those that make a tensor out of nothing."""
 
-    def __init__(self, card):
-        super().__init__()
-        self.card = card
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.card.run(func, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls):                        # else PyTorch imports its compiler, for seconds
+        return False
 
 
 class Names(TorchFunctionMode):
     """Turns the program's "cuda" (or "mps") into the device that C++ sees, in every call of PyTorch."""
 
-    def __init__(self, card):
-        super().__init__()
-        self.card = card
-
-    def place(self, x):
-        named = isinstance(x, str) and x.split(":")[0] == self.card.device.type
-        return INSIDE if named or self.card.means(x) else x
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.device or getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
-        args = tuple(map(self.place, args))
-        kwargs = {key: self.place(x) for key, x in kwargs.items()}
+
+        def place(x):
+            named = isinstance(x, str) and x.split(":")[0] == self.card.device.type
+            return INSIDE if named or self.card.means(x) else x
+
+        args = tuple(map(place, args))
+        kwargs = {key: place(x) for key, x in kwargs.items()}
         given = (*args[1:], *kwargs.values())
         if func is Tensor.backward:                      # checkpoints compute again in there, and need this mode, too
             keep = bool(kwargs.get("retain_graph"))
@@ -224,15 +224,13 @@ class Names(TorchFunctionMode):
                 return torch.autograd.graph._engine_run_backward(
                     (args[0],), (torch.ones_like(args[0]),), keep, False, (), allow_unreachable=True,
                     accumulate_grad=True)
-        # C++ takes a move between cpu and cpu:0 for no move at all
-        host = func is Tensor.cpu or "cpu" in given or any(isinstance(x, torch.device) and x == HOST for x in given)
-        leaves = isinstance(args[0] if args else None, Far) and host
-        arrives = INSIDE in given and args and not isinstance(args[0], Far)
-        if func is Tensor.cpu and not leaves:
-            return func(*args, **kwargs)
-        if func in (Tensor.to, Tensor.cpu) and (leaves or arrives):
-            dtype = next((x for x in given if isinstance(x, torch.dtype)), None)
-            return aten._to_copy(args[0], device=HOST if leaves else INSIDE, dtype=dtype)
+        if func in (Tensor.to, Tensor.cpu):              # C++ takes a move between cpu and cpu:0 for no move at all
+            places = [torch.device(x) for x in given if isinstance(x, str | torch.device)]
+            if func is Tensor.cpu:
+                places = [HOST]
+            if places and isinstance(args[0], Far) != (places[0] == INSIDE):
+                dtype = next((x for x in given if isinstance(x, torch.dtype)), None)
+                return aten._to_copy(args[0], device=places[0], dtype=dtype)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
             return aten._to_copy(func(*args, **kwargs | {"device": None}), device=INSIDE)
         return func(*args, **kwargs)
@@ -244,13 +242,21 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0)):
     card = Card(kind)
     cuda = kind == "cuda"
     save = torch.save
+    flatten = safetensors.torch._flatten_as_ptr
 
-    def save_bare(value, *args, **kwargs):               # what torch.load(map_location="cpu") would make of the file
-        save(tree_map(lambda x: x.detach().inside.clone() if isinstance(x, Far) else x, value), *args, **kwargs)
+    def home(x):                                         # what is written to a file comes home first
+        if isinstance(x, dict):
+            return {key: home(y) for key, y in x.items()}
+        if isinstance(x, list | tuple):
+            return [home(y) for y in x]
+        return x.detach().inside.clone() if isinstance(x, Far) else x
 
     patches = {
-        "torch.save": save_bare, "torch.cuda.is_available": lambda: cuda, "torch.cuda.device_count": lambda: int(cuda),
+        "torch.save": lambda value, path: save(home(value), path),
+        "safetensors.torch._flatten_as_ptr": lambda tensors, keep: flatten(home(tensors), keep),
+        "torch.cuda.is_available": lambda: cuda, "torch.cuda.device_count": lambda: int(cuda),
         "torch.cuda.get_device_capability": lambda device=None: capability, "torch.cuda._lazy_init": lambda: None,
+        "torch.cuda.is_bf16_supported": lambda *args: True,
         "torch.cuda.set_device": lambda device: None, "torch.cuda.synchronize": lambda device=None: card.note("wait"),
         "torch.cuda.max_memory_allocated": lambda device=None: 0, "torch.cuda.memory_allocated": lambda device=None: 0,
         "torch.cuda.reset_peak_memory_stats": lambda device=None: None,
@@ -261,6 +267,7 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0)):
         torch.__future__.set_overwrite_module_params_on_conversion(True)     # Module.to cannot put a Far into .data
         for name, replacement in patches.items():
             stack.enter_context(mock.patch(name, replacement))
-        stack.enter_context(Operations(card))
-        stack.enter_context(Names(card))
+        for mode in (Operations(), Names()):
+            mode.card = card
+            stack.enter_context(mode)
         yield card
