@@ -330,7 +330,7 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run",
                         help="folder of scenes, latents and state")
     parser.add_argument("--init", type=Path, help="go on from this model file (its VAE too) instead of from nothing")
-    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=at_least(1), default=24_000, help="distinct training scenes")
     parser.add_argument("--minutes-vae", type=float, default=12)
