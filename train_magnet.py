@@ -34,8 +34,8 @@ from support.ledger import wait_for_all, world
 from support.report import plot_losses
 
 RECIPES = {                                 # what differs between data sets; that of scenes is ours
-    "scenes": Settings("nano", "scenes-dev", steps=200, warmup=20, lr=5e-4, batch=16, checkpointing=False, sigma="uniform",
-                       mask_weight=0.2),
+    "scenes": Settings("nano", "scenes-dev", steps=200, warmup=20, lr=5e-4, batch=16, checkpointing=False,
+                       sigma="uniform", mask_weight=0.2),
     "coco": Settings(val="coco-object", steps=3000),
     "sa1b": Settings(maps="heads"),
 }

@@ -95,6 +95,18 @@ def test_each_process_of_torchrun_has_its_own_card(monkeypatch):
         assert pick_device("auto") == torch.device("cuda", 1) and chosen == ["cuda:1"]
 
 
+def test_float32_is_not_tf32(near, picture):
+    seen = []
+    hooks = [near.vae.get_submodule(layer).register_forward_pre_hook(
+        lambda *args: seen.append(torch.backends.cudnn.allow_tf32)) for layer in ("encoder.conv_in", "decoder.conv_in")]
+    before = torch.backends.cudnn.allow_tf32
+    with torch.inference_mode():
+        near.vae.decode(seg4diff.encode_image(near, picture))
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32 == before
+    for hook in hooks:
+        hook.remove()
+
+
 # ---------------------------------------------------------------------------- the method
 
 
