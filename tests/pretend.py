@@ -2,25 +2,21 @@
 
     with pretend("cuda") as gpu:                         # or "mps"; inside, torch says that there is one
         model = seg4diff.load("nano", "cuda")            # model.device is cuda:0, its numbers are real
-        seg4diff.segment(model, image, names)
-    gpu.refused                                          # what a GPU would not have taken, with the lines that did it
-    gpu.crossings                                        # every copy to and from it, and every wait for it
+    gpu.refused, gpu.crossings                           # what a GPU would not have taken; copies to and from it, waits
 
 A tensor on the pretended device is a `Far`, a wrapper around a CPU tensor that says it is on cuda:0. PyTorch hands
 every operation on it to Card.run, which raises where a GPU would raise (above all where tensors of both devices meet),
 notes what crosses between the devices, and computes the operation on the CPU tensors inside. So values are right to the
-end, and whatever depends on them is run, too.
-
-To the C++ side of PyTorch a Far is on "cpu:0", as a CPU build can build guards and gradients for no other device; a
-plain CPU tensor is on "cpu" without a number, so the two are told apart. `Names` turns what the program asks for,
-"cuda", into cpu:0 before PyTorch sees it.
+end, and whatever depends on them is run, too. To the C++ side of PyTorch a Far is on "cpu:0", as a CPU build can build
+gradients for no other device; a plain CPU tensor is on "cpu" without a number, so the two are told apart. `Names` turns
+what the program asks for, "cuda", into cpu:0 before PyTorch sees it.
 
 What it cannot show: kernels that do not exist, memory, time, rounding, and autocast, which changes nothing here.
 """
 import contextlib
 import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import safetensors.torch
@@ -35,16 +31,14 @@ HOST = torch.device("cpu")
 aten = torch.ops.aten
 
 # Operations whose result decides on the host what comes next: the program waits until the device is done.
-WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default,
-           aten.is_nonzero.default, aten._unique2.default, aten.bincount.default}
+WAITING = {aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default,
+           aten.equal.default, aten.masked_select.default, aten._unique2.default, aten.bincount.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 def each(f, x):
     """f of everything in nested lists and tuples."""
-    if isinstance(x, list | tuple):
-        return type(x)(each(f, y) for y in x)
-    return f(x)
+    return type(x)(each(f, y) for y in x) if isinstance(x, list | tuple) else f(x)
 
 
 def tensors_in(args):
@@ -54,13 +48,8 @@ def tensors_in(args):
     return [x for x in found if isinstance(x, Tensor)]
 
 
-class Refused(RuntimeError):
-    """What the real device would have raised."""
-
-
-class Crossing(NamedTuple):
-    kind: str                           # "to device", "to host" or "wait"
-    functions: list[str]                # the project's functions that were running, innermost first
+Refused = type("Refused", (RuntimeError,), {})           # what the real device would have raised
+Crossing = namedtuple("Crossing", "kind functions")      # "to device", "to host" or "wait"; who ran, innermost first
 
 
 def running():
@@ -116,10 +105,9 @@ class Card:
                     self.note("wait")
             if len(args) > 2 and not isinstance(args[2], Far) and args[2].ndim:
                 self.refuse(f"{name}: values on the cpu for a tensor on {self.device}")
-        elif far and near:                               # a number in a tensor, (), may come along elementwise
-            elementwise = torch.Tag.pointwise in func.tags
-            if not elementwise or any(x.ndim for x in near):
-                self.refuse(f"{name}: tensors on {self.device} and on the cpu, {[tuple(x.shape) for x in near]}")
+        elif far and near and (torch.Tag.pointwise not in func.tags or any(x.ndim for x in near)):
+            # but a number in a tensor, (), may come along elementwise
+            self.refuse(f"{name}: tensors on {self.device} and on the cpu, {[tuple(x.shape) for x in near]}")
         generator = kwargs.get("generator")
         if generator is not None and not far and not self.means(generator.device):
             self.refuse(f"{name}: a generator of the cpu for a tensor on {self.device}")
@@ -136,22 +124,20 @@ class Card:
         if not far and not here:
             return func(*args, **kwargs)
         self.check(func, args, kwargs, far, near, here)
+        outer = {id(x.inside): x for x in far}           # an operation in place returns the tensor that it was given
+        untouched = {id(x) for x in near}                # copy_ to the host returns the host's tensor
 
         def bare(x):
             if isinstance(x, Far):
                 return x.inside
             return HOST if self.means(x) else x
 
-        outer = {id(x.inside): x for x in far}           # an operation in place returns the tensor that it was given
-        untouched = {id(x) for x in near}                # copy_ to the host returns the host's tensor
-
         def wrap(x):
-            if not isinstance(x, Tensor) or x.is_meta or id(x) in untouched:
+            leaves = func is aten._to_copy.default and not here
+            if not isinstance(x, Tensor) or x.is_meta or id(x) in untouched or leaves:
                 return x
             if id(x) in outer:
                 return outer[id(x)]
-            if func is aten._to_copy.default and not here:
-                return x
             if self.device.type == "mps" and x.dtype == torch.float64:
                 self.refuse(f"{func._schema.name}: mps has no float64")
             return Far(x, self)
@@ -166,12 +152,11 @@ class Far(Tensor):
     @staticmethod
     def __new__(cls, inside, card):
         with torch.inference_mode(False):                # or no view of a parameter could be made in inference mode
-            return Tensor._make_wrapper_subclass(cls, inside.shape, strides=inside.stride(), dtype=inside.dtype,
-                                                 storage_offset=inside.storage_offset(), device=INSIDE)
-
-    def __init__(self, inside, card):
-        self.inside = inside
-        self.card = card
+            far = Tensor._make_wrapper_subclass(cls, inside.shape, strides=inside.stride(), dtype=inside.dtype,
+                                                storage_offset=inside.storage_offset(), device=INSIDE)
+        far.inside = inside
+        far.card = card
+        return far
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: self.card.device)
@@ -219,11 +204,9 @@ class Names(TorchFunctionMode):
         kwargs = {key: place(x) for key, x in kwargs.items()}
         given = (*args[1:], *kwargs.values())
         if func is Tensor.backward:                      # checkpoints compute again in there, and need this mode, too
-            keep = bool(kwargs.get("retain_graph"))
+            start = (args[0],), (torch.ones_like(args[0]),)
             with self:
-                return torch.autograd.graph._engine_run_backward(
-                    (args[0],), (torch.ones_like(args[0]),), keep, False, (), allow_unreachable=True,
-                    accumulate_grad=True)
+                return torch.autograd.graph._engine_run_backward(*start, False, False, (), True, accumulate_grad=True)
         if func in (Tensor.to, Tensor.cpu):              # C++ takes a move between cpu and cpu:0 for no move at all
             places = [torch.device(x) for x in given if isinstance(x, str | torch.device)]
             if func is Tensor.cpu:
@@ -241,8 +224,7 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0)):
     """Inside, there is one device of this kind, "cuda" or "mps"; yields its Card.  capability: CUDA's, of its age."""
     card = Card(kind)
     cuda = kind == "cuda"
-    save = torch.save
-    flatten = safetensors.torch._flatten_as_ptr
+    save, flatten = torch.save, safetensors.torch._flatten_as_ptr
 
     def home(x):                                         # what is written to a file comes home first
         if isinstance(x, dict):
@@ -255,16 +237,13 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0)):
         "torch.save": lambda value, path: save(home(value), path),
         "safetensors.torch._flatten_as_ptr": lambda tensors, keep: flatten(home(tensors), keep),
         "torch.cuda.is_available": lambda: cuda, "torch.cuda.device_count": lambda: int(cuda),
-        "torch.cuda.get_device_capability": lambda device=None: capability, "torch.cuda._lazy_init": lambda: None,
-        "torch.cuda.is_bf16_supported": lambda *args: True,
-        "torch.cuda.set_device": lambda device: None, "torch.cuda.synchronize": lambda device=None: card.note("wait"),
-        "torch.cuda.max_memory_allocated": lambda device=None: 0, "torch.cuda.memory_allocated": lambda device=None: 0,
-        "torch.cuda.reset_peak_memory_stats": lambda device=None: None,
-        "torch.backends.mps.is_available": lambda: not cuda, "torch.mps.synchronize": lambda: card.note("wait")}
-    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+        "torch.cuda.get_device_capability": lambda device: capability, "torch.cuda.is_bf16_supported": lambda: True,
+        "torch.cuda.synchronize": lambda device: card.note("wait"), "torch.mps.synchronize": lambda: card.note("wait"),
+        "torch.__future__._overwrite_module_params_on_conversion": True,     # Module.to cannot put a Far into .data
+        "torch.backends.mps.is_available": lambda: not cuda}
+    for name in ("_lazy_init", "set_device", "max_memory_allocated", "memory_allocated", "reset_peak_memory_stats"):
+        patches[f"torch.cuda.{name}"] = lambda *args: 0
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
-        torch.__future__.set_overwrite_module_params_on_conversion(True)     # Module.to cannot put a Far into .data
         for name, replacement in patches.items():
             stack.enter_context(mock.patch(name, replacement))
         for mode in (Operations(), Names()):
