@@ -80,8 +80,7 @@ class Card:
     def note(self, kind):
         self.crossings.append(Crossing(kind, [frame.f_code.co_name for frame in running()]))
 
-    def means(self, device):
-        """Whether this is the pretended device, as the program or as C++ calls it."""
+    def means(self, device):                             # the pretended device, as the program or as C++ calls it
         return isinstance(device, torch.device) and (device == INSIDE or device.type == self.device.type)
 
     def check(self, func, args, kwargs, far, near, here):
@@ -114,8 +113,7 @@ class Card:
         if func in WAITING and far:
             self.note("wait")
 
-    def run(self, func, args, kwargs):
-        """One operation, as the device would take it."""
+    def run(self, func, args, kwargs):                   # one operation, as the device would take it
         tensors = tensors_in((*args, *kwargs.values()))
         far = [x for x in tensors if isinstance(x, Far)]
         near = [x for x in tensors if not isinstance(x, Far) and not x.is_meta]
