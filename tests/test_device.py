@@ -86,12 +86,12 @@ def test_bfloat16_is_for_cards_that_have_it():
             assert pick_dtype("bfloat16", pick_device("cuda")) == torch.bfloat16             # asked for, so taken
 
 
-def test_each_process_of_torchrun_has_its_own_card(monkeypatch):
+def test_each_process_of_torchrun_has_its_own_card():
     chosen = []
-    with pretend("cuda"):
-        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-        monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-        monkeypatch.setenv("LOCAL_RANK", "1")
+    with pretend("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.device_count", lambda: 2)
+        patch.setattr("torch.cuda.set_device", chosen.append)
+        patch.setenv("LOCAL_RANK", "1")
         assert pick_device("auto") == torch.device("cuda", 1) and chosen == ["cuda:1"]
 
 
