@@ -233,7 +233,8 @@ def sensitivity(model, items, classes, sigma):
         changes = []
         for block in range(model.transformer.config.depth):
             blurred = model.transformer(*inputs, mix={block: blur})[0].float()
-            changes.append(100 * ((blurred - plain).norm() / plain.norm()).item())
+            change = torch.linalg.vector_norm(blurred - plain) / torch.linalg.vector_norm(plain)
+            changes.append(100 * change.item())
         out.append(changes)
     return np.array(out)                                                     # (n, depth)
 

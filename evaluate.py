@@ -26,18 +26,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import analysis
 import seg4diff
 from loading import Seg4Diff, image_seed
-from protocol import CODE, TASKS, UNNAMED, Evaluation, Protocol, add_up, evaluation, unsup_i2i
+from protocol import CODE, TASKS, Evaluation, Protocol, add_up, evaluation, unsup_i2i
 from support.checkpoint import peak_megabytes
-from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
+from support.cli import BAR, Parser, add_model_options, at_least, command, positive, progress, renamed, show
 from support.data import DATASETS, ROOT, Dataset, subset
 from support.files import Broken, code_stamp, stamp, write_json, write_picture
 from support.ledger import Ledger, wait_for_all, world
-from support.metrics import proposal_scores, table
+from support.metrics import UNNAMED, match_proposals, proposal_scores, table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
 
@@ -80,7 +79,8 @@ def count_into(ledger, ev, names, silent):
     """Count the pictures that the ledger lacks, a line each, under a bar that shows the best mIoU so far."""
     todo = [name for name in names if name not in ledger.done]
     total = ledger.sum(names)
-    with tqdm(total=len(names), initial=len(names) - len(todo), desc="evaluating", unit="image", disable=silent) as bar:
+    shown = time.time()
+    with progress("evaluating", "image", len(names), len(names) - len(todo), silent) as bar:
         for name, counts in ev.count(todo):
             bar.update()
             if isinstance(counts, Exception):
@@ -88,7 +88,8 @@ def count_into(ledger, ev, names, silent):
                 continue
             ledger.add(name, counts, image_seed(name, ev.protocol.seed))
             add_up(total, counts)
-            if total:
+            if total and not bar.disable and time.time() - shown > BAR:      # a score takes longer than a picture
+                shown = time.time()
                 best, row = max((ev.scoring.score(total[v.name])["mIoU"], v.name) for v in ev.variants)
                 bar.set_postfix({f"mIoU {row}": f"{best:.1f}"})
 
@@ -119,7 +120,9 @@ def examples(ev: Evaluation, names: list[str]) -> Image.Image:
     for name in names:
         item = ev.read(name)
         (rows,) = ev.predict([item])
-        _, labels = ev.scoring.count(item.labels, rows[ev.variants[0].name], len(ev.data.classes))
+        labels = rows[ev.variants[0].name]
+        if ev.scoring is UNNAMED:
+            _, labels = match_proposals(item.labels, labels, len(ev.data.classes))
         shown.append((item.image, item.labels, labels))
     return overlay_grid(shown, ev.data.classes)
 

@@ -11,7 +11,9 @@ from numbers import Integral, Real
 from operator import index
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora import load_lora, merge_lora
@@ -48,6 +50,25 @@ def image_seed(name: str, seed: int) -> int:
 def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape) on the CPU, sample b from seeds[b] alone: the same for any batch size and device."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(index(s) % 2**63)) for s in seeds])
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+@dataclass
+class Square:
+    """A picture at the model's size, made before it is needed (protocol.Evaluation.prepare)."""
+    pixels: np.ndarray                  # (size, size, 3) uint8
+    image: Image.Image                  # that it was made from
+
+
+def squash(image: Image.Image, size: int) -> Square:
+    """A picture to the model's square.
+
+    NOTE(official): the paper crops the centre; its code squashes, in two steps, and so do we, in one antialiased step.
+    """
+    square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return Square(np.array(square), image)
 
 
 # ---------------------------------------------------------------------------- a model and its presets
@@ -126,7 +147,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
          segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
-    device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA (NOTE(official): fp16), fp32 on the CPU.  With
+    device "auto": CUDA, MPS or CPU, the first that is there.  dtype "auto": support.checkpoint.pick_dtype.  With
     segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
     file of train_magnet.py's or another LoRA of SD3 (lora.load_lora), merged into the weights.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.

@@ -58,9 +58,9 @@ def put_pair(model, block, layer, pair):
     linear = model.get_submodule(path)
     if not isinstance(linear, LoRALinear):
         linear = LoRALinear(linear, 3 if path.endswith("qkv") else 1)
+        linear.groups.to(linear.base.weight.device)
         model.set_submodule(path, linear)
-    linear.groups[int(group)] = pair
-    linear.groups.to(linear.base.weight.device)
+    linear.groups[int(group)] = pair.to(linear.base.weight.device)
 
 
 def add_lora(model: MMDiT, rank: int = 16, alpha: float = 16, generator: torch.Generator | None = None) -> list[Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import seg4diff
 from loading import Seg4Diff, shifted
 from mmdit import i2t_attention
+from support.checkpoint import pick_dtype
 from support.data import MAX_MASKS, Pair
 from support.ledger import world
 
@@ -44,6 +45,7 @@ class Settings(NamedTuple):
     batch: int = 4                          # pictures at once and process: Sec. 4.1
     rank: int = 16                          # of the LoRA: Sec. 4.1
     seed: int = 0
+    checkpointing: bool = True              # activations are computed twice instead of kept: SD3 needs it on 24 GB
     match: str = "hungarian"                # a mask gets the map that fits, Sec. 3.5; "name": its name's, released code
     maps: str = "mean"                      # candidates: the mean over heads, or "heads", each head's map (Sec. 4.1)
     normalise: str = "minmax"               # a key of NORMALISATIONS
@@ -189,7 +191,9 @@ def batch_losses(model: Seg4Diff, batch: list[Features], seeds: list[int], setti
     z0 = torch.stack([f.z0 for f in batch]).float()                          # (B, C, ., .)
     ctx = torch.stack([f.ctx for f in batch]).to(device)                     # (B, M, ctx_dim)
     pooled = torch.stack([f.pooled for f in batch]).to(device)               # (B, pooled_dim)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    # on 16-bit weights autocast would save nothing: it takes every norm to fp32, and LowRank casts by itself
+    mixed = model.dtype == torch.float32 and pick_dtype("auto", device) == torch.bfloat16
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
         flow, taps = flow_matching(model, z0.to(device), eps.to(device), sigma.to(device), ctx, pooled, {block})
     pairs = []
     for attn, f in zip(i2t_attention(taps[block]), batch, strict=True):      # (H, N, M)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.checkpoint import Device, Dtype, assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, full_float32, shape
 
 # ---------------------------------------------------------------------------- joint attention, Eq. 3 to 6
 
@@ -220,7 +220,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, z):
-        return self.proj(z).flatten(2).mT                                    # (B, N, D), rows of the grid first
+        with full_float32():
+            return self.proj(z).flatten(2).mT                                # (B, N, D), rows of the grid first
 
 
 class MLP(nn.Module):

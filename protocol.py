@@ -13,20 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 import seg4diff
-from loading import Seg4Diff, image_seed
+from loading import Seg4Diff, Square, image_seed, squash
+from support.checkpoint import Device
 from support.data import Dataset, Item, centre_crop, read_ahead
-from support.metrics import (
-    IGNORE,
-    border_counts,
-    border_iou,
-    classes_in,
-    confusion,
-    match_proposals,
-    proposal_scores,
-    scores,
-)
+from support.metrics import BORDERS, NAMED, UNNAMED, Scoring, border_counts, classes_in, overlaps
 
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
@@ -127,22 +120,26 @@ class Protocol(NamedTuple):
     draws: int = 1                      # noise draws whose maps are averaged
 
 
+class Prepared(NamedTuple):
+    """A picture with all that needs no model, made by read_ahead's threads while the device works."""
+    item: Item
+    square: Square
+    ids: np.ndarray                     # the classes that it is prompted with: (K,) uint8
+    present: np.ndarray                 # the classes that are in its truth: (K',) uint8
+    ceilings: dict[str, np.ndarray]     # row of the table -> (height, width) uint8: index into present
+
+
 class Batch(NamedTuple):
-    images: list[Image.Image]
-    ids: list[np.ndarray]               # of each picture, the classes that it is prompted with: (K,) uint8
-    names: list[list[str]]              # the names of these classes
+    images: list[Square]
+    names: list[list[str]]              # the names that each picture is prompted with
     seeds: list[int]                    # of its noise
 
 
-class Prediction(NamedTuple):
-    labels: np.ndarray                  # (height, width) uint8: classes of the data set, or numbers of proposals
-    values: np.ndarray                  # what labels can be: one value for each map that competed, uint8
-
-
-# Four functions of (model, batch, variants, draws), which return {variant: Prediction} for each picture
+# Four functions of (model, batch, variants, draws). For each picture b and each variant they yield b, the variant's
+# name, the label map (height, width) on the model's device, and how many maps competed in it: one at a time, as many
+# variants of a large picture would fill a GPU.
 def predict_named(model, batch, variants, draws):
     """Calls of seg4diff.segment; variants that differ in their reading alone share one."""
-    out = [{} for _ in batch.images]
     calls = {}
     for v in variants:
         calls.setdefault(v._replace(name="", reading=""), []).append(v)
@@ -150,40 +147,36 @@ def predict_named(model, batch, variants, draws):
         found = seg4diff.segment(model, batch.images, batch.names, reading=[a.reading for a in alike], block=v.block,
                                  sigma=v.sigma, seed=batch.seeds, kind=v.kind, head=v.head, minmax=v.minmax,
                                  draws=draws)
-        for row, ids, segmentations in zip(out, batch.ids, found):
+        for b, segmentations in enumerate(found):
             for a in alike:
-                row[a.name] = Prediction(ids[segmentations[a.reading].labels], ids)
-    return out
+                labels = torch.from_numpy(segmentations[a.reading].labels).to(model.device)
+                yield b, a.name, labels, len(batch.names[b])
 
 
 def predict_unnamed(model, batch, variants, draws):
     """Each variant is a call of seg4diff.propose."""
-    out = [{} for _ in batch.images]
     for v in variants:
         regions = seg4diff.propose(model, batch.images, regions=v.regions, block=v.block, sigma=v.sigma, draws=draws,
                                    seed=batch.seeds, threshold=v.threshold, scaling=v.scaling)
-        for row, proposals in zip(out, regions):
-            values = np.arange(len(proposals.maps), dtype=np.uint8)
-            row[v.name] = Prediction(values[proposals.labels], values)
-    return out
+        for b, proposals in enumerate(regions):
+            yield b, v.name, torch.from_numpy(proposals.labels).to(model.device), len(proposals.maps)
 
 
 @torch.inference_mode()
 def sweep_named(model, batch, variants, draws):
     """Many variants off the same passes, by the functions that `segment` is made of."""
     z0 = seg4diff.encode_image(model, batch.images)                          # (B, C, ., .)
-    out = [{} for _ in batch.images]
     for sigma in dict.fromkeys(v.sigma for v in variants):
         chosen = [v for v in variants if v.sigma == sigma]
         blocks = sorted({v.block for v in chosen})
         kinds = sorted({v.kind for v in chosen})
         attn = seg4diff.attend(model, z0, batch.names, blocks=blocks, sigma=sigma, seeds=batch.seeds, kinds=kinds,
                                draws=draws)
-        for row, image, ids, scores_of in zip(out, batch.images, batch.ids, attn):
+        for b, square in enumerate(batch.images):
+            size = (square.image.height, square.image.width)
             for v in chosen:
-                maps = seg4diff.class_maps(scores_of[v.block, v.kind], v.head, v.minmax)     # (K, h, w)
-                row[v.name] = Prediction(ids[seg4diff.labels_of(maps, image)], ids)
-    return out
+                maps = seg4diff.class_maps(attn[b][v.block, v.kind], v.head, v.minmax)       # (K, h, w)
+                yield b, v.name, seg4diff.label_map(maps, size), len(maps)
 
 
 @torch.inference_mode()
@@ -192,19 +185,17 @@ def sweep_unnamed(model, batch, variants, draws):
     ((block, sigma),) = {(v.block, v.sigma) for v in variants}
     z0 = seg4diff.encode_image(model, batch.images)                          # (B, C, ., .)
     pads = seg4diff.pad_maps(model, z0, block=block, sigma=sigma, seeds=batch.seeds, draws=draws)      # (B, L, h, w)
-    out = [{} for _ in batch.images]
-    for row, image, tokens in zip(out, batch.images, pads):
+    for b, square in enumerate(batch.images):
+        size = (square.image.height, square.image.width)
         for v in variants:
-            maps, _ = seg4diff.merge_maps(tokens, v.threshold, v.scaling)    # (P, h, w)
-            values = np.arange(len(maps), dtype=np.uint8)
-            row[v.name] = Prediction(values[seg4diff.labels_of(maps, image)], values)
-    return out
+            maps, _ = seg4diff.merge_maps(pads[b], v.threshold, v.scaling)   # (P, h, w)
+            yield b, v.name, seg4diff.label_map(maps, size), len(maps)
 
 
-def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int) -> np.ndarray:
+def floor_map(K: int, grid: tuple[int, int], size: tuple[int, int], seed: int, device: Device = None) -> Tensor:
     """What the protocol gives for K random maps, chance: labels of shape `size`."""
     maps = torch.rand(K, *grid, generator=torch.Generator().manual_seed(seed))               # (K, h, w)
-    return seg4diff.label_map(maps, size).numpy()
+    return seg4diff.label_map(maps.to(device), size)
 
 
 def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int],
@@ -216,17 +207,11 @@ def ceiling_map(labels: np.ndarray, present: np.ndarray, grid: tuple[int, int],
     onehot = torch.from_numpy(labels == present[:, None, None]).float()                      # (K, height, width)
     maps = F.interpolate(onehot[None], size=grid, mode="area")[0]                            # (K, h, w)
     if refined_by is not None:
-        return seg4diff.labels_of(maps, refined_by, "pixels")
-    return seg4diff.label_map(maps, labels.shape).numpy()
+        return seg4diff.labels_of(maps, refined_by, "pixels").astype(np.uint8)
+    return seg4diff.label_map(maps, labels.shape).numpy().astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------- tasks and their scores
-
-
-class Scoring(NamedTuple):
-    count: Callable                     # truth, labels, K -> pixel counts (K, .), and the labels under classes' names
-    score: Callable                     # counts, added up -> mIoU, mACC, pACC, IoU of each class
-    columns: Callable                   # K -> width of the counts
+# ---------------------------------------------------------------------------- tasks
 
 
 class Task(NamedTuple):
@@ -236,38 +221,6 @@ class Task(NamedTuple):
     floor: str = "floor"                # name of a variant's floor: random maps, as many as compete in it
 
 
-def count_named(truth, labels, K):
-    return confusion(truth, labels, K), labels
-
-
-def count_borders(truth, labels, K):
-    """The confusion matrix, and beside it border_counts."""
-    return np.concatenate([confusion(truth, labels, K), border_counts(truth, labels, K)], axis=1), labels
-
-
-def border_scores(counts):
-    K = len(counts)
-    s = scores(counts[:, :K])
-    occurs = counts[:, :K].sum(1) > 0
-    return s | {"boundary IoU": border_iou(counts[:, K:], occurs)}
-
-
-def count_unnamed(truth, labels, K):
-    """match_proposals' (K, 3), and a column that holds the number of regions, and 1 for the picture."""
-    counts, named = match_proposals(truth, labels, K)
-    regions = np.zeros((K, 1), np.int64)
-    regions[:2, 0] = len(classes_in(labels)), 1
-    return np.concatenate([counts, regions], axis=1), named
-
-
-def unnamed_scores(counts):
-    return proposal_scores(counts[:, :3]) | {"regions": float(counts[0, 3] / counts[1, 3])}
-
-
-# With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
-NAMED = Scoring(count_named, scores, lambda K: K)
-BORDERS = Scoring(count_borders, border_scores, lambda K: K + 2)
-UNNAMED = Scoring(count_unnamed, unnamed_scores, lambda K: 4)
 TASKS = {"ovss": Task(ovss, predict_named, NAMED), "unsup": Task(unsup, predict_unnamed, UNNAMED),
          "readings": Task(readings, predict_named, BORDERS),
          "thresholds": Task(thresholds, sweep_unnamed, UNNAMED, "{} floor"), "layers": Task(layers, sweep_named, NAMED),
@@ -296,55 +249,105 @@ class Evaluation(NamedTuple):
         refined = ["ceiling pixels"] if any(v.reading == "pixels" for v in self.variants) else []
         return [*names, *dict.fromkeys(floors), "ceiling", *refined]
 
+    @property
+    def grid(self):
+        """(h, w) of the model's patches."""
+        side = self.model.preset.size // self.model.vae.factor // self.model.transformer.config.patch
+        return side, side
+
     def read(self, name: str) -> Item:
         """A picture and its truth, cropped if the protocol says so."""
         item = self.data.read(name)
         return centre_crop(item) if self.protocol.resize == "crop" else item
 
-    def predict(self, items: list[Item]) -> list[dict[str, np.ndarray]]:
-        """For each picture {row of the table: label map (height, width)}: variants, floor and ceiling."""
-        model = self.model
-        data = self.data
-        task = TASKS[self.task]
-        side = model.preset.size // model.vae.factor // model.transformer.config.patch
-        ids = [np.arange(len(data.classes), dtype=np.uint8)] * len(items)
+    def prepare(self, item: Item) -> Prepared:
+        """A picture, ready for the model."""
+        present = classes_in(item.labels)
+        ids = np.arange(len(self.data.classes), dtype=np.uint8)
         if self.protocol.prompt == "present":
-            ids = [np.union1d(classes_in(item.labels), data.always).astype(np.uint8) for item in items]
-        names = [[data.classes[k] for k in prompted] for prompted in ids]
-        seeds = [image_seed(item.name, self.protocol.seed) for item in items]
-        batch = Batch([item.image for item in items], ids, names, seeds)
-        out = []
-        predicted = task.predict(model, batch, self.variants, self.protocol.draws)
-        for item, seed, predictions in zip(items, seeds, predicted):
-            rows = {name: labels for name, (labels, _) in predictions.items()}
-            for name, (_, values) in predictions.items():
-                floor = task.floor.format(name)
-                if floor not in rows:
-                    rows[floor] = values[floor_map(len(values), (side, side), item.labels.shape, seed)]
-            present = classes_in(item.labels)
-            rows["ceiling"] = present[ceiling_map(item.labels, present, (side, side))]
+            ids = np.union1d(present, self.data.always).astype(np.uint8)
+        ceilings = {}
+        if len(present):
+            ceilings["ceiling"] = ceiling_map(item.labels, present, self.grid)
             if "ceiling pixels" in self.rows:
-                rows["ceiling pixels"] = present[ceiling_map(item.labels, present, (side, side), item.image)]
-            out.append(rows)
+                ceilings["ceiling pixels"] = ceiling_map(item.labels, present, self.grid, item.image)
+        return Prepared(item, squash(item.image, self.model.preset.size), ids, present, ceilings)
+
+    def label_maps(self, pictures: list[Prepared]) -> Iterator[tuple[int, str, Tensor, np.ndarray]]:
+        """Which picture, row of the table, label map (height, width) on the model's device, class of each label (P,).
+
+        First every variant's, then floors' and ceilings'.  Without names a label's class is a number of its own.
+        """
+        model = self.model
+        task = TASKS[self.task]
+        names = [[self.data.classes[k] for k in p.ids] for p in pictures]
+        seeds = [image_seed(p.item.name, self.protocol.seed) for p in pictures]
+        batch = Batch([p.square for p in pictures], names, seeds)
+        competed = [{} for _ in pictures]                # name of a floor -> what competes in it
+        for b, row, labels, P in task.predict(model, batch, self.variants, self.protocol.draws):
+            classes = np.arange(P, dtype=np.uint8) if task.scoring is UNNAMED else pictures[b].ids         # (P,)
+            competed[b].setdefault(task.floor.format(row), classes)
+            yield b, row, labels, classes
+        for b, picture in enumerate(pictures):
+            for row, classes in competed[b].items():
+                size = picture.item.labels.shape
+                yield b, row, floor_map(len(classes), self.grid, size, seeds[b], model.device), classes
+            for row, labels in picture.ceilings.items():
+                yield b, row, torch.from_numpy(labels).to(model.device), picture.present
+
+    def predict(self, items: list[Item]) -> list[dict[str, np.ndarray]]:
+        """For each picture {row of the table: label map (height, width)}, to look at: variants, floor and ceiling."""
+        pictures = [self.prepare(item) for item in items]
+        out = [{} for _ in items]
+        for b, row, labels, classes in self.label_maps(pictures):
+            out[b][row] = classes[labels.cpu().numpy()]
+        return out
+
+    def count_batch(self, pictures: list[Prepared]) -> list[Counts]:
+        """For each picture the counts of every row.  Label maps stay on the device; overlaps leave it, all at once.
+
+        Where borders are scored, label maps leave it, too: distances are SciPy's.
+        """
+        K = len(self.data.classes)
+        truths = [torch.from_numpy(p.item.labels).to(self.model.device) for p in pictures]
+        found = [{} for _ in pictures]                   # row -> overlaps (K+1, P), class of each label (P,)
+        borders = [{} for _ in pictures]                 # row -> border_counts (K, 2)
+        for b, row, labels, classes in self.label_maps(pictures):
+            found[b][row] = overlaps(truths[b], labels, K, len(classes)), classes
+            if self.scoring.borders:
+                borders[b][row] = border_counts(pictures[b].item.labels, classes[labels.cpu().numpy()], K)
+        out = []
+        for b, rows in enumerate(found):
+            together = torch.cat([overlap for overlap, _ in rows.values()], dim=1).cpu().numpy()         # (K+1, all P)
+            counts = {}
+            for row, (_, classes) in rows.items():
+                overlap = together[:, :len(classes)]                         # (K+1, P)
+                together = together[:, len(classes):]                        # (K+1, all that is left)
+                counts[row] = self.scoring.count(overlap, classes)
+                if self.scoring.borders:
+                    counts[row] = np.concatenate([counts[row], borders[b][row]], axis=1)     # (K, K + 2)
+            out.append(counts)
         return out
 
     def count(self, names: list[str]) -> Iterator[tuple[str, Counts | Exception]]:
         """(name, counts of every row) picture by picture; the exception of one that cannot be read.
 
-        Counts are a confusion matrix (K, K), or match_proposals' (K, 3); none for a picture without a labelled pixel.
+        Counts (K, .) are what the task's scoring makes of overlaps; none for a picture without a labelled pixel.
         """
+        def read(name):
+            return self.prepare(self.read(name))
+
         waiting = []
-        for n, (name, item) in enumerate(read_ahead(self.read, names, 2 * self.batch), 1):
-            if isinstance(item, Exception):
-                yield name, item
-            elif (item.labels == IGNORE).all():                              # nothing to prompt or score
+        for n, (name, picture) in enumerate(read_ahead(read, names, 2 * self.batch), 1):
+            if isinstance(picture, Exception):
+                yield name, picture
+            elif len(picture.present) == 0:                                  # nothing to prompt or score
                 yield name, {}
             else:
-                waiting.append(item)
+                waiting.append(picture)
             if waiting and (len(waiting) == self.batch or n == len(names)):
-                for picture, rows in zip(waiting, self.predict(waiting)):
-                    K = len(self.data.classes)
-                    yield picture.name, {r: self.scoring.count(picture.labels, rows[r], K)[0] for r in rows}
+                for done, counts in zip(waiting, self.count_batch(waiting)):
+                    yield done.item.name, counts
                 waiting = []
 
 

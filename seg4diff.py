@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import readings
-from loading import SCALINGS, Preset, Seg4Diff, load, noise, sigmas  # noqa: F401 - some are public here, too
+from loading import SCALINGS, Preset, Seg4Diff, Square, load, noise, sigmas, squash  # noqa: F401 - some are public here
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from readings import READINGS
 from sampling import add_noise, blur_matrix, generate, guided_velocity, sample  # noqa: F401 - public here, too
@@ -35,7 +35,8 @@ from text import split_classes
 
 # what one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M)
 KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_attention(qkv).mT}
-Images = Image.Image | Sequence[Image.Image]             # one picture, or several, which return lists
+Picture = Image.Image | Square
+Images = Picture | Sequence[Picture]                     # one picture, or several, which return lists
 
 
 class Segmentation(NamedTuple):
@@ -46,17 +47,14 @@ class Segmentation(NamedTuple):
 
 @torch.inference_mode()
 def encode_image(model: Seg4Diff, image: Images) -> Tensor:
-    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time.
-
-    NOTE(official): the paper crops the centre; its code squashes, in two steps, and so do we, in one antialiased step.
-    """
-    size = model.preset.size
-    images = [image] if isinstance(image, Image.Image) else image
+    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time."""
+    images = [image] if isinstance(image, Picture) else image
     latents = []
     for picture in images:
-        square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1    # (1, 3, size, size)
-        latents.append(model.vae.encode(x.to(model.device, model.dtype)))
+        square = picture if isinstance(picture, Square) else squash(picture, model.preset.size)
+        x = torch.from_numpy(square.pixels).to(model.device)                 # (size, size, 3), as bytes over the bus
+        x = x.permute(2, 0, 1)[None].float() / 127.5 - 1                     # (1, 3, size, size)
+        latents.append(model.vae.encode(x.to(model.dtype)))
     return torch.cat(latents)                                                # (B, C, ., .)
 
 
@@ -105,8 +103,9 @@ def label_map(maps: Tensor, size: tuple[int, int], colours: Tensor | None = None
     return labels
 
 
-def labels_of(maps: Tensor, image: Image.Image, reading: str = "paper") -> np.ndarray:
+def labels_of(maps: Tensor, image: Picture, reading: str = "paper") -> np.ndarray:
     """`label_map` at the size of a picture, refined by it for the reading "pixels"."""
+    image = image.image if isinstance(image, Square) else image
     colours = None
     if reading == "pixels":
         colours = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(maps.device) / 255
@@ -197,7 +196,7 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str |
     ValueError: no classes, names that do not fit, a reading, kind, block or head that does not exist, sigma outside
     [0, 1], variants of the paper's reading with another.
     """
-    single = isinstance(image, Image.Image)
+    single = isinstance(image, Picture)
     images = [image] if single else image
     names = [classes] if single else classes
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
@@ -262,15 +261,15 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     p = log_p.exp()
     kl = readings.symmetric_kl(log_p)                                        # (L, L)
     taken = torch.zeros(len(p), dtype=torch.bool)
-    proposals = []
     members = []
     for i, near in enumerate((kl < threshold).cpu()):
         if not taken[i]:
             near[i] = True
             taken |= near
             members.append(near.nonzero()[:, 0].tolist())
-            proposals.append(p[members[-1]].mean(0))
-    return torch.stack(proposals).unflatten(1, maps.shape[1:]), members      # (P, h, w)
+    gathered = p[sum(members, [])].split([len(group) for group in members])  # P x (tokens of the group, N)
+    proposals = torch.stack([group.mean(0) for group in gathered])           # (P, N)
+    return proposals.unflatten(1, maps.shape[1:]), members                   # (P, h, w)
 
 
 @torch.inference_mode()
@@ -294,7 +293,7 @@ def propose(model: Seg4Diff, image: Images, *, regions: str = "pad", block: int 
     if regions not in REGIONS or (regions == "i2i" and scaling is not None):
         raise ValueError(f"regions is one of {', '.join(REGIONS)}, and scaling belongs to pad; "
                          f"not {regions!r}, {scaling!r}")
-    single = isinstance(image, Image.Image)
+    single = isinstance(image, Picture)
     images = [image] if single else image
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
     if threshold is None and regions == "i2i":

@@ -167,6 +167,7 @@ class TextEncoders(nn.Module):
         self.length = clip_l.positions                   # rows of a tower: start, up to length - 2 tokens, end, padding
         self.width = clip_l.width + clip_g.width         # columns of the context that text fills
         self.pooled_dim = clip_l.width + clip_g.text_projection.out_features
+        self.remembered = {}                             # prompts -> what `encode` made of them
 
     def n_tokens(self, name: str) -> int:
         """How many tokens a text takes, start and end not counted."""
@@ -195,8 +196,20 @@ class TextEncoders(nn.Module):
         """B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
 
         A prompt that is too long is cut after `length` - 2 tokens, as published; callers that must not lose a
-        name count with n_tokens first.
+        name count with n_tokens first.  What inference has encoded is remembered, 16 lists of prompts at most: noise
+        levels and draws of one picture share its prompts, and all pictures the empty one.
         """
+        key = str(prompts)
+        if not torch.is_inference_mode_enabled():        # training changes the weights, and wants gradients
+            return self.run(prompts)
+        if key not in self.remembered:
+            if len(self.remembered) == 16:
+                self.remembered.clear()
+            self.remembered[key] = self.run(prompts)
+        return self.remembered[key]
+
+    def run(self, prompts):
+        """`encode` without a memory."""
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
         ids = torch.tensor(ids, device=self.clip_l.text_model.final_layer_norm.weight.device)    # (B, L)
         after_end = torch.arange(self.length, device=ids.device) > ids.argmax(-1, keepdim=True)  # (B, L)

@@ -25,15 +25,16 @@ import seg4diff
 from loading import Seg4Diff, image_seed
 from lora import add_lora, read_lora, save_lora
 from magnet import NORMALISATIONS, Settings, batch_losses, features, flow_matching, gradient
-from support.checkpoint import check_weight, peak_megabytes
-from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
+from support.checkpoint import check_weight, peak_megabytes, pick_device, pick_dtype
+from support.cli import Parser, add_model_options, at_least, command, positive, progress, renamed, show
 from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
 from support.files import Broken, check_kind, code_stamp, read_tensors, reading, stamp, write_json, write_tensors
 from support.ledger import wait_for_all, world
 from support.report import plot_losses
 
 RECIPES = {                                 # what differs between data sets; that of scenes is ours
-    "scenes": Settings("nano", "scenes-dev", steps=200, warmup=20, lr=5e-4, batch=16, sigma="uniform", mask_weight=0.2),
+    "scenes": Settings("nano", "scenes-dev", steps=200, warmup=20, lr=5e-4, batch=16, checkpointing=False,
+                       sigma="uniform", mask_weight=0.2),
     "coco": Settings(val="coco-object", steps=3000),
     "sa1b": Settings(maps="heads"),
 }
@@ -225,13 +226,13 @@ def train(args, settings, model, data, val, out):
     size = settings.batch * accumulate * processes       # pictures a step
     identity = settings._asdict() | {                    # what the weights and what is measured depend on
         "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "code": code_stamp(CODE),
-        "data": [data.name, len(names)], "batch": size, "val_limit": len(shown),
+        "data": [data.name, len(names)], "batch": size, "val_limit": len(shown), "checkpointing": None,
         "data_root": str(args.data_root.resolve()) if data.files or val.files else None,
         "captions": str(args.captions), "files that are trained on": stamp(data.files),
         "files that are measured on": stamp(val.files)}
     # alpha = rank: released code
     params = add_lora(model.transformer, settings.rank, settings.rank, torch.Generator().manual_seed(settings.seed))
-    model.transformer.checkpointing = args.checkpointing
+    model.transformer.checkpointing = settings.checkpointing
     opt = torch.optim.AdamW(params, settings.lr, weight_decay=DECAY)
     done, log = resume(out / "state.pt", identity, params, opt)
 
@@ -257,8 +258,8 @@ def train(args, settings, model, data, val, out):
         validate(0)
     stream = batches(model, data, names, settings, accumulate, done)
     steps = range(done + 1, settings.steps + 1)
-    bar = tqdm(steps, "MAGNET", settings.steps, initial=done, unit="step", disable=rank > 0)
-    for step in bar:
+    bar = progress("MAGNET", "step", settings.steps, done, rank > 0)
+    for step in steps:
         opt.param_groups[0]["lr"] = settings.lr * rate(step - 1, settings.steps, settings.warmup)
         opt.zero_grad()
         learned = list(islice(stream, accumulate))
@@ -267,7 +268,8 @@ def train(args, settings, model, data, val, out):
         check(step, losses)                              # they must not reach the weights
         opt.step()
         log.append({"step": step, "lr": opt.param_groups[0]["lr"], **losses})
-        bar.set_postfix({key: f"{losses[key]:.4f}" for key in ("flow", "focal", "dice")})
+        bar.set_postfix({key: f"{losses[key]:.4f}" for key in ("flow", "focal", "dice")}, refresh=False)
+        bar.update()
         validating = step % args.val_every == 0 or step == settings.steps
         saving = step % args.save_every == 0 and step < settings.steps
         if validating or saving:
@@ -276,6 +278,7 @@ def train(args, settings, model, data, val, out):
             validate(step)
         if saving:
             save(step)
+    bar.close()
     save(settings.steps)                                 # also where a finished run's files are gone
     if rank == 0:
         print_change(log)
@@ -296,6 +299,9 @@ def main(args):
     if args.measure:
         before_and_after(args, settings.model, val, subset(val.names, args.val_limit))
         return
+    if pick_dtype(args.dtype, pick_device(args.device)) == torch.float16:
+        raise ValueError("training in float16 loses small gradients, and they are not scaled here; use --dtype float32 "
+                         "(auto is float16 on a GPU before compute capability 8.0)")
     captions = False if settings.match == "name" else args.captions          # then the names are the prompt
     data = TRAINING_SETS[args.dataset](args.data_root, captions)
     model = seg4diff.load(settings.model, args.device, args.dtype)
@@ -324,7 +330,8 @@ if __name__ == "__main__":
                             help=f"{meaning} ({values})")
     parser.add_argument("--candidates", type=renamed("--maps mean or --maps heads"), help=argparse.SUPPRESS)
     parser.add_argument("--accumulate", type=few, help=f"batches a step (default: {STEP} pictures or more)")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory: activations are computed twice")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                        help="less memory: activations are computed twice (the default but for scenes)")
     parser.add_argument("--val-limit", type=at_least(1), default=100, help="pictures of --val that are measured")
     parser.add_argument("--val-every", type=at_least(1), default=100, help="steps between measurements")
     parser.add_argument("--save-every", type=at_least(1), default=25, help="steps between saved states")

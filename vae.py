@@ -10,18 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.checkpoint import Device, Dtype, assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, full_float32, shape
 
 SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE has about unit variance
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm in fp32 whatever the weights' dtype: its sums over a 1024 x 1024 map overflow fp16."""
+    """GroupNorm in fp32 whatever the weights' dtype: its sums over a 1024 x 1024 map overflow fp16.
+
+    CUDA's kernel sums in fp32 by itself (tests/test_cuda.py), so there no copy in fp32 is made.
+    """
 
     def __init__(self, groups, c):
         super().__init__(groups, c, eps=1e-6)
 
     def forward(self, x):
+        if x.is_cuda:
+            return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
@@ -35,9 +40,13 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + self.nin_shortcut(x)
+        # One map of 1024 x 1024 pixels takes 0.5 GB: in place, and under one name, so that no more than three exist.
+        y = self.norm1(x)
+        y = self.conv1(F.silu(y, inplace=True))
+        y = self.norm2(y)
+        y = self.conv2(F.silu(y, inplace=True))
+        y += self.nin_shortcut(x)
+        return y
 
 
 class AttnBlock(nn.Module):
@@ -82,10 +91,7 @@ class Level(nn.Module):
 
     def __init__(self, c_in, c_out, blocks, groups):
         super().__init__()
-        self.block = nn.Sequential(*(ResBlock(c_in if b == 0 else c_out, c_out, groups) for b in range(blocks)))
-
-    def forward(self, x):
-        return self.block(x)
+        self.block = nn.ModuleList(ResBlock(c_in if b == 0 else c_out, c_out, groups) for b in range(blocks))
 
 
 class Middle(nn.Module):
@@ -116,7 +122,9 @@ class Encoder(nn.Module):
         """(B, 3, px, px) -> (B, 2C, px/8, px/8): mean and log-variance of the latent."""
         x = self.conv_in(x)
         for level in self.down:
-            x = level.downsample(level(x))
+            for block in level.block:
+                x = block(x)
+            x = level.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -137,8 +145,11 @@ class Decoder(nn.Module):
         """(B, C, px/8, px/8) -> (B, 3, px, px)."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            x = level.upsample(level(x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+            for block in level.block:
+                x = block(x)
+            x = level.upsample(x)
+        x = self.norm_out(x)
+        return self.conv_out(F.silu(x, inplace=True))
 
 
 class VAE(nn.Module):
@@ -169,9 +180,13 @@ class VAE(nn.Module):
         """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
         assert not any(side % self.factor for side in x.shape[-2:]), \
             f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
-        mean, _ = self.encoder(x).chunk(2, dim=1)       # mean, log-variance: (B, C, px/8, px/8) each
+        with full_float32():
+            x = x.contiguous(memory_format=torch.channels_last)              # a CPU's convolutions copy less then
+            mean, _ = self.encoder(x).chunk(2, dim=1)   # mean, log-variance: (B, C, px/8, px/8) each
         return (mean - SHIFT) * SCALE
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (B, C, px/8, px/8) -> picture (B, 3, px, px), about [-1, 1]; clamp before showing it."""
-        return self.decoder(z / SCALE + SHIFT)
+        with full_float32():
+            z = (z / SCALE + SHIFT).contiguous(memory_format=torch.channels_last)
+            return self.decoder(z)

@@ -372,7 +372,7 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run",
                         help="folder of scenes, latents and state")
     parser.add_argument("--init", type=Path, help="go on from this model file (its VAE too) instead of from nothing")
-    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=at_least(0, most=2**32), default=0)
     parser.add_argument("--scenes", type=at_least(1, most=len(scenes.TRAIN_SEEDS)), default=24_000,
                         help="distinct training scenes")

@@ -1,4 +1,7 @@
-"""State dict -> module: what a config is read off, and a strict load without a second copy in memory."""
+"""State dict -> module: what a config is read off, and a strict load without a second copy in memory.
+
+At the end: on which device, in which dtype, how exact, and what it took.
+"""
 import os
 import re
 import sys
@@ -68,26 +71,54 @@ def assign(module: nn.Module, sd: dict[str, Tensor], what: str, device: Device, 
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """"auto" is CUDA if there is one, else the CPU.  ValueError: a device that is not there."""
+    """"auto" is CUDA if there is one, else Apple's MPS, else the CPU.  ValueError: a device that is not there.
+
+    A CUDA device becomes the current one, or each process of torchrun would hold memory of the first one, too.
+    """
     device = str(device)
-    cards = torch.cuda.device_count()
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there = ["mps", "mps:0", "cpu"]
     if device == "auto":
-        device = "cuda" if cards else "cpu"
+        device = "cuda" if cards else there[0]
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                   # torchrun gives each process its own
-    if device not in ("cpu", *(f"cuda:{i}" for i in range(cards))):
-        raise ValueError(f"there is no device {device!r}; use cpu or cuda (PyTorch sees {cards} CUDA devices), or auto")
+    if device in cards:
+        torch.cuda.set_device(device)
+    elif device not in there:
+        raise ValueError(f"there is no device {device!r}; use cpu or cuda (PyTorch sees {len(cards)} CUDA devices), "
+                         "mps on an Apple computer, or auto")
     return torch.device(device)
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """"auto" is fp32 on the CPU, bf16 elsewhere (NOTE(official): fp16).  ValueError: another than these three."""
+    """"auto" is bf16 on CUDA (NOTE(official): fp16), fp32 elsewhere.  ValueError: another than these three.
+
+    Before compute capability 8.0 (V100, T4, RTX 20) it is fp16: bf16 has no fast attention there. On MPS 16 bits lose
+    too much over long sequences.
+    """
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     name = str(dtype).removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
         raise ValueError("dtype must be auto, float32, float16 or bfloat16")
     return getattr(torch, name)
+
+
+def full_float32():
+    """A context in which CUDA's convolutions in float32 are just that, not TF32, which rounds factors to 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for; a clock that is read before tells nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_megabytes(device):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support import weights
 
 
@@ -59,13 +61,21 @@ def add_model_options(parser: Parser, default: str | None = "nano", default_help
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     if seed:
         parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto",
-                        help="auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16, float16 (released code)")
+                        help="float32, bfloat16, float16 or auto: bfloat16 on CUDA (old cards float16), else float32")
 
 
 # What an allocation that failed says, whoever made it: CPU, CUDA, cuBLAS, cuDNN, MPS. Not all are OutOfMemoryErrors.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+BAR = 2                                                  # seconds between two looks of a progress bar
+
+
+def progress(desc: str, unit: str, total: int, done: int = 0, silent: bool = False) -> tqdm:
+    """A progress bar that begins at `done`.  In a log file it would be a line each time, so there it is silent."""
+    return tqdm(desc=desc, unit=unit, total=total, initial=done, mininterval=BAR, disable=True if silent else None)
 
 
 def show(*parts: object) -> None:

@@ -8,6 +8,7 @@ Several processes (torchrun) write a file each in one folder; whoever reads a le
 a line of its own, and a line that is not whole is passed over: neither a kill nor a full disk nor a second run on the
 same file can damage another line.
 """
+import atexit
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ def wait_for_all():
     if world()[1] > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+            atexit.register(torch.distributed.destroy_process_group)         # or PyTorch complains at the end
         torch.distributed.barrier()
 
 

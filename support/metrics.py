@@ -1,7 +1,12 @@
 """How a label map is scored (A.4): with names by a confusion matrix, without by matching regions to classes."""
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from scipy.ndimage import distance_transform_cdt
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 IGNORE = 255                            # label of pixels that belong to no class and are never scored
 
@@ -11,38 +16,57 @@ def classes_in(labels):
     return np.setdiff1d(labels, [IGNORE])
 
 
+def overlaps(truth: Tensor, labels: Tensor, K: int, P: int) -> Tensor:
+    """How many pixels of each class have each label: (K+1, P), counted on the device where both maps are.
+
+    truth: classes, or IGNORE for pixels that are not scored, which the last row counts; labels: 0 to P-1, of its shape.
+    """
+    rows = torch.where(truth == IGNORE, K, truth.long())                     # (height, width)
+    return torch.bincount((rows * P + labels).flatten(), minlength=(K + 1) * P).view(K + 1, P)
+
+
 def confusion(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
     """Pixel counts (K, K), rows the truth, columns the prediction; pixels whose truth is IGNORE are left out."""
     valid = truth != IGNORE
     largest = max(truth[valid].max(initial=0), pred[valid].max(initial=0))
     if largest >= K:
         raise ValueError(f"a label map holds class {largest}, but there are {K} classes")
-    pairs = truth[valid].astype(np.int64) * K + pred[valid]
-    return np.bincount(pairs, minlength=K * K).reshape(K, K)
+    return overlaps(torch.from_numpy(truth[valid]), torch.from_numpy(pred[valid]), K, K)[:K].numpy()
+
+
+def match_overlaps(overlap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Overlaps (K, P) of classes and proposals -> (K, 3) pixel counts TP, FP, FN of each class, and the class of each
+    proposal, (P,) uint8, IGNORE where it got none.
+
+    Classes and proposals are matched one to one so that the overlap is largest (Hungarian). Overlap with its match is a
+    class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
+    """
+    K, P = overlap.shape
+    counts = np.zeros((K, 3), np.int64)
+    classes = np.full(P, IGNORE, np.uint8)
+    counts[:, 2] = overlap.sum(1)
+    ids = overlap.any(1).nonzero()[0]                    # of classes that occur,
+    regions = overlap.any(0).nonzero()[0]                # and of proposals that lie on labelled pixels
+    for i, j in zip(*linear_sum_assignment(overlap[ids][:, regions], maximize=True)):
+        k = ids[i]
+        p = regions[j]
+        tp = overlap[k, p]
+        if tp == 0:                                      # no match: which of such pairs is chosen means nothing
+            continue
+        counts[k] = tp, overlap[:, p].sum() - tp, overlap[k].sum() - tp
+        classes[p] = k
+    return counts, classes
 
 
 def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
     """Unnamed regions against a label map, as DiffSeg scores them: (K, 3) pixel counts TP, FP, FN of each class, and
-    `pred` with the classes that its regions were matched to, IGNORE where a region got none.
+    `pred` with the classes that its regions were matched to, IGNORE where a region got none (match_overlaps).
 
-    Classes and proposals are matched one to one so that the overlap is largest (Hungarian). Overlap with its match is a
-    class's TP, its other pixels are FN, the match's other pixels FP; proposals without a class cost nothing.
     Pixels whose truth is IGNORE are left out of all counts.
     """
-    valid = truth != IGNORE
-    counts = np.zeros((K, 3), np.int64)
-    named = np.full(truth.shape, IGNORE, np.uint8)
-    ids, rows = np.unique(truth[valid], return_inverse=True)
-    regions, columns = np.unique(pred[valid], return_inverse=True)
-    overlap = np.zeros((len(ids), len(regions)), np.int64)
-    np.add.at(overlap, (rows, columns), 1)
-    counts[ids, 2] = overlap.sum(1)
-    for i, j in zip(*linear_sum_assignment(overlap, maximize=True)):
-        if overlap[i, j] == 0:                           # no match: which of such pairs is chosen means nothing
-            continue
-        counts[ids[i]] = overlap[i, j], overlap[:, j].sum() - overlap[i, j], overlap[i].sum() - overlap[i, j]
-        named[pred == regions[j]] = ids[i]
-    return counts, named
+    overlap = overlaps(torch.from_numpy(truth), torch.from_numpy(pred), K, int(pred.max()) + 1)
+    counts, classes = match_overlaps(overlap[:K].numpy())
+    return counts, classes[pred]
 
 
 def rates(tp, fp, fn):
@@ -102,6 +126,53 @@ def border_counts(truth: np.ndarray, pred: np.ndarray, K: int) -> np.ndarray:
 def border_iou(counts: np.ndarray, occurs: np.ndarray) -> float:
     """Mean over the classes that occur in the truth (K,) of border_counts (K, 2), in percent."""
     return float((100 * counts[occurs, 0] / counts[occurs, 1]).mean())
+
+
+# ---------------------------------------------------------------------------- the three ways of scoring
+
+
+class Scoring(NamedTuple):
+    count: Callable                     # overlaps (K+1, P), class of each label (P,) -> counts of each class (K, .)
+    score: Callable                     # counts, added up -> mIoU, mACC, pACC, IoU of each class
+    columns: Callable                   # K -> width of the counts
+    borders: bool = False               # whether border_counts stand beside them
+
+
+def count_named(overlap, classes):
+    """The confusion matrix (K, K): a class that no label stands for is never predicted."""
+    K = len(overlap) - 1
+    conf = np.zeros((K, K), np.int64)
+    conf[:, classes] = overlap[:K]
+    return conf
+
+
+def border_scores(counts):
+    K = len(counts)
+    s = scores(counts[:, :K])
+    occurs = counts[:, :K].sum(1) > 0
+    return s | {"boundary IoU": border_iou(counts[:, K:], occurs)}
+
+
+def count_unnamed(overlap, classes):
+    """match_overlaps' (K, 3), and a column that holds the number of regions, scored or not, and 1 for the picture.
+
+    What the labels stand for is not known to it.
+    """
+    K = len(overlap) - 1
+    counts, _ = match_overlaps(overlap[:K])
+    regions = np.zeros((K, 1), np.int64)
+    regions[:2, 0] = overlap.any(0).sum(), 1
+    return np.concatenate([counts, regions], axis=1)
+
+
+def unnamed_scores(counts):
+    return proposal_scores(counts[:, :3]) | {"regions": float(counts[0, 3] / counts[1, 3])}
+
+
+# With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
+NAMED = Scoring(count_named, scores, lambda K: K)
+BORDERS = Scoring(count_named, border_scores, lambda K: K + 2, borders=True)
+UNNAMED = Scoring(count_unnamed, unnamed_scores, lambda K: 4)
 
 
 def table(rows):

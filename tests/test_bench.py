@@ -6,7 +6,10 @@ from argparse import Namespace
 
 import pytest
 import torch
+from PIL import Image
 
+import seg4diff
+from nano import scenes
 from tools import bench, full_size
 
 
@@ -18,13 +21,27 @@ def test_bench(command, tiny_file):
     part, whole = map(float, re.findall(r"[\d.]+", weights)[:2])
     assert whole > 1 and 0.55 < part / whole < 0.75             # two blocks of three; the last has no text MLP
     assert all(word in head for word in ("tiny, 3 blocks, expert 1", "4 x 128 pixels", "cpu, torch.float32", "of 3"))
-    pattern = r"(MM-DiT|attention maps) +(.+?) +([\d.]+) (ms|x) +(nan|-?[\d.]+) (?:MB|x)"
+    pattern = r"(MM-DiT|attention maps|whole picture) +(.+?) +([\d.]+) (ms|x) +(nan|-?[\d.]+) (?:MB|x)"
     rows = [re.fullmatch(pattern, row) for row in rows]
     assert all(rows) and [row[2] for row in rows] == ["up to block 1", "all 3 blocks", "ratio", "i2t_attention",
-                                                      "i2t(joint_probs)", "ratio"]
-    for first, second, ratio in (rows[:3], rows[3:]):
+                                                      "i2t(joint_probs)", "ratio", "here", "the released way",
+                                                      "ratio"]
+    for first, second, ratio in (rows[:3], rows[3:6], rows[6:]):
         assert float(ratio[3]) == pytest.approx(float(first[3]) / float(second[3]), rel=0.2, abs=0.02)
     assert float(rows[2][3]) < 1                                # a run that stops early is shorter
+
+
+def test_the_released_way_gives_the_same_maps(tiny):
+    image = Image.fromarray(scenes.draw(3).image)
+    labels, maps = bench.released_way(tiny, image, ["car", "night sky"])
+    here = seg4diff.segment(tiny, image, ["car", "night sky"])
+    torch.testing.assert_close(maps, here.maps, rtol=1e-4, atol=1e-7)
+    assert (labels == here.labels).mean() > 0.999
+
+
+def test_the_size_is_the_pictures(command, tiny_file):
+    code, out, err = command("tools/bench.py", "--model", tiny_file, "--repeats", 1, "--size", 64, "--device", "cpu")
+    assert code == 0 and "16 x 64 pixels" in out, err
 
 
 def test_the_clock_and_the_memory():
@@ -60,7 +77,8 @@ def test_calls_take_turns_and_medians_are_compared(monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, sentence", [
     (["--repeats", 0], "at least 1"), (["--batch-size", -1], "from 1 to 1024"),
-    (["--batch-size", 10**12], "from 1 to 1024"),
+    (["--batch-size", 10**12], "from 1 to 1024"), (["--size", 9000], "size must be a whole number from 1 to 8192"),
+    (["--size", 70], "pixels beyond whole patches"), (["--size", 512], "beyond the model's positions"),
     (["--model", "none"], "known names are nano"), (["--device", "tpu"], "cpu or cuda")])
 def test_bad_input(command, options, sentence):
     code, out, err = command("tools/bench.py", *options)

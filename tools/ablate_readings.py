@@ -143,12 +143,13 @@ def region_variants(qkv: JointQKV) -> dict[str, Tensor]:
 
 
 def tapped(model, z0, names, seed, blocks):
-    """One pass over one picture: {block: JointQKV}, and the columns of the names."""
+    """One pass over one picture: {block: JointQKV} on the CPU, and the columns of the names."""
     sigma = model.preset.sigma
     z = seg4diff.add_noise(z0.float(), seg4diff.noise(z0.shape[1:], [seed]).to(z0.device), sigma).to(model.dtype)
     cond = model.text.encode([names])
     level = torch.full((1,), sigma, device=z.device)
     _, taps = model.transformer(z, level, cond.ctx, cond.pooled, capture=blocks, stop_at=max(blocks))
+    taps = {i: qkv._replace(q=qkv.q.cpu(), k=qkv.k.cpu(), v=qkv.v.cpu()) for i, qkv in taps.items()}
     return taps, cond.spans[0]
 
 
@@ -169,8 +170,8 @@ def count(model: seg4diff.Seg4Diff, item: Item, classes: list[str]) -> dict[str,
     for draws in DRAWS:
         attend = partial(seg4diff.attend, model, z0, [names], blocks=[block], sigma=model.preset.sigma, seeds=[seed])
         (several,) = attend(kinds=["softmax", "i2i"], draws=draws)
-        maps[f"paper, {draws} draws"] = seg4diff.class_maps(several[block, "softmax"])
-        maps[f"i2i, {draws} draws"] = several[block, "i2i"][0]
+        maps[f"paper, {draws} draws"] = seg4diff.class_maps(several[block, "softmax"]).cpu()
+        maps[f"i2i, {draws} draws"] = several[block, "i2i"][0].cpu()
     labels = {row: seg4diff.label_map(x, size) for row, x in maps.items()}
     for start in ("paper", "i2i (1 step)"):
         for row, x in refined_variants(maps[start], item.image).items():

@@ -1,12 +1,15 @@
-"""What two shortcuts are worth, as ratios measured in one run: the early exit, and attention without the whole of A.
+"""What shortcuts are worth, as ratios measured in one run: the early exit, attention without the whole of A, and both
+in a whole segmentation against the way of the released code.
 
     python tools/bench.py                                # nano, on the CPU or the GPU that is there
     python tools/bench.py --model sd3 --batch-size 4 --device cuda
+    python tools/full_size.py --write sd3_random.safetensors && python tools/bench.py --model sd3_random.safetensors
 
 The two sides of each pair take turns, and their medians are compared.  Peak memory is what a side takes on top of the
 model and its input: PyTorch's own count on CUDA, the process's on Linux, nan elsewhere.
 """
 import ctypes
+import math
 import os
 import re
 import sys
@@ -15,11 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import seg4diff  # noqa: E402
+from loading import check_fit  # noqa: E402
 from mmdit import i2t, i2t_attention, joint_probs  # noqa: E402
+from support.checkpoint import synchronize  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 
 CLEAR = Path("/proc/self/clear_refs")
@@ -27,11 +33,10 @@ CLEAR = Path("/proc/self/clear_refs")
 
 def seconds(call, device):
     """How long one call takes, until all of it is done on the device."""
-    wait = torch.get_device_module(device).synchronize
-    wait(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    wait(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -74,8 +79,31 @@ def compare(title, calls, repeats, device):
 
 
 @torch.inference_mode()
+def released_way(model, image, names):
+    """One picture's label map and class maps, computed as the released code does it.
+
+    NOTE(official): all blocks run to the end, though nothing after the expert is read; and the expert's whole attention
+    matrix is computed beside the fused attention, in the model's dtype.
+    """
+    z0 = seg4diff.encode_image(model, image)                                 # (1, C, ., .)
+    eps = seg4diff.noise(z0.shape[1:], [0]).to(z0.device)                    # (1, C, ., .)
+    z = seg4diff.add_noise(z0.float(), eps, model.preset.sigma).to(model.dtype)
+    cond = model.text.encode([names])
+    sigma = torch.full((1,), model.preset.sigma, device=model.device)
+    block = model.preset.block
+    _, taps = model.transformer(z, sigma, cond.ctx, cond.pooled, capture={block})
+    q, k, _, N, grid = taps[block]
+    probs = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)                  # (1, H, N+M, N+M)
+    mean = i2t(probs, N).float().mean(1)[0]                                  # (N, M)
+    maps = torch.stack([mean[:, span].mean(-1).unflatten(0, grid) for span in cond.spans[0]])          # (K, h, w)
+    return seg4diff.labels_of(maps, image), maps.cpu()
+
+
+@torch.inference_mode()
 def main(args):
     model = seg4diff.load(args.model, args.device, args.dtype)
+    model.preset = model.preset.changed(size=args.size)
+    check_fit(model, args.model, segment_only=False)
     cfg = model.transformer.config
     block = model.preset.block
     B = args.batch_size or model.preset.batch
@@ -98,6 +126,10 @@ def main(args):
     maps = {"i2t_attention": lambda: i2t_attention(qkv), "i2t(joint_probs)": lambda: i2t(joint_probs(qkv), qkv.n_img)}
     compare("MM-DiT", runs, args.repeats, model.device)
     compare("attention maps", maps, args.repeats, model.device)
+    image = Image.effect_noise((640, 480), 64).convert("RGB")
+    ways = {"here": lambda: seg4diff.segment(model, image, ["car", "sky"]),
+            "the released way": lambda: released_way(model, image, ["car", "sky"])}
+    compare("whole picture", ways, args.repeats, model.device)
 
 
 if __name__ == "__main__":
@@ -105,5 +137,6 @@ if __name__ == "__main__":
     add_model_options(parser, lora=False)
     parser.add_argument("--batch-size", type=at_least(1, most=1024),
                         help="pictures at once (default: the model's preset)")
+    parser.add_argument("--size", type=at_least(1), help="side of the picture in pixels (default: the model's preset)")
     parser.add_argument("--repeats", type=at_least(1), default=10)
     command(main, parser)

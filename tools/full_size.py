@@ -2,6 +2,7 @@
 
     python tools/full_size.py                    # writes 6 GB to a temporary folder, prints seconds and peak memory
     python tools/full_size.py --train            # a step of MAGNET, with and without checkpointing
+    python tools/full_size.py --write FILE       # the file alone, for tools/bench.py --model FILE
 
 Not a test that pytest collects: it takes minutes and 15 GB on a CPU.  Segmentation is measured twice, by the blocks up
 to the expert alone and with all blocks run to the end, each in a process of its own, so that its peak is its own.
@@ -34,7 +35,7 @@ import text  # noqa: E402
 from lora import add_lora  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support import weights  # noqa: E402
-from support.checkpoint import peak_megabytes, pick_device  # noqa: E402
+from support.checkpoint import peak_megabytes, pick_device, synchronize  # noqa: E402
 from support.cli import Parser, command, show  # noqa: E402
 from support.files import read_json, replacing  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
@@ -65,6 +66,7 @@ def segment(path, early, device):
     loaded = time.time()
     z0 = seg4diff.encode_image(model, Image.effect_noise((1024, 768), 64).convert("RGB"))    # (1, C, ., .)
     cond = model.text.encode([["cat", "dog", "sky"]])
+    synchronize(model.device)
     encoded = time.time()
     block = model.preset.block
     sigma = torch.full((1,), model.preset.sigma, device=model.device)
@@ -125,6 +127,9 @@ def measure_training(path, sizes, device):
 def main(args):
     pick_device(args.device)                             # this and the layouts before 6 GB are written
     shapes = {part: read_json(ROOT / f"tests/layouts/{layout}.json") for part, layout in LAYOUTS.items()}
+    if args.write is not None:
+        write(args.write, shapes)
+        return
     processes = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sd3_random.safetensors"
@@ -141,6 +146,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--write", type=Path, help="a file for the random weights, and nothing else")
     parser.add_argument("--train", action="store_true", help="a step of MAGNET instead of segmentation")
     command(main, parser)

@@ -63,7 +63,8 @@ class Look:
         level = torch.full((1,), sigma, device=z.device)
         block = model.preset.block
         _, taps = model.transformer(z, level, cond.ctx, cond.pooled, capture={block}, stop_at=block)
-        self.qkv = taps[block]
+        qkv = taps[block]
+        self.qkv = qkv._replace(q=qkv.q.cpu(), k=qkv.k.cpu(), v=qkv.v.cpu())
 
     def shown(self, reading):
         caption = f"{reading}: {self.right[reading]:.1%} right"
