@@ -63,7 +63,7 @@ def prompt_shares(prompts: Sequence[Tensor]) -> list[Tensor]:
 
 # ---------------------------------------------------------------------------- pixels
 
-ROUNDS = 20                             # of averaging over neighbours
+ROUNDS = 10                             # of averaging over neighbours
 STRIP = 2 ** 16                         # pixels that are worked on at once
 SHARPNESS = 0.1                         # colour differences count in units of this share of their local spread
 

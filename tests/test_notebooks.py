@@ -24,7 +24,7 @@ def without_figure(cells: list[dict]) -> list[str]:
 
 
 def test_there_are_some():
-    assert len(NOTEBOOKS) == 5
+    assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -59,7 +59,8 @@ def read(qkv, image, reading):
 
 
 def compare(title, calls, repeats):
-    """Every call in turns, after a round for the memory, which also warms up: medians, and ratios to the first."""
+    """Every call in turns, after one to warm up and a round for the memory: medians, and ratios to the first."""
+    next(iter(calls.values()))()
     memory = [megabytes(call, CPU) for call in calls.values()]
     times = np.median([[seconds(call, CPU) for call in calls.values()] for _ in range(repeats)], axis=0)
     show(f"{title}, {torch.get_num_threads()} threads, medians of {repeats}")
