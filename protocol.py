@@ -22,8 +22,8 @@ from support.metrics import IGNORE, classes_in, confusion, match_proposals, prop
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
-CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "vae.py", "text.py", "lora.py", "support/checkpoint.py",
-        "support/weights.py", "support/data.py", "support/files.py", "support/metrics.py",
+CODE = ("protocol.py", "seg4diff.py", "loading.py", "mmdit.py", "flux.py", "vae.py", "text.py", "t5.py", "lora.py",
+        "support/checkpoint.py", "support/weights.py", "support/data.py", "support/files.py", "support/metrics.py",
         "support/ledger.py", "support/classes.json", "nano/scenes.py")
 
 # ---------------------------------------------------------------------------- variants: model -> list[Variant]

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from support.checkpoint import Device, Dtype, assign, count, shape
+from t5 import T5, distance_buckets  # noqa: F401
 
 # ---------------------------------------------------------------------------- tokens
 
