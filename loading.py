@@ -4,6 +4,7 @@
     model.preset.sigma                                   # 0.515: where segmentation looks
 """
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flux import Flux
 from lora import load_lora, merge_lora
 from mmdit import MMDiT
 from support import weights
 from support.checkpoint import pick_device, pick_dtype
 from support.files import check_kind, reading
-from text import CLIPText, TextEncoders, clip_tokenizer
-from vae import VAE
+from t5 import T5, t5_tokenizer
+from text import CLIPText, FluxText, TextEncoders, clip_tokenizer
+from vae import FLUX_SCALE, FLUX_SHIFT, SCALE, SHIFT, VAE
 
 # ---------------------------------------------------------------------------- noise and its levels, Sec. 3.2
 
@@ -40,6 +43,16 @@ def sigmas(steps: int, shift: float) -> Tensor:
     return torch.cat([shifted(line, shift), line.new_zeros(1)]).float()      # (S+1,)
 
 
+def flux_shift(tokens: int) -> float:
+    """How far Flux.1-dev moves its noise levels for a picture of so many image tokens: 1.88 for 256, 3.16 for 4096."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+def flux_sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of Flux's Euler sampler, (steps+1,) from 1 down to 0: equal steps, shifted once."""
+    return shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift).float()      # (S+1,)
+
+
 def image_seed(name: str, seed: int) -> int:
     """The seed of a picture's noise: its name and the run's seed, not its place in a batch."""
     return zlib.crc32(f"{seed}/{name}".encode())
@@ -56,7 +69,8 @@ SCALINGS = ("map", "token", "none")
 # What a number of a preset may be: its kind, the least, the largest. Whether it suits a model is for check_fit to say.
 LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
           "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
-          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30)}
+          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "text_length": (Integral, 2, 8192),
+          "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,11 @@ class Preset:
     batch: int = 1                  # pictures evaluated at once
     threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
     scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
+    schedule: str = "sd3"           # of the noise levels: "sd3" (sigmas) or "flux" (flux_sigmas)
+    level: float | None = None      # noise level of segmentation that is no level of the schedule
+    text_length: int = 512          # rows of T5, where it is the context; CLIP's are in its weights
+    latent_shift: float = SHIFT     # of the autoencoder
+    latent_scale: float = SCALE
 
     def __post_init__(self):
         """ValueError: what cannot be.  The one check of a file's header and of arguments (`changed`)."""
@@ -83,6 +102,10 @@ class Preset:
             raise ValueError(f"noise_steps must be at most steps, which are {self.steps}, not {self.noise_steps}")
         if self.scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {self.scaling!r:.40}")
+        if self.schedule not in ("sd3", "flux"):
+            raise ValueError(f"schedule must be sd3 or flux, not {self.schedule!r:.40}")
+        if self.level is not None and not (isinstance(self.level, Real) and 0 <= self.level <= 1):
+            raise ValueError(f"level must lie between 0 (clean) and 1 (noise), not {self.level!r:.40}")
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
@@ -97,28 +120,49 @@ class Preset:
         """This preset with those that are given, not None, in place of its own.  ValueError: one that cannot be."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
+    def sigmas(self, steps: int) -> Tensor:
+        """Noise levels of so many Euler steps, (steps+1,) from 1 down to 0."""
+        return (flux_sigmas if self.schedule == "flux" else sigmas)(steps, self.shift)
+
     @property
     def sigma(self) -> float:
         """Noise level of segmentation: 0.515 for 8 of 28 steps at shift 3."""
-        return sigmas(self.steps, self.shift)[self.steps - self.noise_steps].item()
+        if self.level is not None:
+            return self.level
+        return self.sigmas(self.steps)[self.steps - self.noise_steps].item()
+
+
+def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
+    """Flux.1-dev's or (without guidance) schnell's preset for pictures of this side (App. C.2, A.1).
+
+    NOTE(official): the released code takes the 16 latent channels for the number of image tokens, so its noise level is
+    0.232 instead of 0.376; it reads 77 rows of T5.  schnell has no shift and 4 steps, none of them near dev's level:
+    that it is read at dev's is our choice.
+    """
+    tokens = (size // 16) ** 2                           # 8 pixels a latent, 2 latents a token and side
+    dev = Preset(block=12, size=size, steps=50, shift=flux_shift(tokens), cfg=1.0, schedule="flux", text_length=512,
+                 latent_shift=FLUX_SHIFT, latent_scale=FLUX_SCALE)
+    if guidance:
+        return dev
+    return replace(dev, steps=4, noise_steps=0, shift=1.0, level=dev.sigma, text_length=256)
 
 
 @dataclass
 class Seg4Diff:
-    transformer: MMDiT
+    transformer: MMDiT | Flux
     vae: VAE
-    text: TextEncoders
+    text: TextEncoders | FluxText
     preset: Preset
     name: str
     fingerprint: str                    # of its files (weights.fingerprint)
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.pos_embed.device
+        return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.pos_embed.dtype
+        return next(self.transformer.parameters()).dtype
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
@@ -135,15 +179,22 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     files = weights.find(name_or_path)
     path = files.parts["mmdit"][0][0]
     with reading(path, "model file with presets in its header"):
-        preset = Preset.from_header(weights.header(files))
+        preset = preset_of(files)
     with reading(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
     sd = weights.read(files, preset.block if segment_only else None, device, dtype)
-    transformer = MMDiT.from_state_dict(sd["mmdit"])
-    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]), tokenizer,
-                        transformer.config.ctx_dim)
+    clip_l = CLIPText.from_state_dict(sd["clip_l"])
+    if "t5xxl" in sd:
+        with reading(files.t5_tokenizer or path, "tokenizer of T5"):
+            words = t5_tokenizer(weights.t5_tokenizer(files))
+        transformer = Flux.from_state_dict(sd["mmdit"])
+        text = FluxText(clip_l, T5.from_state_dict(sd["t5xxl"]), tokenizer, words, preset.text_length)
+    else:
+        transformer = MMDiT.from_state_dict(sd["mmdit"])
+        text = TextEncoders(clip_l, CLIPText.from_state_dict(sd["clip_g"]), tokenizer, transformer.config.ctx_dim)
+    vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale)
     name = Path(name_or_path).name.removesuffix(".safetensors")
-    model = Seg4Diff(transformer, VAE.from_state_dict(sd["vae"]), text, preset, name, weights.fingerprint(files))
+    model = Seg4Diff(transformer, vae, text, preset, name, weights.fingerprint(files))
     check_fit(model, name_or_path, segment_only)
     if lora is not None:
         load_lora(transformer, lora)
@@ -153,8 +204,36 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     return model
 
 
+def preset_of(files: weights.Files) -> Preset:
+    """Flux's or SD3's presets by what the files hold; a file's own, in its header, go before."""
+    keys = weights.keys_of_part(files.parts["mmdit"])
+    header = weights.header(files)
+    if weights.is_flux(keys) and "presets" not in header:
+        return flux_preset(guidance=weights.flux_name(keys) == "flux")
+    return Preset.from_header(header)
+
+
+def check_fit_of_flux(model, path, segment_only):
+    """ValueError: parts of a Flux that are not of one model."""
+    cfg = model.transformer.config
+    text = model.text
+    if not (cfg.whole or segment_only):
+        raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
+    side = model.vae.factor * cfg.patch(model.vae.channels)                  # pixels; ValueError
+    for what, value, wanted in (
+            ("tokens in CLIP's tokenizer", text.clip_tokenizer.get_vocab_size(), text.clip_l.vocab),
+            ("tokens of T5 beyond its weights", max(0, text.tokenizer.get_vocab_size() - text.t5xxl.vocab), 0),
+            ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
+            ("columns of T5", text.width, cfg.ctx_dim),
+            ("pixels beyond whole patches", model.preset.size % side, 0)):
+        if value != wanted:
+            raise ValueError(f"the parts of {path} do not fit each other: {value} {what}, not {wanted}")
+
+
 def check_fit(model, path, segment_only):
     """ValueError: parts that are not of one model."""
+    if isinstance(model.transformer, Flux):
+        return check_fit_of_flux(model, path, segment_only)
     cfg = model.transformer.config
     vae = model.vae
     text = model.text

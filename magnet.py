@@ -147,7 +147,7 @@ def features(model: Seg4Diff, pair: Pair, by_name: bool) -> Features:
     prompt = pair.caption
     if by_name:
         ends = np.cumsum([model.text.n_tokens(pair.names[k]) for k in keep])
-        keep = sorted(keep[:np.count_nonzero(ends <= model.text.length - 2)])
+        keep = sorted(keep[:np.count_nonzero(ends <= model.text.room)])
         prompt = [pair.names[k] for k in keep]
     cond = model.text.encode([prompt])
     z0 = seg4diff.encode_image(model, pair.image)                            # (1, C, ., .)

@@ -64,7 +64,7 @@ def heads(m):
 def timesteps(m):
     """Fig. 15: noise levels, by the number of steps that are left."""
     steps = m.preset.steps
-    schedule = seg4diff.sigmas(steps, m.preset.shift).tolist()
+    schedule = m.preset.sigmas(steps).tolist()
     return [Variant(f"t = {n} of {steps}", m.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
 
 

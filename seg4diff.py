@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from loading import SCALINGS, Preset, Seg4Diff, load, noise, sigmas  # noqa: F401 (SCALINGS: for callers)
+from loading import SCALINGS, Preset, Seg4Diff, load, noise, sigmas  # noqa: F401 (SCALINGS, sigmas: for callers)
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from support.checkpoint import check_finite
 from support.cli import Parser, add_model_options, command, show
@@ -115,7 +115,7 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
         raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; to blur alone name perturb")
     blocks = [preset.block] if blocks is None else blocks
     side = preset.size // model.vae.factor
-    schedule = sigmas(preset.steps, preset.shift).to(model.device)           # (S+1,)
+    schedule = preset.sigmas(preset.steps).to(model.device)                  # (S+1,)
     images = []
     for start in range(0, len(prompts), preset.batch):
         part = prompts[start:start + preset.batch]

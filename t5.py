@@ -142,6 +142,10 @@ class T5(nn.Module):
             tower = T5(vocab, width, inner, heads, hidden, layers, buckets)
         return assign(tower, sd, "T5 encoder", device, dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self.shared.weight.device
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L), padding included -> (B, L, W), normed.  The sums between the layers are kept in fp32."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias

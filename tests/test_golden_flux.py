@@ -9,6 +9,7 @@ from torch import Tensor
 
 import flux
 import mmdit
+import t5
 import text
 
 FLUXES = ["flux_dev", "flux_schnell"]
@@ -172,7 +173,7 @@ def test_wrong_weights_of_t5_fail_parity():
 def test_distance_buckets():
     """The distance at which each range begins, from the published table; 16 more for keys after the query."""
     begins = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91]
-    bucket = text.distance_buckets(300, 32)
+    bucket = t5.distance_buckets(300, 32)
     for distance in range(300):
         wanted = sum(first <= distance for first in begins) - 1
         assert bucket[distance, 0] == wanted
