@@ -58,7 +58,7 @@ class FluxConfig:
     def depth(self) -> int:
         return self.double_blocks + self.single_blocks
 
-    def patch(self, channels: int) -> int:
+    def patch_of(self, channels: int) -> int:
         """Latent pixels per token and side, where a latent has `channels` channels.  ValueError: no whole number."""
         side = math.isqrt(self.columns // channels)
         if side < 1 or side * side * channels != self.columns:
@@ -313,7 +313,7 @@ class Flux(nn.Module):
         """
         edit = edit or {}
         mix = mix or {}
-        p = self.config.patch(z.shape[1])
+        p = self.config.patch_of(z.shape[1])
         check_run(self.config, p, z, capture, stop_at, edit, mix)
         grid = z.shape[-2] // p, z.shape[-1] // p                            # (h, w)
         where = places(grid, ctx.shape[1], self.config.head_dim, z.device)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux import Flux
+from flux import Flux, FluxConfig
 from lora import load_lora, merge_lora
 from mmdit import MMDiT
 from support import weights
@@ -164,6 +164,13 @@ class Seg4Diff:
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype
 
+    @property
+    def grid(self) -> int:
+        """Image tokens along a side of its square pictures."""
+        cfg = self.transformer.config
+        patch = cfg.patch_of(self.vae.channels) if isinstance(cfg, FluxConfig) else cfg.patch
+        return self.preset.size // self.vae.factor // patch
+
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
          segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
@@ -219,7 +226,7 @@ def check_fit_of_flux(model, path, segment_only):
     text = model.text
     if not (cfg.whole or segment_only):
         raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
-    side = model.vae.factor * cfg.patch(model.vae.channels)                  # pixels; ValueError
+    side = model.vae.factor * cfg.patch_of(model.vae.channels)                  # pixels; ValueError
     for what, value, wanted in (
             ("tokens in CLIP's tokenizer", text.clip_tokenizer.get_vocab_size(), text.clip_l.vocab),
             ("tokens of T5 beyond its weights", max(0, text.tokenizer.get_vocab_size() - text.t5xxl.vocab), 0),

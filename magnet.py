@@ -140,7 +140,7 @@ def features(model: Seg4Diff, pair: Pair, by_name: bool) -> Features:
 
     Of these names it takes as many as fit, and puts them in the order of the data set (released code, COCO).
     """
-    side = model.preset.size // model.vae.factor // model.transformer.config.patch
+    side = model.grid
     masks = patch_masks(pair.masks, (side, side))                            # (K, N)
     order = masks.sum(1).argsort(descending=True, stable=True).tolist()
     keep = [k for k in order if masks[k].any()][:MAX_MASKS]

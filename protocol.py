@@ -244,7 +244,7 @@ class Evaluation(NamedTuple):
         model = self.model
         data = self.data
         task = TASKS[self.task]
-        side = model.preset.size // model.vae.factor // model.transformer.config.patch
+        side = model.grid
         ids = [np.arange(len(data.classes), dtype=np.uint8)] * len(items)
         if self.protocol.prompt == "present":
             ids = [np.union1d(classes_in(item.labels), data.always).astype(np.uint8) for item in items]

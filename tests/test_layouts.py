@@ -46,7 +46,7 @@ def test_config(name, width, depth, grid, qk_norm, dual):
 def test_config_of_flux(name):
     c = flux.FluxConfig.from_state_dict(listing(name))
     assert (c.width, c.heads, c.head_dim, c.mlp, c.time_dim) == (3072, 24, 128, 4 * 3072, 256)
-    assert (c.double_blocks, c.single_blocks, c.depth, c.patch(16)) == (19, 38, 57, 2)
+    assert (c.double_blocks, c.single_blocks, c.depth, c.patch_of(16)) == (19, 38, 57, 2)
     assert (c.ctx_dim, c.pooled_dim, c.guidance, c.whole) == (4096, 768, name == "flux_dev", True)
 
 

@@ -43,7 +43,7 @@ def build(cfg: MMDiTConfig | FluxConfig) -> MMDiT | Flux:
 
 def latent(cfg: MMDiTConfig | FluxConfig) -> tuple[int, int]:
     """Channels, and pixels per token and side, of which Flux's shapes tell but the product."""
-    return (4, cfg.patch(4)) if isinstance(cfg, FluxConfig) else (cfg.channels, cfg.patch)
+    return (4, cfg.patch_of(4)) if isinstance(cfg, FluxConfig) else (cfg.channels, cfg.patch)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

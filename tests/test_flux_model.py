@@ -1,0 +1,271 @@
+"""The whole road on a Flux: its files, text and presets, and each command's functions on a tiny one."""
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_golden import golden
+from tokenizers import processors
+
+import analysis
+import loading
+import protocol
+import seg4diff
+import vae
+from flux import Flux
+from nano import flux_model, scenes
+from support import weights
+from support.data import DATASETS
+from t5 import t5_tokenizer
+from text import T5_MARKS, FluxText, split_classes, tokenize
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8))
+
+
+# ---------------------------------------------------------------------------- text
+
+
+def test_words_and_spans():
+    """A plain prompt's words, or names that become one prompt: the same ids; columns of a name of two words."""
+    tokenizer = flux_model.word_unigrams(scenes.words())
+    read = partial(tokenize, tokenizer, T5_MARKS, 8)
+    ids, pieces, spans = read(["red car", "teddy bear", "xy"])
+    assert pieces == ["red", "car", "teddy", "bear", "", "x", "y", "<eos>"]
+    assert spans == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert read("red car teddy bear xy")[0] == ids == tokenizer.encode("red car teddy bear xy").ids + [1]
+    ids, pieces, spans = read(["red car teddy bear", "sky sand", "water night"])
+    assert spans == [slice(0, 4), slice(4, 6), slice(6, 7)] and ids[-1] == 1     # cut: the end needs a column
+    assert read("")[0] == [1] + 7 * [0] and read("Sky")[1][0] == "sky"
+
+
+def test_the_end_that_a_published_tokenizer_adds_is_not_counted_twice():
+    tokenizer = flux_model.word_unigrams(scenes.words())
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.enable_padding(length=12)
+    published = t5_tokenizer(tokenizer.to_str())
+    ids, _, spans = tokenize(published, T5_MARKS, 6, ["car", "sky"])
+    assert ids[2:] == [1, 0, 0, 0] and spans == [slice(0, 1), slice(1, 2)]
+
+
+@pytest.mark.parametrize("broken, says", [("{", "cannot be read"), ("{}", "cannot be read"), (
+    json.dumps({"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]]}}), "should hold the tokens")])
+def test_tokenizers_that_are_none(broken, says):
+    with pytest.raises(ValueError, match=says):
+        t5_tokenizer(broken)
+
+
+def test_context_is_t5_and_pooled_is_clip(tiny_flux):
+    text = tiny_flux.text
+    cond = text.encode(["red car", ["teddy bear", "sky"]])
+    assert cond.ctx.shape == (2, 24, 96) and cond.pooled.shape == (2, 64)
+    ids = torch.tensor([text.tokenize("teddy bear sky")[0]])
+    torch.testing.assert_close(cond.ctx[1:], text.t5xxl(ids))
+    assert cond.tokens[1][:4] == ["teddy", "bear", "sky", "<eos>"] and cond.spans[1] == [slice(0, 2), slice(2, 3)]
+    again = text.encode([["teddy bear", "sky"]])         # alone as in a batch
+    torch.testing.assert_close(again.pooled[0], cond.pooled[1])
+
+
+def test_names_fill_all_of_t5_but_its_end(tiny_flux):
+    names = [*scenes.CLASSES] * 2                        # 34 tokens
+    prompts = split_classes(tiny_flux.text, names)
+    assert [name for prompt in prompts for name in prompt] == names and len(prompts) == 2
+    assert [len(split_classes(tiny_flux.text, ["car"] * n)) for n in (23, 24)] == [1, 2]
+
+
+# ---------------------------------------------------------------------------- presets
+
+
+def test_noise_levels():
+    """The published numbers: dev's at 50 steps with 4096, 1024 and 256 image tokens, and the released code's 16."""
+    for tokens, level in ((4096, 0.3756090), (1024, 0.2634278), (256, 0.2389894), (16, 0.2316793)):
+        levels = loading.flux_sigmas(50, loading.flux_shift(tokens))
+        assert len(levels) == 51 and levels[0] == 1 and levels[-1] == 0
+        assert abs(levels[42].item() - level) < 1e-6
+    assert loading.flux_sigmas(4, 1.0).tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_presets():
+    dev, schnell = loading.flux_preset(), loading.flux_preset(guidance=False)
+    assert (dev.block, dev.size, dev.steps, dev.cfg, dev.text_length) == (12, 1024, 50, 1.0, 512)
+    assert abs(dev.sigma - 0.3756090) < 1e-6 and schnell.sigma == dev.sigma
+    assert (schnell.steps, schnell.shift, schnell.text_length) == (4, 1.0, 256)
+    assert abs(loading.flux_preset(size=512).sigma - 0.2634278) < 1e-6
+    assert (dev.latent_shift, dev.latent_scale) == (0.1159, 0.3611)
+
+
+def test_the_latent_of_flux():
+    weights_of_vae, g, _ = golden("vae")
+    model = vae.VAE.from_state_dict(weights_of_vae, shift=vae.FLUX_SHIFT, scale=vae.FLUX_SCALE)
+    with torch.no_grad():
+        z = model.encode(g["in.x"])
+        torch.testing.assert_close(z, (g["out.mean"] - 0.1159) * 0.3611, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode(z), g["out.decoded"], atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def parts(path) -> dict:
+    """The tiny model's tensors, part by part, without prefixes."""
+    return weights.read(weights.find(path))
+
+
+def published(path, folder, guidance=False):
+    """The tiny model as Flux is published: its own file without prefixes, the others and the tokenizers beside it."""
+    tensors = parts(path)
+    if guidance:
+        for key, value in list(tensors["mmdit"].items()):
+            if key.startswith("time_in."):
+                tensors["mmdit"]["guidance_in" + key.removeprefix("time_in")] = value.clone()
+    names = {"mmdit": "flux1-dev.safetensors", "vae": "ae.safetensors", "clip_l": "text_encoders/clip_l.safetensors",
+             "t5xxl": "text_encoders/t5xxl_fp16.safetensors"}
+    (folder / "text_encoders").mkdir(parents=True)
+    (folder / "tokenizer_2").mkdir()
+    for part, name in names.items():
+        save_file(tensors[part], folder / name)
+    meta = weights.header(weights.find(path))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *json.loads(meta["merges"])]))
+    (folder / "tokenizer_2/tokenizer.json").write_text(meta["t5_tokenizer"])
+    return folder / names["mmdit"]
+
+
+def test_one_file(tiny_flux, tiny_flux_file):
+    """In SD3's single-file layout, as nano-flux is kept: what the header says goes before Flux's presets."""
+    assert isinstance(tiny_flux.transformer, Flux) and isinstance(tiny_flux.text, FluxText)
+    assert tiny_flux.transformer.config.depth == 4 and not tiny_flux.transformer.config.guidance
+    assert (tiny_flux.preset.size, tiny_flux.preset.schedule, tiny_flux.text.length) == (scenes.SIDE, "sd3", 24)
+    assert tiny_flux.vae.scale == vae.SCALE and tiny_flux.grid == 16
+    assert all(key.startswith(tuple(weights.PREFIXES.values())) for key in load_file(tiny_flux_file))
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_published_files(tiny_flux, tiny_flux_file, tmp_path, guidance):
+    """Found beside the file or in the folder; the presets are dev's or schnell's, and so is the latent's scale."""
+    path = published(tiny_flux_file, tmp_path / "model", guidance)
+    for where in (path, path.parent):
+        model = loading.load(where, "cpu", segment_only=True)
+        assert model.preset == loading.flux_preset(guidance) and model.vae.scale == vae.FLUX_SCALE
+        assert model.text.length == (512 if guidance else 256)
+    for key, value in tiny_flux.transformer.state_dict().items():
+        if not key.startswith("final_layer"):
+            assert torch.equal(model.transformer.state_dict()[key], value)
+    ids = torch.tensor([[3, 4, 1]])
+    assert torch.equal(model.text.t5xxl(ids), tiny_flux.text.t5xxl(ids))
+
+
+def test_what_is_missing_beside_the_file_is_named(tiny_flux_file, tmp_path):
+    path = published(tiny_flux_file, tmp_path / "model")
+    for file in ("tokenizer_2/tokenizer.json", "text_encoders/t5xxl_fp16.safetensors", "ae.safetensors"):
+        (path.parent / file).unlink()
+        with pytest.raises(ValueError, match=file.split("/")[0].split(".")[0].replace("encoders", "encoder_2")):
+            loading.load(path, "cpu")
+
+
+def diffusers_folder(path, folder, shards=2):
+    """The golden transformer in diffusers' own keys, in shards; the other parts in their folders."""
+    tensors = parts(path)
+    sd = load_file("tests/golden/diffusers/flux_transformer/diffusion_pytorch_model.safetensors")
+    keys = sorted(sd)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        (folder / name).mkdir(parents=True)
+    index = {}
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({key: sd[key].float() for key in keys[i::shards]}, folder / "transformer" / file)
+        index |= dict.fromkeys(keys[i::shards], file)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": index}))
+    for part, name in (("vae", "vae"), ("clip_l", "text_encoder"), ("t5xxl", "text_encoder_2")):
+        save_file(tensors[part], folder / name / "model.safetensors")
+    return folder
+
+
+def test_diffusers_folder_in_shards(tiny_flux_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(loading.weights.NANO.parents[1])
+    folder = diffusers_folder(tiny_flux_file, tmp_path / "model")
+    original, _, _ = golden("flux_dev")
+    files = weights.Files(weights.parts_of_folder(folder), None)
+    assert list(files.parts) == ["mmdit", "vae", "clip_l", "t5xxl"]
+    sd = weights.read(files, dtype=torch.float32)["mmdit"]
+    assert sd.keys() == original.keys() and all(torch.equal(sd[key], original[key]) for key in sd)
+
+
+@pytest.mark.parametrize("last, singles", [(0, 0), (1, 0), (2, 1)])
+def test_blocks_after_the_expert_stay_on_the_disk(tiny_flux, tiny_flux_file, tmp_path, monkeypatch, last, singles):
+    """In both layouts; what is left of a Flux segments, and says that it cannot generate."""
+    monkeypatch.chdir(loading.weights.NANO.parents[1])
+    folder = diffusers_folder(tiny_flux_file, tmp_path / "model")
+    for files in (weights.find(tiny_flux_file), weights.Files(weights.parts_of_folder(folder), None)):
+        part = Flux.from_state_dict(weights.read(files, last, dtype=torch.float32)["mmdit"])
+        assert (part.config.double_blocks, part.config.single_blocks) == (min(last + 1, 2), singles)
+        assert not part.config.whole
+    assert weights.block_of("single_blocks.3.linear1.weight", 19) == 22
+    assert weights.block_of("single_transformer_blocks.0.attn.to_q.weight", 19) == 19
+    assert weights.block_of("double_blocks.3.img_mod.lin.bias") == weights.block_of("transformer_blocks.3.x") == 3
+    assert weights.block_of("img_in.weight") == -1
+
+
+def test_t5_in_eight_bits(tiny_flux, tiny_flux_file, tmp_path):
+    path = published(tiny_flux_file, tmp_path / "model")
+    folder = path.parent / "text_encoders"
+    sd = load_file(folder / "t5xxl_fp16.safetensors")
+    (folder / "t5xxl_fp16.safetensors").unlink()
+    small = {key: value.to(torch.float8_e4m3fn) for key, value in sd.items()}
+    save_file(small, folder / "t5xxl_fp8_e4m3fn.safetensors")
+    model = loading.load(path, "cpu", segment_only=True)
+    ids = torch.tensor([[3, 4, 1, 0]])
+    ours, full = model.text.t5xxl(ids), tiny_flux.text.t5xxl(ids)
+    assert ours.dtype == torch.float32 and 0 < (ours - full).norm() < 0.2 * full.norm()
+
+
+def test_parts_that_do_not_fit(tiny_flux, tiny_flux_file, tmp_path):
+    header = weights.header(weights.find(tiny_flux_file))
+    sd = load_file(tiny_flux_file)
+    key = weights.PREFIXES["mmdit"] + "txt_in.weight"
+    presets = json.dumps(json.loads(header["presets"]) | {"size": 100})
+    for change, meta, says in (
+            ({key: sd[key][:, :80].contiguous()}, {}, "96 columns of T5, not 80"),
+            ({}, {"presets": presets}, "4 pixels beyond whole patches"),
+            ({}, {"t5_tokenizer": flux_model.word_unigrams([*scenes.words(), "zebra"]).to_str()}, "1 tokens of T5")):
+        save_file(sd | change, tmp_path / "other.safetensors", header | meta)
+        with pytest.raises(ValueError, match=says):
+            loading.load(tmp_path / "other.safetensors", "cpu")
+
+
+# ---------------------------------------------------------------------------- the method
+
+
+def test_segment_propose_generate(tiny_flux):
+    seg = seg4diff.segment(tiny_flux, PICTURE, ["red car", "sky"], block=3)
+    assert seg.labels.shape == (96, 128) and seg.maps.shape == (2, 16, 16)
+    pair = seg4diff.segment(tiny_flux, [PICTURE, PICTURE], [["red car", "sky"], ["sand"]], block=3)
+    torch.testing.assert_close(pair[0].maps, seg.maps)
+    proposals = seg4diff.propose(tiny_flux, PICTURE)
+    assert sorted(set(sum(proposals.members, []))) == list(range(24))        # every row of T5 is a candidate
+    plain, = seg4diff.generate(tiny_flux, "red car", steps=2)
+    blurred, = seg4diff.generate(tiny_flux, "red car", steps=2, pag=2.0, blocks=[3])
+    assert plain.size == (128, 128) and np.abs(np.array(plain, int) - np.array(blurred, int)).max() > 0
+
+
+def test_names_in_several_prompts(tiny_flux):
+    names = [*scenes.CLASSES] * 2
+    seg = seg4diff.segment(tiny_flux, PICTURE, names)
+    assert seg.maps.shape == (30, 16, 16) and seg.maps.isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["ovss", "unsup", "layers", "heads", "timesteps", "normalization"])
+def test_every_task(tiny_flux, task):
+    rows = protocol.measure(tiny_flux, DATASETS["scenes"](), ["0"], task, protocol.TASKS[task].variants(tiny_flux)[:3])
+    assert all(math.isfinite(row["mIoU"]) for row in rows.values()) and len(rows) > 1
+
+
+def test_analysis(tiny_flux):
+    steps = [2, 4]
+    model = replace(tiny_flux, preset=replace(tiny_flux.preset, steps=4, noise_steps=2))
+    mean, uniform = analysis.mean_shares(model, ["red car"], steps)
+    assert mean.keys() == {2, 4} and all(len(shares) == 4 for shares in mean[2].values()) and 0 < uniform < 1
