@@ -338,7 +338,7 @@ def read(files, last_block=None, device=None, dtype=None):
 
 
 def header(files):
-    """What the model's file says about itself: for nano, "presets" and tokenizers in JSON, which is not decoded here."""
+    """What the model's file says about itself: nano's "presets" and tokenizers, in JSON, not decoded here."""
     with opened(files.parts["mmdit"][0][0]) as f:
         return f.metadata() or {}
 
