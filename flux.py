@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdit import Edit, FinalLayer, JointQKV, check_run, joint_attention, modulate, sinusoids
-from support.checkpoint import Device, Dtype, assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, on_device, shape
 
 # ---------------------------------------------------------------------------- config
 
@@ -322,6 +322,7 @@ class Flux(nn.Module):
         c = self.condition(sigma, pooled, guidance)                          # (B, D)
         taps = {}
         for i, block in enumerate([*self.double_blocks, *self.single_blocks]):
+            block = on_device(block, z.device)           # where they do not all fit, each comes for its turn
             if i == stop_at:
                 if i in capture:
                     taps[i], _ = block.joint(x, text, c, where)

@@ -5,6 +5,7 @@
 """
 import json
 import math
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +71,7 @@ SCALINGS = ("map", "token", "none")
 LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
           "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
           "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "text_length": (Integral, 2, 8192),
-          "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
+          "black": (Real, -1, 0), "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Preset:
     schedule: str = "sd3"           # of the noise levels: "sd3" (sigmas) or "flux" (flux_sigmas)
     level: float | None = None      # noise level of segmentation that is no level of the schedule
     text_length: int = 512          # rows of T5, where it is the context; CLIP's are in its weights
+    black: float = -1.0             # what the autoencoder gets for black; for white it is 1
     latent_shift: float = SHIFT     # of the autoencoder
     latent_scale: float = SCALE
 
@@ -135,9 +137,7 @@ class Preset:
 def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
     """Flux.1-dev's or (without guidance) schnell's preset for pictures of this side (App. C.2, A.1).
 
-    NOTE(official): the released code takes the 16 latent channels for the number of image tokens, so its noise level is
-    0.232 instead of 0.376; it reads 77 rows of T5.  schnell has no shift and 4 steps, none of them near dev's level:
-    that it is read at dev's is our choice.
+    schnell has no shift and 4 steps, none of them near dev's level: that it is read at dev's is our choice.
     """
     tokens = (size // 16) ** 2                           # 8 pixels a latent, 2 latents a token and side
     dev = Preset(block=12, size=size, steps=50, shift=flux_shift(tokens), cfg=1.0, schedule="flux", text_length=512,
@@ -145,6 +145,15 @@ def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
     if guidance:
         return dev
     return replace(dev, steps=4, noise_steps=0, shift=1.0, level=dev.sigma, text_length=256)
+
+
+def released(preset: Preset) -> Preset:
+    """Dev's preset as the released code has it (NOTE(official)), `--model flux-released`.
+
+    It takes the 16 latent channels for the number of image tokens, so that its noise level is 0.232 instead of 0.376;
+    pictures go to the autoencoder as [0, 1]; T5 reads as many tokens as CLIP can.
+    """
+    return replace(preset, shift=flux_shift(16), black=0.0, text_length=77)
 
 
 @dataclass
@@ -173,12 +182,13 @@ class Seg4Diff:
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
-         segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
+         segment_only: bool = False, lora: str | Path | None = None, text_length: int | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
     device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA (NOTE(official): fp16), fp32 on the CPU.  With
     segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
-    file of train_magnet.py's or another LoRA of SD3 (lora.load_lora), merged into the weights.
+    file of train_magnet.py's or another LoRA of it (lora.load_lora), merged into the weights.  text_length: rows of T5,
+    where a model reads it; the preset's if None.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
     """
     device = pick_device(device)
@@ -186,10 +196,16 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     files = weights.find(name_or_path)
     path = files.parts["mmdit"][0][0]
     with reading(path, "model file with presets in its header"):
-        preset = preset_of(files)
+        preset = preset_of(files).changed(text_length=text_length)
+    if name_or_path == "flux-released":
+        preset = released(preset)
     with reading(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
-    sd = weights.read(files, preset.block if segment_only else None, device, dtype)
+    last_block = preset.block if segment_only else None
+    waiting = what_waits(weights.sizes(files, last_block), dtype, free_memory(device))
+    if waiting:                                          # so much slower that every command should say it
+        print(f"blocks of {' and '.join(waiting)} wait in host memory and come to {device} one by one", file=sys.stderr)
+    sd = weights.read(files, last_block, device, dtype, waiting)
     clip_l = CLIPText.from_state_dict(sd["clip_l"])
     if "t5xxl" in sd:
         with reading(files.t5_tokenizer or path, "tokenizer of T5"):
@@ -211,6 +227,28 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     return model
 
 
+WORK = 4e9                          # bytes for what is computed: most of it the autoencoder's maps
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; on the CPU nothing could wait elsewhere, so they are never too few."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def what_waits(sizes: dict[str, int], dtype: torch.dtype, free: float) -> tuple[str, ...]:
+    """Parts whose blocks are to wait in host memory, so that the rest and some work fit: none, T5, or both large ones.
+
+    sizes: values of each part.  SD3 is left as it is: it fits any card that can run it.
+    """
+    if "t5xxl" not in sizes:
+        return ()
+    room = free - WORK
+    for waiting in ((), ("t5xxl",)):
+        if dtype.itemsize * sum(n for part, n in sizes.items() if part not in waiting) <= room:
+            return waiting
+    return ("t5xxl", "mmdit")
+
+
 def preset_of(files: weights.Files) -> Preset:
     """Flux's or SD3's presets by what the files hold; a file's own, in its header, go before."""
     keys = weights.keys_of_part(files.parts["mmdit"])
@@ -226,8 +264,10 @@ def check_fit_of_flux(model, path, segment_only):
     text = model.text
     if not (cfg.whole or segment_only):
         raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
-    side = model.vae.factor * cfg.patch_of(model.vae.channels)                  # pixels; ValueError
+    side = model.vae.factor * cfg.patch_of(model.vae.channels)               # pixels; ValueError
+    blocks = model.preset.block + 1
     for what, value, wanted in (
+            ("blocks up to the preset's block", min(blocks, cfg.depth), blocks),
             ("tokens in CLIP's tokenizer", text.clip_tokenizer.get_vocab_size(), text.clip_l.vocab),
             ("tokens of T5 beyond its weights", max(0, text.tokenizer.get_vocab_size() - text.t5xxl.vocab), 0),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),

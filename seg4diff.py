@@ -153,7 +153,8 @@ def encode_image(model: Seg4Diff, image: Images) -> Tensor:
     latents = []
     for picture in images:
         square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1    # (1, 3, size, size)
+        x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float()                # (1, 3, size, size)
+        x = (1 - model.preset.black) * x / 255 + model.preset.black          # black -1, white 1
         latents.append(model.vae.encode(x.to(model.device, model.dtype)))
     return torch.cat(latents)                                                # (B, C, ., .)
 

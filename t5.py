@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from support.checkpoint import Device, Dtype, assign, count, shape
+from support.checkpoint import Device, Dtype, assign, count, on_device, shape
 
 # ---------------------------------------------------------------------------- tokens
 
@@ -148,12 +148,12 @@ class T5(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L), padding included -> (B, L, W), normed.  The sums between the layers are kept in fp32."""
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        buckets = distance_buckets(ids.shape[1], table.num_embeddings, ids.device)           # (L, L)
-        bias = table(buckets).permute(2, 0, 1)[None]                         # (1, heads, L, L)
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.to(ids.device)
+        buckets = distance_buckets(ids.shape[1], len(table), ids.device)     # (L, L)
+        bias = table[buckets].permute(2, 0, 1)[None]                         # (1, heads, L, L)
         x = self.shared(ids).float()                                         # (B, L, W)
         for block in self.encoder.block:
-            attention, mlp = block.layer
+            attention, mlp = on_device(block, ids.device).layer              # where T5 does not fit, one by one
             x = x + attention.SelfAttention(attention.layer_norm(x), bias).float()
             x = x + mlp.DenseReluDense(mlp.layer_norm(x)).float()
         return self.encoder.final_layer_norm(x)                              # (B, L, W)

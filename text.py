@@ -233,6 +233,9 @@ class TextEncoders(nn.Module):
         return TextCond(ctx, torch.cat([pooled_l, pooled_g], dim=-1), list(tokens), list(spans))
 
 
+KEPT = 64                           # prompts whose T5 rows are kept, 4 MB each in bf16
+
+
 class FluxText(nn.Module):
     """What Flux reads: T5's rows as context, CLIP-L's pooled vector; the other face of TextEncoders."""
 
@@ -246,6 +249,7 @@ class FluxText(nn.Module):
         self.room = length - 1
         self.width = t5xxl.width                         # columns of the context
         self.pooled_dim = clip_l.width
+        self.seen = {}                                   # ids -> T5's rows (L, W), of the last prompts
 
     def n_tokens(self, name: str) -> int:
         """How many tokens of T5 a text takes, the end not counted."""
@@ -255,6 +259,18 @@ class FluxText(nn.Module):
         """A prompt, or class names that become one -> T5's ids padded to `length`, token strings, spans."""
         return tokenize(self.tokenizer, T5_MARKS, self.length, prompt)
 
+    def rows(self, ids: list[tuple[int, ...]]) -> Tensor:
+        """T5's rows (B, L, W); but for training, those of the last prompts are kept: T5 has 4.8 billion weights."""
+        if torch.is_grad_enabled():
+            return self.t5xxl(torch.tensor(ids, device=self.t5xxl.device))   # (B, L, W)
+        new = [prompt for prompt in dict.fromkeys(ids) if prompt not in self.seen]
+        if new:
+            rows = self.t5xxl(torch.tensor(new, device=self.t5xxl.device))   # (new, L, W)
+            self.seen |= zip(new, rows)
+        out = torch.stack([self.seen[prompt] for prompt in ids])             # (B, L, W)
+        self.seen = dict(list(self.seen.items())[-KEPT:])
+        return out
+
     def encode(self, prompts: list[str] | list[list[str]]) -> TextCond:
         """B prompts (or lists of class names) -> context (B, length, W), pooled vector (B, W_l), tokens and spans.
 
@@ -263,7 +279,7 @@ class FluxText(nn.Module):
         clip_ids = [tokenize(self.clip_tokenizer, CLIP_MARKS, self.clip_l.positions, prompt)[0] for prompt in prompts]
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
         _, pooled = self.clip_l(torch.tensor(clip_ids, device=self.clip_l.device))               # (B, W_l)
-        ctx = self.t5xxl(torch.tensor(ids, device=self.t5xxl.device))        # (B, L, W)
+        ctx = self.rows([tuple(prompt) for prompt in ids])                   # (B, L, W)
         return TextCond(ctx.to(pooled), pooled, list(tokens), list(spans))
 
 

@@ -6,6 +6,7 @@ it is read and returns one state dict per part in the original key layout.
 """
 import hashlib
 import json
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ HUB = {"sd3": ("stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors"
        "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors"),
        "flux": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
        "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors")}
+HUB["flux-released"] = HUB["flux"]      # with the released code's choices, see loading.preset_of
 NAMES = ["nano", *HUB]
 ENCODERS = {"clip_l": "text_encoders/clip_l.safetensors", "clip_g": "text_encoders/clip_g.safetensors"}
 TOKENIZER = ("openai/clip-vit-large-patch14", "merges.txt")
@@ -316,10 +318,30 @@ def needed(names, last_block):
     return kept
 
 
-def read(files, last_block=None, device=None, dtype=None):
+def is_part_of_a_block(part, name):
+    """Whether a key of the transformer or of T5 belongs to one of its blocks."""
+    return name.startswith("encoder.block.") if part == "t5xxl" else part == "mmdit" and block_of(name) >= 0
+
+
+def sizes(files, last_block=None):
+    """How many values of each part `read` would read, from the files' headers alone."""
+    values = {}
+    for part, (paths, prefix) in files.parts.items():
+        wanted = needed(keys_of_part((paths, prefix)), last_block)
+        values[part] = 0
+        for path in paths:
+            with opened(path) as f:
+                for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
+                    if key.startswith(prefix) and key.removeprefix(prefix) in wanted:
+                        values[part] += math.prod(f.get_slice(key).get_shape())
+    return values
+
+
+def read(files, last_block=None, device=None, dtype=None, waiting=()):
     """The state dict of each part under SD3's original keys, without prefix, each tensor cast before the next is read.
 
     With `last_block`, blocks after it are not read: segmentation needs no more (less than half of SD3's transformer).
+    The blocks of parts in `waiting` stay in host memory (support.checkpoint.on_device).
     ValueError for a broken file, and for tensors that hold no floats.
     """
     parts = {}
@@ -332,7 +354,8 @@ def read(files, last_block=None, device=None, dtype=None):
                 for key in keys:
                     name = key.removeprefix(prefix)
                     if key.startswith(prefix) and name in wanted:
-                        sd[name] = check_weight(key, f.get_tensor(key)).to(device=device, dtype=dtype)
+                        place = "cpu" if part in waiting and is_part_of_a_block(part, name) else device
+                        sd[name] = check_weight(key, f.get_tensor(key)).to(device=place, dtype=dtype)
         parts[part] = from_diffusers(part, sd)
     return parts
 

@@ -23,6 +23,7 @@ import vae
 from flux import Flux
 from nano import flux_model, scenes
 from support import weights
+from support.checkpoint import on_device
 from support.data import DATASETS, TRAINING_SETS
 from t5 import t5_tokenizer
 from text import T5_MARKS, FluxText, split_classes, tokenize
@@ -147,17 +148,25 @@ def test_one_file(tiny_flux, tiny_flux_file):
     assert all(key.startswith(tuple(weights.PREFIXES.values())) for key in load_file(tiny_flux_file))
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Flux's presets for a model that has no block 12."""
+    real = loading.flux_preset
+    monkeypatch.setattr(loading, "flux_preset", lambda guidance: replace(real(guidance), block=2))
+
+
 @pytest.mark.parametrize("guidance", [True, False])
-def test_published_files(tiny_flux, tiny_flux_file, tmp_path, guidance):
+def test_published_files(tiny_flux, tiny_flux_file, tmp_path, shallow, guidance):
     """Found beside the file or in the folder; the presets are dev's or schnell's, and so is the latent's scale."""
     path = published(tiny_flux_file, tmp_path / "model", guidance)
     for where in (path, path.parent):
         model = loading.load(where, "cpu", segment_only=True)
         assert model.preset == loading.flux_preset(guidance) and model.vae.scale == vae.FLUX_SCALE
         assert model.text.length == (512 if guidance else 256)
+    whole = loading.load(path, "cpu", text_length=77)
+    assert whole.text.length == 77
     for key, value in tiny_flux.transformer.state_dict().items():
-        if not key.startswith("final_layer"):
-            assert torch.equal(model.transformer.state_dict()[key], value)
+        assert torch.equal(whole.transformer.state_dict()[key], value)
     ids = torch.tensor([[3, 4, 1]])
     assert torch.equal(model.text.t5xxl(ids), tiny_flux.text.t5xxl(ids))
 
@@ -212,7 +221,7 @@ def test_blocks_after_the_expert_stay_on_the_disk(tiny_flux, tiny_flux_file, tmp
     assert weights.block_of("img_in.weight") == -1
 
 
-def test_t5_in_eight_bits(tiny_flux, tiny_flux_file, tmp_path):
+def test_t5_in_eight_bits(tiny_flux, tiny_flux_file, tmp_path, shallow):
     path = published(tiny_flux_file, tmp_path / "model")
     folder = path.parent / "text_encoders"
     sd = load_file(folder / "t5xxl_fp16.safetensors")
@@ -223,6 +232,68 @@ def test_t5_in_eight_bits(tiny_flux, tiny_flux_file, tmp_path):
     ids = torch.tensor([[3, 4, 1, 0]])
     ours, full = model.text.t5xxl(ids), tiny_flux.text.t5xxl(ids)
     assert ours.dtype == torch.float32 and 0 < (ours - full).norm() < 0.2 * full.norm()
+
+
+def test_the_released_way(tiny_flux, tiny_flux_file, tmp_path, shallow, monkeypatch):
+    """`--model flux-released`: dev's files with the released code's noise level, pictures from 0 to 1 and 77 rows."""
+    path = published(tiny_flux_file, tmp_path / "model", guidance=True)
+    monkeypatch.setattr(weights, "hub", lambda repo, file: path)
+    model = loading.load("flux-released", "cpu", segment_only=True)
+    assert abs(model.preset.sigma - 0.2316793) < 1e-6 and model.text.length == 77
+    model.preset = replace(model.preset, size=128)
+    usual = replace(model, preset=replace(model.preset, black=-1.0))
+    for white, black, m in ((1, 0, model), (1, -1, usual)):
+        for value, grey in ((255, white), (0, black)):
+            z = seg4diff.encode_image(m, Image.new("RGB", (128, 128), 3 * (value,)))
+            torch.testing.assert_close(z, model.vae.encode(torch.full((1, 3, 128, 128), float(grey))))
+
+
+def test_what_does_not_fit_waits_in_host_memory(tiny_flux, tiny_flux_file, monkeypatch, capsys):
+    """None, T5 or both, by what is free; a block that waits is copied for its turn, and nothing else changes."""
+    files = weights.find(tiny_flux_file)
+    sizes = weights.sizes(files)
+    assert sizes == {part: sum(w.numel() for w in sd.values()) for part, sd in weights.read(files).items()}
+    assert weights.sizes(files, 2)["mmdit"] < sizes["mmdit"]
+    small = sum(sizes.values()) - sizes["mmdit"] - sizes["t5xxl"]
+    z = torch.randn(1, 16, 8, 8)
+    results = []
+    for room, waiting in ((sum(sizes.values()), ""), (small + sizes["mmdit"], "t5xxl "), (small, "t5xxl and mmdit")):
+        monkeypatch.setattr(loading, "free_memory", lambda device, room=room: 4 * room + loading.WORK)
+        model = loading.load(tiny_flux_file, "cpu")
+        said = f"blocks of {waiting.strip()} wait in host memory and come to cpu one by one\n" if waiting else ""
+        assert capsys.readouterr().err == said
+        cond = model.text.encode(["red car"])
+        results.append(model.transformer(z, torch.tensor([0.5]), cond.ctx, cond.pooled)[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert loading.what_waits({"mmdit": 10 ** 12, "clip_g": 1}, torch.bfloat16, 0) == ()
+    dev = {"mmdit": 11_901_408_320, "vae": 83_819_683, "clip_l": 123_060_480, "t5xxl": 4_762_310_656}
+    assert loading.what_waits(dev, torch.bfloat16, 24e9) == ("t5xxl", "mmdit")
+    assert loading.what_waits(dev, torch.bfloat16, 48e9) == ()
+    sd = weights.read(files, device="meta", waiting=("t5xxl", "mmdit"))
+    waits = {key for part in ("t5xxl", "mmdit") for key, w in sd[part].items() if w.device.type == "cpu"}
+    assert len(waits) > 40 and all(key.startswith(("encoder.block.", "double_", "single_")) for key in waits)
+
+    block = tiny_flux.transformer.double_blocks[0]
+    assert on_device(block, torch.device("cpu")) is block
+    twin = on_device(block, torch.device("meta"))
+    assert {p.device.type for p in twin.parameters()} == {"meta"} and block.img_mod.lin.weight.device.type == "cpu"
+    assert twin.state_dict().keys() == block.state_dict().keys()
+
+
+def test_t5_reads_a_prompt_once(tiny_flux, monkeypatch):
+    text = tiny_flux.text
+    monkeypatch.setattr(text, "seen", {})
+    monkeypatch.setattr("text.KEPT", 2)
+    asked = []
+    real = text.t5xxl.forward
+    monkeypatch.setattr(text.t5xxl, "forward", lambda ids: asked.append(len(ids)) or real(ids))
+    with torch.no_grad():
+        first = text.encode(["red car", "sky", "red car"]).ctx
+        again = text.encode(["sky", "sand"]).ctx
+        text.encode(["red car"])                         # two others were read since
+    assert asked == [2, 1, 1] and torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
+    text.encode(["sand"])                                # with gradients: always
+    assert asked == [2, 1, 1, 1]
 
 
 def test_parts_that_do_not_fit(tiny_flux, tiny_flux_file, tmp_path):
