@@ -71,7 +71,7 @@ SCALINGS = ("map", "token", "none")
 LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
           "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
           "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "text_length": (Integral, 2, 8192),
-          "black": (Real, -1, 0), "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
+          "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Preset:
     schedule: str = "sd3"           # of the noise levels: "sd3" (sigmas) or "flux" (flux_sigmas)
     level: float | None = None      # noise level of segmentation that is no level of the schedule
     text_length: int = 512          # rows of T5, where it is the context; CLIP's are in its weights
-    black: float = -1.0             # what the autoencoder gets for black; for white it is 1
+    unit_pictures: bool = False     # pictures go to the autoencoder as [0, 1] instead of [-1, 1]
+    guidance: float | None = None   # strength that a distilled model reads; None: it reads none
     latent_shift: float = SHIFT     # of the autoencoder
     latent_scale: float = SCALE
 
@@ -108,6 +109,8 @@ class Preset:
             raise ValueError(f"schedule must be sd3 or flux, not {self.schedule!r:.40}")
         if self.level is not None and not (isinstance(self.level, Real) and 0 <= self.level <= 1):
             raise ValueError(f"level must lie between 0 (clean) and 1 (noise), not {self.level!r:.40}")
+        if self.guidance is not None and not (isinstance(self.guidance, Real) and 0 <= self.guidance <= 1000):
+            raise ValueError(f"guidance must be a number from 0 to 1000, not {self.guidance!r:.40}")
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
@@ -127,6 +130,11 @@ class Preset:
         return (flux_sigmas if self.schedule == "flux" else sigmas)(steps, self.shift)
 
     @property
+    def distilled(self) -> dict[str, float]:
+        """What a distilled transformer takes beside the others' inputs."""
+        return {} if self.guidance is None else {"guidance": self.guidance}
+
+    @property
     def sigma(self) -> float:
         """Noise level of segmentation: 0.515 for 8 of 28 steps at shift 3."""
         if self.level is not None:
@@ -140,11 +148,11 @@ def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
     schnell has no shift and 4 steps, none of them near dev's level: that it is read at dev's is our choice.
     """
     tokens = (size // 16) ** 2                           # 8 pixels a latent, 2 latents a token and side
-    dev = Preset(block=12, size=size, steps=50, shift=flux_shift(tokens), cfg=1.0, schedule="flux", text_length=512,
-                 latent_shift=FLUX_SHIFT, latent_scale=FLUX_SCALE)
+    dev = Preset(block=12, size=size, steps=50, shift=flux_shift(tokens), cfg=1.0, guidance=3.5, schedule="flux",
+                 text_length=512, latent_shift=FLUX_SHIFT, latent_scale=FLUX_SCALE)
     if guidance:
         return dev
-    return replace(dev, steps=4, noise_steps=0, shift=1.0, level=dev.sigma, text_length=256)
+    return replace(dev, steps=4, noise_steps=0, shift=1.0, guidance=None, level=dev.sigma, text_length=256)
 
 
 def released(preset: Preset) -> Preset:
@@ -153,7 +161,7 @@ def released(preset: Preset) -> Preset:
     It takes the 16 latent channels for the number of image tokens, so that its noise level is 0.232 instead of 0.376;
     pictures go to the autoencoder as [0, 1]; T5 reads as many tokens as CLIP can.
     """
-    return replace(preset, shift=flux_shift(16), black=0.0, text_length=77)
+    return replace(preset, shift=flux_shift(16), unit_pictures=True, text_length=77)
 
 
 @dataclass
@@ -179,6 +187,12 @@ class Seg4Diff:
         cfg = self.transformer.config
         patch = cfg.patch_of(self.vae.channels) if isinstance(cfg, FluxConfig) else cfg.patch
         return self.preset.size // self.vae.factor // patch
+
+    def guided(self, guidance: float | None) -> "Seg4Diff":
+        """This model with another strength to read, None: with the preset's.  ValueError: it reads none."""
+        if guidance is not None and self.preset.guidance is None:
+            raise ValueError(f"{self.name} reads no guidance strength, as Flux.1-dev does; cfg is what it has")
+        return replace(self, preset=self.preset.changed(guidance=guidance))
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
@@ -215,7 +229,8 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     else:
         transformer = MMDiT.from_state_dict(sd["mmdit"])
         text = TextEncoders(clip_l, CLIPText.from_state_dict(sd["clip_g"]), tokenizer, transformer.config.ctx_dim)
-    vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale)
+    vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale,
+                              unit_pictures=preset.unit_pictures)
     name = Path(name_or_path).name.removesuffix(".safetensors")
     model = Seg4Diff(transformer, vae, text, preset, name, weights.fingerprint(files))
     check_fit(model, name_or_path, segment_only)

@@ -84,7 +84,7 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
 
     def velocity(z, sigma):
         z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
-        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix)
+        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix, **model.preset.distilled)
         vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
         vel_cond = guided = vel[0]
         if cfg != 1:
@@ -153,8 +153,7 @@ def encode_image(model: Seg4Diff, image: Images) -> Tensor:
     latents = []
     for picture in images:
         square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float()                # (1, 3, size, size)
-        x = (1 - model.preset.black) * x / 255 + model.preset.black          # black -1, white 1
+        x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1    # (1, 3, size, size)
         latents.append(model.vae.encode(x.to(model.device, model.dtype)))
     return torch.cat(latents)                                                # (B, C, ., .)
 
@@ -364,7 +363,7 @@ def run_segment(args):
 def run_generate(args):
     check_out(args.out)
     Preset().changed(steps=args.steps, cfg=args.cfg, noise_steps=0)          # ValueError before the model is loaded
-    model = load(args.model, args.device, args.dtype, lora=args.lora)
+    model = load(args.model, args.device, args.dtype, lora=args.lora).guided(args.guidance)
     steps = model.preset.steps if args.steps is None else args.steps
     batches = math.ceil(len(args.prompts) / model.preset.batch)
     with tqdm(total=steps * batches, desc="sampling", unit="step") as bar:
@@ -388,6 +387,7 @@ if __name__ == "__main__":
     gen.add_argument("prompts", nargs="+", metavar="PROMPT")
     gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
+    gen.add_argument("--guidance", type=float, help="strength that Flux.1-dev reads; the preset's, 3.5, if not given")
     gen.add_argument("--pag", type=float, default=0.0, help="scale s of the perturbed guidance (Eq. 7); 0: none")
     gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag; the expert block if not given")
     gen.add_argument("--perturb", type=int, nargs="+", default=(), help="blocks whose I2T is blurred (Fig. 5)")

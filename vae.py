@@ -143,10 +143,11 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    def __init__(self, widths, enc_blocks, dec_blocks, latent, shift=SHIFT, scale=SCALE):
+    def __init__(self, widths, enc_blocks, dec_blocks, latent, shift=SHIFT, scale=SCALE, unit_pictures=False):
         super().__init__()
         self.shift = shift
         self.scale = scale
+        self.unit_pictures = unit_pictures              # NOTE(official): the released Flux code encodes [0, 1]
         # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
         # levels cannot be cut in 32 and use 4.
         groups = 32 if widths[0] % 32 == 0 else 4
@@ -157,23 +158,26 @@ class VAE(nn.Module):
 
     @staticmethod
     def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None, *, shift: float = SHIFT,
-                        scale: float = SCALE) -> "VAE":
+                        scale: float = SCALE, unit_pictures: bool = False) -> "VAE":
         """A VAE of the shapes found in `sd` (keys `encoder.*`, `decoder.*`), holding those very tensors.
 
         Shift and scale of its latents leave no trace in a checkpoint: SD3's, or Flux's by the loader's word.
+        unit_pictures: encode() takes its pictures from [-1, 1] to [0, 1] first, which no autoencoder was trained with.
         ValueError names missing, surplus and misshapen keys.
         """
         levels = count(sd, "encoder.down.")
         widths = tuple(shape(sd, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
         with torch.device("meta"):
             vae = VAE(widths, count(sd, "encoder.down.0.block."), count(sd, "decoder.up.0.block."),
-                      shape(sd, "decoder.conv_in.weight", 4)[1], shift, scale)
+                      shape(sd, "decoder.conv_in.weight", 4)[1], shift, scale, unit_pictures)
         return assign(vae, sd, "VAE", device, dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
         assert not any(side % self.factor for side in x.shape[-2:]), \
             f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
+        if self.unit_pictures:
+            x = (x + 1) / 2
         mean, _ = self.encoder(x).chunk(2, dim=1)       # mean, log-variance: (B, C, px/8, px/8) each
         return (mean - self.shift) * self.scale
 

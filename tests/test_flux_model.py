@@ -241,11 +241,10 @@ def test_the_released_way(tiny_flux, tiny_flux_file, tmp_path, shallow, monkeypa
     model = loading.load("flux-released", "cpu", segment_only=True)
     assert abs(model.preset.sigma - 0.2316793) < 1e-6 and model.text.length == 77
     model.preset = replace(model.preset, size=128)
-    usual = replace(model, preset=replace(model.preset, black=-1.0))
-    for white, black, m in ((1, 0, model), (1, -1, usual)):
-        for value, grey in ((255, white), (0, black)):
-            z = seg4diff.encode_image(m, Image.new("RGB", (128, 128), 3 * (value,)))
-            torch.testing.assert_close(z, model.vae.encode(torch.full((1, 3, 128, 128), float(grey))))
+    usual = vae.VAE.from_state_dict(model.vae.state_dict(), shift=vae.FLUX_SHIFT, scale=vae.FLUX_SCALE)
+    for value, grey in ((255, 1.0), (0, 0.0)):
+        z = seg4diff.encode_image(model, Image.new("RGB", (128, 128), 3 * (value,)))
+        torch.testing.assert_close(z, usual.encode(torch.full((1, 3, 128, 128), grey)))
 
 
 def test_what_does_not_fit_waits_in_host_memory(tiny_flux, tiny_flux_file, monkeypatch, capsys):
@@ -323,6 +322,20 @@ def test_segment_propose_generate(tiny_flux):
     plain, = seg4diff.generate(tiny_flux, "red car", steps=2)
     blurred, = seg4diff.generate(tiny_flux, "red car", steps=2, pag=2.0, blocks=[3])
     assert plain.size == (128, 128) and np.abs(np.array(plain, int) - np.array(blurred, int)).max() > 0
+
+
+def test_guidance_that_a_model_reads(tiny_flux, tiny_flux_file, tmp_path, shallow):
+    """dev's strength is an option of generation; a model that reads none says so."""
+    model = loading.load(published(tiny_flux_file, tmp_path / "model", guidance=True), "cpu")
+    model.preset = replace(model.preset, size=64)
+    pictures = [np.array(seg4diff.generate(model.guided(g), "red car", steps=1)[0], int) for g in (None, 3.5, 1.0)]
+    assert np.array_equal(pictures[0], pictures[1]) and np.abs(pictures[0] - pictures[2]).max() > 0
+    assert tiny_flux.guided(None) == tiny_flux
+    with pytest.raises(ValueError, match="tiny_flux reads no guidance strength"):
+        tiny_flux.guided(2.0)
+    for wrong in ({"guidance": -1.0}, {"level": 1.5}, {"schedule": "linear"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(tiny_flux.preset, **wrong)
 
 
 def test_names_in_several_prompts(tiny_flux):
