@@ -196,18 +196,21 @@ class Seg4Diff:
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
-         segment_only: bool = False, lora: str | Path | None = None, text_length: int | None = None) -> Seg4Diff:
+         segment_only: bool = False, lora: str | Path | None = None, text_length: int | None = None,
+         t5: str | Path | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
     device "auto": CUDA if there is one.  dtype "auto": bf16 on CUDA (NOTE(official): fp16), fp32 on the CPU.  With
     segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
     file of train_magnet.py's or another LoRA of it (lora.load_lora), merged into the weights.  text_length: rows of T5,
-    where a model reads it; the preset's if None.
+    where Flux reads it; the preset's if None.  t5: for an SD3, a file of T5 to generate with, tokenizer.json beside it.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     files = weights.find(name_or_path)
+    if t5 is not None:
+        files = weights.with_t5(files, t5)
     path = files.parts["mmdit"][0][0]
     with reading(path, "model file with presets in its header"):
         preset = preset_of(files).changed(text_length=text_length)
@@ -221,14 +224,18 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
         print(f"blocks of {' and '.join(waiting)} wait in host memory and come to {device} one by one", file=sys.stderr)
     sd = weights.read(files, last_block, device, dtype, waiting)
     clip_l = CLIPText.from_state_dict(sd["clip_l"])
+    t5xxl = words = None
     if "t5xxl" in sd:
         with reading(files.t5_tokenizer or path, "tokenizer of T5"):
             words = t5_tokenizer(weights.t5_tokenizer(files))
-        transformer = Flux.from_state_dict(sd["mmdit"])
-        text = FluxText(clip_l, T5.from_state_dict(sd["t5xxl"]), tokenizer, words, preset.text_length)
-    else:
+        t5xxl = T5.from_state_dict(sd["t5xxl"])
+    if "clip_g" in sd:
         transformer = MMDiT.from_state_dict(sd["mmdit"])
-        text = TextEncoders(clip_l, CLIPText.from_state_dict(sd["clip_g"]), tokenizer, transformer.config.ctx_dim)
+        text = TextEncoders(clip_l, CLIPText.from_state_dict(sd["clip_g"]), tokenizer, transformer.config.ctx_dim,
+                            t5xxl, words)
+    else:
+        transformer = Flux.from_state_dict(sd["mmdit"])
+        text = FluxText(clip_l, t5xxl, tokenizer, words, preset.text_length)
     vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale,
                               unit_pictures=preset.unit_pictures)
     name = Path(name_or_path).name.removesuffix(".safetensors")
@@ -253,15 +260,14 @@ def free_memory(device: torch.device) -> float:
 def what_waits(sizes: dict[str, int], dtype: torch.dtype, free: float) -> tuple[str, ...]:
     """Parts whose blocks are to wait in host memory, so that the rest and some work fit: none, T5, or both large ones.
 
-    sizes: values of each part.  SD3 is left as it is: it fits any card that can run it.
+    sizes: values of each part.  SD3's own transformer never waits: it fits any card that can run it.
     """
     if "t5xxl" not in sizes:
         return ()
-    room = free - WORK
     for waiting in ((), ("t5xxl",)):
-        if dtype.itemsize * sum(n for part, n in sizes.items() if part not in waiting) <= room:
+        if dtype.itemsize * sum(n for part, n in sizes.items() if part not in waiting) <= free - WORK:
             return waiting
-    return ("t5xxl", "mmdit")
+    return ("t5xxl",) if "clip_g" in sizes else ("t5xxl", "mmdit")
 
 
 def preset_of(files: weights.Files) -> Preset:
@@ -310,6 +316,7 @@ def check_fit(model, path, segment_only):
             ("channels in the MM-DiT's latent", cfg.channels, vae.channels),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
             ("text columns that do not fit the context", max(0, text.width - cfg.ctx_dim), 0),
+            ("columns of T5", cfg.ctx_dim if text.t5xxl is None else text.t5xxl.width, cfg.ctx_dim),
             ("patches of a side beyond the model's positions", max(0, grid - cfg.pos_grid), 0),
             ("pixels beyond whole patches", size % (vae.factor * cfg.patch), 0)):
         if value != wanted:

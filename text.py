@@ -194,12 +194,16 @@ class TextCond(NamedTuple):
 
 
 class TextEncoders(nn.Module):
-    def __init__(self, clip_l, clip_g, tokenizer, ctx_dim):
+    """What SD3 reads: both CLIP towers, and where they are given T5 and its tokenizer in place of the zero rows."""
+
+    def __init__(self, clip_l, clip_g, tokenizer, ctx_dim, t5xxl=None, t5_tokenizer=None):
         super().__init__()
         if isinstance(clip_g.text_projection, nn.Identity):
             raise ValueError("the CLIP-G tower has no text_projection.weight: it is incomplete, or a CLIP-L tower")
         self.clip_l = clip_l
         self.clip_g = clip_g
+        self.t5xxl = t5xxl
+        self.t5_tokenizer = t5_tokenizer
         self.tokenizer = tokenizer
         self.ctx_dim = ctx_dim
         self.vocab = clip_l.vocab                        # tokens that have a row in the embedding
@@ -230,6 +234,9 @@ class TextEncoders(nn.Module):
         clip = torch.cat([hidden_l, hidden_g], dim=-1)                       # (B, L, W_l+W_g)
         # zero columns up to ctx_dim on the right, L zero rows below in T5's place
         ctx = F.pad(clip, (0, self.ctx_dim - self.width, 0, self.length))    # (B, 2L, ctx_dim)
+        if self.t5xxl is not None:
+            t5_ids = [tokenize(self.t5_tokenizer, T5_MARKS, self.length, prompt)[0] for prompt in prompts]
+            ctx[:, self.length:] = self.t5xxl(torch.tensor(t5_ids, device=self.t5xxl.device))
         return TextCond(ctx, torch.cat([pooled_l, pooled_g], dim=-1), list(tokens), list(spans))
 
 

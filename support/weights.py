@@ -26,6 +26,7 @@ PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
             "clip_l": "text_encoders.clip_l.transformer.", "clip_g": "text_encoders.clip_g.transformer.",
             "t5xxl": "text_encoders.t5xxl.transformer."}
 NANO = Path(__file__).parents[1] / "nano/nano.safetensors"
+EMBEDDED = {"nano": NANO, "nano-flux": NANO.with_name("nano-flux.safetensors")}
 # The transformer and VAE of a name; its repository also holds the text towers, at ENCODERS.
 HUB = {"sd3": ("stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors"),
        "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors"),
@@ -33,7 +34,7 @@ HUB = {"sd3": ("stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors"
        "flux": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
        "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors")}
 HUB["flux-released"] = HUB["flux"]      # with the released code's choices, see loading.preset_of
-NAMES = ["nano", *HUB]
+NAMES = [*EMBEDDED, *HUB]
 ENCODERS = {"clip_l": "text_encoders/clip_l.safetensors", "clip_g": "text_encoders/clip_g.safetensors"}
 TOKENIZER = ("openai/clip-vit-large-patch14", "merges.txt")
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}   # diffusers'
@@ -187,7 +188,7 @@ def find(name_or_path: str | Path) -> Files:
     """
     name = str(name_or_path)
     repo, file = HUB.get(name, HUB["sd3"])
-    path = NANO if name == "nano" else Path(name)
+    path = EMBEDDED.get(name, Path(name))
     if name in HUB:
         path = hub(repo, file)
     if not name or not path.exists():                    # Path("") would be the folder that one is in
@@ -203,6 +204,19 @@ def find(name_or_path: str | Path) -> Files:
         repo = HUB[flux_name(keys_of_part(parts["mmdit"]))][0]
         t5_tokenizer = first_of(folder, T5_TOKENIZER, "tokenizer.json") or hub(repo, T5_TOKENIZER)
     return Files(parts, first_of(folder, "tokenizer/merges.txt", "merges.txt") or hub(*TOKENIZER), t5_tokenizer)
+
+
+def with_t5(files, path):
+    """The files of a model with a file of T5 and the tokenizer.json beside it.  ValueError: none of these."""
+    path = Path(path)
+    if "t5xxl" in files.parts:
+        raise ValueError(f"this model reads T5 already; {path} is not needed")
+    if not any(key.startswith("encoder.block.") for key in keys_of(path)):
+        raise ValueError(f"{path} is no encoder of T5: no key of it begins with 'encoder.block.'")
+    tokenizer = first_of(path.parent, "tokenizer.json", "tokenizer_3/tokenizer.json", T5_TOKENIZER)
+    if tokenizer is None:
+        raise ValueError(f"T5's tokenizer.json should lie beside {path}; Flux's and SD3's repositories hold it")
+    return files._replace(parts=files.parts | {"t5xxl": ([path], "")}, t5_tokenizer=tokenizer)
 
 
 def is_flux(keys):
