@@ -97,8 +97,7 @@ def test_flux_from_another_models_vae_then_on(command, tmp_path, tiny_file, monk
     code, _, err = command("nano/pretrain.py", "--run", more, *size, "--samples", 2, "--init", run / "nano.safetensors")
     new = weights.read(weights.find(more / "nano.safetensors"))
     assert code == 0 and sd.keys() == new.keys() == {"mmdit", "vae", "clip_l", "t5xxl"}, err
-    key = "encoder.block.0.layer.0.SelfAttention.o.weight"                   # small: a step of 1e-5 is seen in fp16
-    assert not torch.equal(sd["t5xxl"][key], new["t5xxl"][key])
+    assert any(not torch.equal(sd["mmdit"][key], new["mmdit"][key]) for key in sd["mmdit"])
 
 
 def test_what_muon_trains_of_a_flux():
@@ -110,16 +109,14 @@ def test_what_muon_trains_of_a_flux():
     assert not [name for name in chosen if "mod" in name.split(".")[-2] or "embed" in name or "bias" in name]
 
 
-def test_the_vae_goes_on_with_its_encoder_as_it_was(tmp_path, clock):
-
-
 @pytest.mark.parametrize("options, sentence", [
     (["--minutes-vae", 0], "must be positive"), (["--minutes-vae", -1], "must be positive"),
     (["--head-dim", 0], "from 1 to 4096"), (["--head-dim", 48], "of --head-dim"),
     (["--width", 10**9], "from 4 to 4096"),
     (["--vae-widths", 0, 0], "from 4 to 4096"), (["--vae-widths", 8, 8, 8], "4 to 7 multiples"),
     (["--vae-widths", 8, 8, 6, 8], "multiples of 4"), (["--vae-widths", 32, 32, 40, 64], "of 32"),
-    (["--text-widths", 64, 96], "multiples of 64"), (["--arch", "flux", "--head-dim", 16], "multiple of 32"), (["--text-length", 3], "from 4 to 1024"),
+    (["--text-widths", 64, 96], "multiples of 64"), (["--text-length", 3], "from 4 to 1024"),
+    (["--arch", "flux", "--head-dim", 16], "multiple of 32"),
     (["--depth", 0], "from 1 to 64"), (["--samples", -1], "at least 0"), (["--seed", -1], "from 0 to"),
     (["--scenes", 10**7], "from 1 to 1000000"),
     (["--lr", -1], "positive"), (["--lr", "nan"], "positive"), (["--kl", -1], "at least 0"),
