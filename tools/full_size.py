@@ -2,6 +2,7 @@
 
     python tools/full_size.py                    # writes 6 GB to a temporary folder, prints seconds and peak memory
     python tools/full_size.py --train            # a step of MAGNET, with and without checkpointing
+    python tools/full_size.py --model flux       # Flux.1-dev: 18 GB, see tools/full_flux.py
 
 Not a test that pytest collects: it takes minutes and 15 GB on a CPU.  Segmentation is measured twice, by the blocks up
 to the expert alone and with all blocks run to the end, each in a process of its own, so that its peak is its own.
@@ -37,6 +38,7 @@ from support import weights  # noqa: E402
 from support.checkpoint import peak_megabytes, pick_device  # noqa: E402
 from support.cli import Parser, command, show  # noqa: E402
 from support.files import read_json, replacing  # noqa: E402
+from tools import full_flux  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
 
 LAYOUTS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
@@ -122,8 +124,19 @@ def measure_training(path, sizes, device):
     return points
 
 
+def measure_flux(args):
+    """Flux's part of `main`.  ValueError: --train, which is measured on SD3 alone."""
+    if args.train:
+        raise ValueError("--train is measured on sd3 alone, not on flux")
+    shapes = {layout: read_json(ROOT / f"tests/layouts/{layout}.json") for layout in full_flux.FILES}
+    with tempfile.TemporaryDirectory() as folder:
+        full_flux.segment(full_flux.write(Path(folder), shapes), args.device)
+
+
 def main(args):
     pick_device(args.device)                             # this and the layouts before 6 GB are written
+    if args.model == "flux":
+        return measure_flux(args)
     shapes = {part: read_json(ROOT / f"tests/layouts/{layout}.json") for part, layout in LAYOUTS.items()}
     processes = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,5 +155,6 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--model", choices=("sd3", "flux"), default="sd3", help="whose layout (sd3)")
     parser.add_argument("--train", action="store_true", help="a step of MAGNET instead of segmentation")
     command(main, parser)
