@@ -49,6 +49,6 @@ def new_flux(args: argparse.Namespace, latent: int, words: list[str], merges: li
     nn.init.zeros_(t5xxl.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     double, single = args.flux_blocks
     flux = Flux(FluxConfig(width=args.width, double_blocks=double, single_blocks=single, head_dim=args.head_dim,
-                           columns=latent, ctx_dim=width, pooled_dim=clip_width, mlp=4 * args.width, time_dim=128,
-                           guidance=False))
+                           columns=latent, ctx_dim=width, pooled_dim=clip_width, mlp=args.mlp_ratio * args.width,
+                           time_dim=128, guidance=False))
     return flux, FluxText(clip_l, t5xxl, clip_tokenizer(merges), tokenizer, args.text_length)

@@ -52,8 +52,8 @@ from text import HEAD_DIM, CLIPText, FluxText, TextEncoders, clip_tokenizer  # n
 from vae import VAE  # noqa: E402
 
 # What a run cannot change on the way.
-FIXED = ("arch", "init", "vae", "seed", "scenes", "vae_widths", "width", "depth", "flux_blocks", "head_dim",
-         "text_widths", "text_layers", "text_length")
+FIXED = ("arch", "init", "vae", "seed", "scenes", "vae_widths", "width", "depth", "flux_blocks", "mlp_ratio",
+         "head_dim", "text_widths", "text_layers", "text_length")
 
 # ---------------------------------------------------------------------------- 1. scenes
 
@@ -173,8 +173,8 @@ def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT | Flux, Text
     pooled = sum(args.text_widths)
     ctx_dim = 256 * math.ceil(pooled / 256)
     mmdit = MMDiT(MMDiTConfig(width=args.width, depth=args.depth or 6, head_dim=args.head_dim, patch=1, channels=latent,
-                              pos_grid=24, ctx_dim=ctx_dim, pooled_dim=pooled, mlp=4 * args.width, time_dim=128,
-                              qk_norm=True))
+                              pos_grid=24, ctx_dim=ctx_dim, pooled_dim=pooled, mlp=args.mlp_ratio * args.width,
+                              time_dim=128, qk_norm=True))
     mmdit.pos_embed.copy_(sincos_grid(24, args.width))
     initialise(mmdit)
     return mmdit, TextEncoders(*towers, clip_tokenizer(merges), ctx_dim), merges
@@ -415,6 +415,7 @@ if __name__ == "__main__":
                         help="blocks (6); with --init more than that file's are appended")
     parser.add_argument("--flux-blocks", type=at_least(1, most=64), nargs=2, default=[3, 3],
                         metavar=("DOUBLE", "SINGLE"), help="blocks of --arch flux (3 3)")
+    parser.add_argument("--mlp-ratio", type=at_least(1, most=16), default=4, help="width of an MLP, in those of a block")
     parser.add_argument("--head-dim", type=at_least(1, most=4096), default=32)
     parser.add_argument("--text-widths", type=at_least(HEAD_DIM, most=4096), nargs=2, default=[64, 128],
                         help="CLIP-L's and CLIP-G's stand-in; with --arch flux CLIP-L's and T5's")

@@ -21,7 +21,7 @@ from vae import VAE  # noqa: E402
 torch.set_num_threads(1)                   # for tensors this small; on a busy machine more threads wait for each other
 
 ARGS = Namespace(arch="sd3", seed=0, text_widths=(64, 128), text_length=28, text_layers=2, width=64, depth=3,
-                 head_dim=32, flux_blocks=(2, 2))
+                 head_dim=32, flux_blocks=(2, 2), mlp_ratio=4)
 
 
 def write_tiny(args: Namespace, path: Path) -> Path:

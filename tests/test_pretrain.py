@@ -85,7 +85,7 @@ def test_flux_from_another_models_vae_then_on(command, tmp_path, tiny_file, monk
     run, more = tmp_path / "run", tmp_path / "more"
     size = ["--scenes", 8, "--batch", 2, "--arch", "flux"]
     code, out, err = command("nano/pretrain.py", "--run", run, *size, "--vae", tiny_file, "--samples", 6, "--width", 32,
-                             "--flux-blocks", 1, 2)
+                             "--flux-blocks", 1, 2, "--mlp-ratio", 3)
     assert code == 0 and "the expert is block" in out, err
     sd = weights.read(weights.find(run / "nano.safetensors"))
     vae_sd = weights.read(weights.find(tiny_file))["vae"]
@@ -93,7 +93,7 @@ def test_flux_from_another_models_vae_then_on(command, tmp_path, tiny_file, monk
     model = seg4diff.load(run / "nano.safetensors", "cpu")
     config = model.transformer.config
     assert (config.double_blocks, config.single_blocks, config.guidance) == (1, 2, False)
-    assert model.text.length == 22 and model.text.t5xxl.width == 128
+    assert config.mlp == 3 * config.width and model.text.length == 22 and model.text.t5xxl.width == 128
     code, _, err = command("nano/pretrain.py", "--run", more, *size, "--samples", 2, "--init", run / "nano.safetensors")
     new = weights.read(weights.find(more / "nano.safetensors"))
     assert code == 0 and sd.keys() == new.keys() == {"mmdit", "vae", "clip_l", "t5xxl"}, err
