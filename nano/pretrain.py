@@ -415,7 +415,7 @@ if __name__ == "__main__":
                         help="blocks (6); with --init more than that file's are appended")
     parser.add_argument("--flux-blocks", type=at_least(1, most=64), nargs=2, default=[3, 3],
                         metavar=("DOUBLE", "SINGLE"), help="blocks of --arch flux (3 3)")
-    parser.add_argument("--mlp-ratio", type=at_least(1, most=16), default=4, help="width of an MLP, in those of a block")
+    parser.add_argument("--mlp-ratio", type=at_least(1, most=16), default=4, help="width of an MLP, in block widths")
     parser.add_argument("--head-dim", type=at_least(1, most=4096), default=32)
     parser.add_argument("--text-widths", type=at_least(HEAD_DIM, most=4096), nargs=2, default=[64, 128],
                         help="CLIP-L's and CLIP-G's stand-in; with --arch flux CLIP-L's and T5's")
