@@ -293,6 +293,11 @@ class Flux(nn.Module):
             model = Flux(cfg)
         return assign(model, sd, "Flux transformer", device, dtype)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks as they are counted: double ones, then single ones."""
+        return [*self.double_blocks, *self.single_blocks]
+
     def condition(self, sigma: Tensor, pooled: Tensor, guidance: float) -> Tensor:
         """What modulates every block: time, guidance and pooled text, (B, D)."""
         time_dim = self.config.time_dim
@@ -321,7 +326,7 @@ class Flux(nn.Module):
         text = self.txt_in(ctx)                                              # (B, M, D)
         c = self.condition(sigma, pooled, guidance)                          # (B, D)
         taps = {}
-        for i, block in enumerate([*self.double_blocks, *self.single_blocks]):
+        for i, block in enumerate(self.blocks):
             block = on_device(block, z.device)           # where they do not all fit, each comes for its turn
             if i == stop_at:
                 if i in capture:

@@ -348,6 +348,11 @@ class MMDiT(nn.Module):
             model = MMDiT(MMDiTConfig.from_state_dict(sd))
         return assign(model, sd, "MM-DiT", device, dtype)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks, under the name that Flux has for its two kinds."""
+        return self.joint_blocks
+
     def positions(self, h: int, w: int) -> Tensor:
         """The centre h x w of the stored grid of position embeddings, (1, N, D); never interpolated."""
         side = self.config.pos_grid

@@ -30,6 +30,11 @@ def test_bench(command, tiny_file):
     assert float(rows[2][3]) < 1                                # a run that stops early is shorter
 
 
+def test_bench_of_a_flux(command, tiny_flux_file):
+    code, out, err = command("tools/bench.py", "--model", tiny_flux_file, "--repeats", 1, "--batch-size", 1)
+    assert code == 0 and "tiny_flux, 4 blocks, expert 2" in out and "all 4 blocks" in out, err
+
+
 def test_the_clock_and_the_memory():
     def hold():
         x = torch.ones(32 << 20)                                # 128 MB
