@@ -98,7 +98,7 @@ def taps_of(model, prompts, at, seed=0):
     B = len(prompts)
     latents[steps] = seg4diff.noise(latents[0].shape[1:], range(seed, seed + B)).to(model.device)
     cond = model.text.encode(list(prompts))
-    schedule = seg4diff.sigmas(steps, model.preset.shift).to(model.device)   # (S+1,)
+    schedule = model.preset.sigmas(steps).to(model.device)                   # (S+1,)
     taps = {}
     for t in at:
         _, taps[t] = model.transformer(latents[t].to(model.dtype), schedule[steps - t].expand(B), cond.ctx, cond.pooled,

@@ -4,6 +4,8 @@
     model.preset.sigma                                   # 0.515: where segmentation looks
 """
 import json
+import math
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flux import Flux, FluxConfig
 from lora import load_lora, merge_lora
 from mmdit import MMDiT
 from support import weights
 from support.checkpoint import pick_device, pick_dtype
 from support.files import check_kind, reading
-from text import CLIPText, TextEncoders, clip_tokenizer
-from vae import VAE
+from t5 import T5, t5_tokenizer
+from text import CLIPText, FluxText, TextEncoders, clip_tokenizer
+from vae import FLUX_SCALE, FLUX_SHIFT, SCALE, SHIFT, VAE
 
 # ---------------------------------------------------------------------------- noise and its levels, Sec. 3.2
 
@@ -40,6 +44,16 @@ def sigmas(steps: int, shift: float) -> Tensor:
     """
     line = torch.linspace(1.0, shifted(1 / 1000, shift), steps, dtype=torch.float64)         # (S,)
     return torch.cat([shifted(line, shift), line.new_zeros(1)]).float()      # (S+1,)
+
+
+def flux_shift(tokens: int) -> float:
+    """How far Flux.1-dev moves its noise levels for a picture of so many image tokens: 1.88 for 256, 3.16 for 4096."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+def flux_sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of Flux's Euler sampler, (steps+1,) from 1 down to 0: equal steps, shifted once."""
+    return shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift).float()      # (S+1,)
 
 
 def image_seed(name: str, seed: int) -> int:
@@ -77,7 +91,8 @@ SCALINGS = ("map", "token", "none")
 # What a number of a preset may be: its kind, the least, the largest. Whether it suits a model is for check_fit to say.
 LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
           "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
-          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "i2i_threshold": (Real, 1e-30, 1e30)}
+          "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "i2i_threshold": (Real, 1e-30, 1e30),
+          "text_length": (Integral, 2, 8192), "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,13 @@ class Preset:
     threshold: float = 0.1          # symmetric KL below which maps of <pad> tokens are merged (released code)
     scaling: str = "token"          # what those maps are scaled over first, of SCALINGS (released code)
     i2i_threshold: float = 0.7      # symmetric KL below which anchors are merged (chosen on nano's scenes-dev)
+    schedule: str = "sd3"           # of the noise levels: "sd3" (sigmas) or "flux" (flux_sigmas)
+    level: float | None = None      # noise level of segmentation that is no level of the schedule
+    text_length: int = 512          # rows of T5, where it is the context; CLIP's are in its weights
+    unit_pictures: bool = False     # pictures go to the autoencoder as [0, 1] instead of [-1, 1]
+    guidance: float | None = None   # strength that a distilled model reads; None: it reads none
+    latent_shift: float = SHIFT     # of the autoencoder
+    latent_scale: float = SCALE
 
     def __post_init__(self):
         """ValueError: what cannot be.  The one check of a file's header and of arguments (`changed`)."""
@@ -105,6 +127,12 @@ class Preset:
             raise ValueError(f"noise_steps must be at most steps, which are {self.steps}, not {self.noise_steps}")
         if self.scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {self.scaling!r:.40}")
+        if self.schedule not in ("sd3", "flux"):
+            raise ValueError(f"schedule must be sd3 or flux, not {self.schedule!r:.40}")
+        if self.level is not None and not (isinstance(self.level, Real) and 0 <= self.level <= 1):
+            raise ValueError(f"level must lie between 0 (clean) and 1 (noise), not {self.level!r:.40}")
+        if self.guidance is not None and not (isinstance(self.guidance, Real) and 0 <= self.guidance <= 1000):
+            raise ValueError(f"guidance must be a number from 0 to 1000, not {self.guidance!r:.40}")
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
@@ -119,53 +147,121 @@ class Preset:
         """This preset with those that are given, not None, in place of its own.  ValueError: one that cannot be."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
+    def sigmas(self, steps: int) -> Tensor:
+        """Noise levels of so many Euler steps, (steps+1,) from 1 down to 0."""
+        return (flux_sigmas if self.schedule == "flux" else sigmas)(steps, self.shift)
+
+    @property
+    def distilled(self) -> dict[str, float]:
+        """What a distilled transformer takes beside the others' inputs."""
+        return {} if self.guidance is None else {"guidance": self.guidance}
+
     @property
     def sigma(self) -> float:
         """Noise level of segmentation: 0.515 for 8 of 28 steps at shift 3."""
-        return sigmas(self.steps, self.shift)[self.steps - self.noise_steps].item()
+        if self.level is not None:
+            return self.level
+        return self.sigmas(self.steps)[self.steps - self.noise_steps].item()
+
+
+def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
+    """Flux.1-dev's or (without guidance) schnell's preset for pictures of this side (App. C.2, A.1).
+
+    schnell has no shift and 4 steps, none of them near dev's level: that it is read at dev's is our choice.
+    """
+    tokens = (size // 16) ** 2                           # 8 pixels a latent, 2 latents a token and side
+    dev = Preset(block=12, size=size, steps=50, shift=flux_shift(tokens), cfg=1.0, guidance=3.5, schedule="flux",
+                 text_length=512, latent_shift=FLUX_SHIFT, latent_scale=FLUX_SCALE)
+    if guidance:
+        return dev
+    return replace(dev, steps=4, noise_steps=0, shift=1.0, guidance=None, level=dev.sigma, text_length=256)
+
+
+def released(preset: Preset) -> Preset:
+    """Dev's preset as the released code has it (NOTE(official)), `--model flux-released`.
+
+    It takes the 16 latent channels for the number of image tokens, so that its noise level is 0.232 instead of 0.376;
+    pictures go to the autoencoder as [0, 1]; T5 reads as many tokens as CLIP can.
+    """
+    return replace(preset, shift=flux_shift(16), unit_pictures=True, text_length=77)
 
 
 @dataclass
 class Seg4Diff:
-    transformer: MMDiT
+    transformer: MMDiT | Flux
     vae: VAE
-    text: TextEncoders
+    text: TextEncoders | FluxText
     preset: Preset
     name: str
     fingerprint: str                    # of its files (weights.fingerprint)
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.pos_embed.device
+        return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.pos_embed.dtype
+        return next(self.transformer.parameters()).dtype
+
+    @property
+    def grid(self) -> int:
+        """Image tokens along a side of its square pictures."""
+        cfg = self.transformer.config
+        patch = cfg.patch_of(self.vae.channels) if isinstance(cfg, FluxConfig) else cfg.patch
+        return self.preset.size // self.vae.factor // patch
+
+    def guided(self, guidance: float | None) -> "Seg4Diff":
+        """This model with another strength to read, None: with the preset's.  ValueError: it reads none."""
+        if guidance is not None and self.preset.guidance is None:
+            raise ValueError(f"{self.name} reads no guidance strength, as Flux.1-dev does; cfg is what it has")
+        return replace(self, preset=self.preset.changed(guidance=guidance))
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
-         segment_only: bool = False, lora: str | Path | None = None) -> Seg4Diff:
+         segment_only: bool = False, lora: str | Path | None = None, text_length: int | None = None,
+         t5: str | Path | None = None) -> Seg4Diff:
     """A model ready to use: a name of weights.NAMES, a .safetensors file, or a folder (weights.find).
 
     device "auto": CUDA, MPS or CPU, the first that is there.  dtype "auto": support.checkpoint.pick_dtype.  With
     segment_only, blocks after the expert are left on the disk; such a model segments, and cannot generate.  lora: a
-    file of train_magnet.py's or another LoRA of SD3 (lora.load_lora), merged into the weights.
+    file of train_magnet.py's or another LoRA of it (lora.load_lora), merged into the weights.  text_length: rows of T5,
+    where Flux reads it; the preset's if None.  t5: for an SD3, a file of T5 to generate with, tokenizer.json beside it.
     ValueError: no such model, a file that is broken or does not fit, an unknown device or dtype.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     files = weights.find(name_or_path)
+    if t5 is not None:
+        files = weights.with_t5(files, t5)
     path = files.parts["mmdit"][0][0]
     with reading(path, "model file with presets in its header"):
-        preset = Preset.from_header(weights.header(files))
+        preset = preset_of(files).changed(text_length=text_length)
+    if name_or_path == "flux-released":
+        preset = released(preset)
     with reading(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
-    sd = weights.read(files, preset.block if segment_only else None, device, dtype)
-    transformer = MMDiT.from_state_dict(sd["mmdit"])
-    text = TextEncoders(CLIPText.from_state_dict(sd["clip_l"]), CLIPText.from_state_dict(sd["clip_g"]), tokenizer,
-                        transformer.config.ctx_dim)
+    last_block = preset.block if segment_only else None
+    waiting = what_waits(weights.sizes(files, last_block), dtype, free_memory(device))
+    if waiting:                                          # so much slower that every command should say it
+        print(f"blocks of {' and '.join(waiting)} wait in host memory and come to {device} one by one", file=sys.stderr)
+    sd = weights.read(files, last_block, device, dtype, waiting)
+    clip_l = CLIPText.from_state_dict(sd["clip_l"])
+    t5xxl = words = None
+    if "t5xxl" in sd:
+        with reading(files.t5_tokenizer or path, "tokenizer of T5"):
+            words = t5_tokenizer(weights.t5_tokenizer(files))
+        t5xxl = T5.from_state_dict(sd["t5xxl"])
+    if "clip_g" in sd:
+        transformer = MMDiT.from_state_dict(sd["mmdit"])
+        text = TextEncoders(clip_l, CLIPText.from_state_dict(sd["clip_g"]), tokenizer, transformer.config.ctx_dim,
+                            t5xxl, words)
+    else:
+        transformer = Flux.from_state_dict(sd["mmdit"])
+        text = FluxText(clip_l, t5xxl, tokenizer, words, preset.text_length)
+    vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale,
+                              unit_pictures=preset.unit_pictures)
     name = Path(name_or_path).name.removesuffix(".safetensors")
-    model = Seg4Diff(transformer, VAE.from_state_dict(sd["vae"]), text, preset, name, weights.fingerprint(files))
+    model = Seg4Diff(transformer, vae, text, preset, name, weights.fingerprint(files))
     check_fit(model, name_or_path, segment_only)
     if lora is not None:
         load_lora(transformer, lora)
@@ -175,8 +271,59 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     return model
 
 
+WORK = 4e9                          # bytes for what is computed: most of it the autoencoder's maps
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; on the CPU nothing could wait elsewhere, so they are never too few."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def what_waits(sizes: dict[str, int], dtype: torch.dtype, free: float) -> tuple[str, ...]:
+    """Parts whose blocks are to wait in host memory, so that the rest and some work fit: none, T5, or both large ones.
+
+    sizes: values of each part.  SD3's own transformer never waits: it fits any card that can run it.
+    """
+    if "t5xxl" not in sizes:
+        return ()
+    for waiting in ((), ("t5xxl",)):
+        if dtype.itemsize * sum(n for part, n in sizes.items() if part not in waiting) <= free - WORK:
+            return waiting
+    return ("t5xxl",) if "clip_g" in sizes else ("t5xxl", "mmdit")
+
+
+def preset_of(files: weights.Files) -> Preset:
+    """Flux's or SD3's presets by what the files hold; a file's own, in its header, go before."""
+    keys = weights.keys_of_part(files.parts["mmdit"])
+    header = weights.header(files)
+    if weights.is_flux(keys) and "presets" not in header:
+        return flux_preset(guidance=weights.flux_name(keys) == "flux")
+    return Preset.from_header(header)
+
+
+def check_fit_of_flux(model, path, segment_only):
+    """ValueError: parts of a Flux that are not of one model."""
+    cfg = model.transformer.config
+    text = model.text
+    if not (cfg.whole or segment_only):
+        raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
+    side = model.vae.factor * cfg.patch_of(model.vae.channels)               # pixels; ValueError
+    blocks = model.preset.block + 1
+    for what, value, wanted in (
+            ("blocks up to the preset's block", min(blocks, cfg.depth), blocks),
+            ("tokens in CLIP's tokenizer", text.clip_tokenizer.get_vocab_size(), text.clip_l.vocab),
+            ("tokens of T5 beyond its weights", max(0, text.tokenizer.get_vocab_size() - text.t5xxl.vocab), 0),
+            ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
+            ("columns of T5", text.width, cfg.ctx_dim),
+            ("pixels beyond whole patches", model.preset.size % side, 0)):
+        if value != wanted:
+            raise ValueError(f"the parts of {path} do not fit each other: {value} {what}, not {wanted}")
+
+
 def check_fit(model, path, segment_only):
     """ValueError: parts that are not of one model."""
+    if isinstance(model.transformer, Flux):
+        return check_fit_of_flux(model, path, segment_only)
     cfg = model.transformer.config
     vae = model.vae
     text = model.text
@@ -191,6 +338,7 @@ def check_fit(model, path, segment_only):
             ("channels in the MM-DiT's latent", cfg.channels, vae.channels),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
             ("text columns that do not fit the context", max(0, text.width - cfg.ctx_dim), 0),
+            ("columns of T5", cfg.ctx_dim if text.t5xxl is None else text.t5xxl.width, cfg.ctx_dim),
             ("patches of a side beyond the model's positions", max(0, grid - cfg.pos_grid), 0),
             ("pixels beyond whole patches", size % (vae.factor * cfg.patch), 0)):
         if value != wanted:

@@ -10,19 +10,50 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux import Flux
 from mmdit import MMDiT
 from support.checkpoint import check_finite, check_weight
 from support.files import check_kind, read_tensors, reading, replacing
 
 # The layers of a block under the names that LoRA files give them (diffusers'), and where their pair stands here: beside
-# a linear layer, for one group of its rows, as q, k and v are one matrix. MAGNET adapts the image stream; pairs of the
-# text stream can only be loaded.
+# a linear layer, for one group of its rows, as q, k and v are one matrix. MAGNET adapts the image stream; pairs of
+# other layers can only be loaded.
 LORA_LAYERS = {
     "attn.to_q": "x_block.attn.qkv.groups.0", "attn.to_k": "x_block.attn.qkv.groups.1",
     "attn.to_v": "x_block.attn.qkv.groups.2", "attn.to_out.0": "x_block.attn.proj.groups.0",
     "attn.add_q_proj": "context_block.attn.qkv.groups.0", "attn.add_k_proj": "context_block.attn.qkv.groups.1",
     "attn.add_v_proj": "context_block.attn.qkv.groups.2", "attn.to_add_out": "context_block.attn.proj.groups.0"}
+DOUBLE_LAYERS = {
+    "attn.to_q": "img_attn.qkv.groups.0", "attn.to_k": "img_attn.qkv.groups.1", "attn.to_v": "img_attn.qkv.groups.2",
+    "attn.to_out.0": "img_attn.proj.groups.0", "attn.add_q_proj": "txt_attn.qkv.groups.0",
+    "attn.add_k_proj": "txt_attn.qkv.groups.1", "attn.add_v_proj": "txt_attn.qkv.groups.2",
+    "attn.to_add_out": "txt_attn.proj.groups.0", "norm1.linear": "img_mod.lin.groups.0",
+    "norm1_context.linear": "txt_mod.lin.groups.0", "ff.net.0.proj": "img_mlp.0.groups.0",
+    "ff.net.2": "img_mlp.2.groups.0", "ff_context.net.0.proj": "txt_mlp.0.groups.0",
+    "ff_context.net.2": "txt_mlp.2.groups.0"}
+SINGLE_LAYERS = {
+    "attn.to_q": "linear1.groups.0", "attn.to_k": "linear1.groups.1", "attn.to_v": "linear1.groups.2",
+    "proj_mlp": "linear1.groups.3", "proj_out": "linear2.groups.0", "norm.linear": "modulation.lin.groups.0"}
+# our name of a kind of blocks, theirs, and its layers
+BLOCKS = (("joint_blocks", "transformer_blocks", LORA_LAYERS), ("double_blocks", "transformer_blocks", DOUBLE_LAYERS),
+          ("single_blocks", "single_transformer_blocks", SINGLE_LAYERS))
 IMAGE_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+
+def places_of(model):
+    """What can be adapted in a model: a LoRA file's name of each layer -> where its pair stands here."""
+    places = {}
+    for ours, theirs, layers in BLOCKS:
+        for i in range(len(getattr(model, ours, []))):   # Flux has no joint blocks, SD3 none of Flux's
+            for layer, place in layers.items():
+                places[f"{theirs}.{i}.{layer}"] = f"{ours}.{i}.{place}"
+    return places
+
+
+def told(name):
+    """A layer's name as a sentence says it: "attn.to_q of block 3"."""
+    kind, i, layer = name.split(".", 2)
+    return f"{layer} of {'single ' if kind.startswith('single') else ''}block {i}"
 
 
 class LowRank(nn.Module):
@@ -41,31 +72,42 @@ class LowRank(nn.Module):
 class LoRALinear(nn.Module):
     """A linear layer whose rows are cut in groups (q, k, v), each with a low-rank update beside it, zero at first."""
 
-    def __init__(self, base, groups):
+    def __init__(self, base, rows):
         super().__init__()
-        d_out, d_in = base.weight.shape
+        d_in = base.weight.shape[1]
         self.base = base
-        rows = d_out // groups
-        self.groups = nn.ModuleList(LowRank(torch.zeros(1, d_in), torch.zeros(rows, 1)) for _ in range(groups))
+        self.groups = nn.ModuleList(LowRank(torch.zeros(1, d_in), torch.zeros(n, 1)) for n in rows)
 
     def forward(self, x):
         return self.base(x) + torch.cat([group(x) for group in self.groups], dim=-1)              # (..., d_out)
 
 
-def put_pair(model, block, layer, pair):
-    """Put a low-rank pair beside a layer of LORA_LAYERS, on the layer's device."""
-    path, group = f"joint_blocks.{block}.{LORA_LAYERS[layer]}".split(".groups.")
+def rows_of(path, linear):
+    """How many rows each group of a linear layer has: q, k, v (in a single block of Flux the MLP's, too), or all."""
+    d_out, d_in = linear.weight.shape
+    if path.endswith("qkv"):
+        return [d_in, d_in, d_in]
+    if path.endswith("linear1"):
+        return [d_in, d_in, d_in, d_out - 3 * d_in]
+    return [d_out]
+
+
+def put_pair(model, place, pair):
+    """Put a low-rank pair where `places_of` says, on the layer's device."""
+    path, group = place.split(".groups.")
     linear = model.get_submodule(path)
     if not isinstance(linear, LoRALinear):
-        linear = LoRALinear(linear, 3 if path.endswith("qkv") else 1)
+        linear = LoRALinear(linear, rows_of(path, linear))
         linear.groups.to(linear.base.weight.device)
         model.set_submodule(path, linear)
     linear.groups[int(group)] = pair.to(linear.base.weight.device)
 
 
-def add_lora(model: MMDiT, rank: int = 16, alpha: float = 16, generator: torch.Generator | None = None) -> list[Tensor]:
+def add_lora(model: MMDiT | Flux, rank: int = 16, alpha: float = 16, generator: torch.Generator | None = None
+             ) -> list[Tensor]:
     """Freeze the model and put a LoRA on q, k, v and output projection of every block's image stream.
 
+    In a single block of Flux, where both modalities share one stream, on its q, k and v.
     A is Gaussian with std 1/rank (released code), B zero: an exact no-op until trained.
     Returns the parameters to train, fp32 whatever the model's dtype.
     ValueError: a rank below 1, a model that has a LoRA.
@@ -75,16 +117,16 @@ def add_lora(model: MMDiT, rank: int = 16, alpha: float = 16, generator: torch.G
     model.requires_grad_(False)
     D = model.config.width
     params = []
-    for i in range(model.config.depth):
-        for layer in IMAGE_LAYERS:
+    for name, place in places_of(model).items():
+        if name.endswith(IMAGE_LAYERS):
             pair = LowRank(torch.randn(rank, D, generator=generator) / rank, torch.zeros(D, rank), alpha / rank)
-            put_pair(model, i, layer, pair)
+            put_pair(model, place, pair)
             params += pair.parameters()
     return params
 
 
 @torch.no_grad()
-def merge_lora(model: MMDiT) -> MMDiT:
+def merge_lora(model: MMDiT | Flux) -> MMDiT | Flux:
     """W + scale * B A into the weights, row group by row group, and the plain layers back in place."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
@@ -100,14 +142,15 @@ def merge_lora(model: MMDiT) -> MMDiT:
 def base_samples(model):
     """Eight weights of each block, (depth, 8), by which a LoRA knows its base in whatever file and dtype it comes."""
     samples = []
-    for block in model.joint_blocks:
-        linear = block.x_block.attn.qkv
-        w = getattr(linear, "base", linear).weight.flatten()                 # (3*D*D,), of a LoRALinear the base's
-        samples.append(w[::len(w) // 8][:8].float().cpu())
+    for name, place in places_of(model).items():
+        if name.endswith("attn.to_q"):
+            linear = model.get_submodule(place.split(".groups.")[0])
+            w = getattr(linear, "base", linear).weight.flatten()             # (3*D*D,), of a LoRALinear the base's
+            samples.append(w[::len(w) // 8][:8].float().cpu())
     return torch.stack(samples)
 
 
-def save_lora(model: MMDiT, path: str | Path) -> None:
+def save_lora(model: MMDiT | Flux, path: str | Path) -> None:
     """The LoRA alone, under diffusers' key names, with rank, alpha and what its base was; never half written.
 
     ValueError: a model without a LoRA, numbers that are not finite, a file that cannot be written.
@@ -115,14 +158,12 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
     modules = dict(model.named_modules())
     sd = {}
     scales = {}
-    for i in range(model.config.depth):
-        for layer, place in LORA_LAYERS.items():
-            pair = modules.get(f"joint_blocks.{i}.{place}")
-            if pair is not None:
-                key = f"transformer_blocks.{i}.{layer}"
-                scales[key] = len(pair.A), pair.scale * len(pair.A)          # rank, alpha
-                for side, matrix in pair.state_dict().items():
-                    sd[f"transformer.{key}.lora_{side}.weight"] = check_finite(matrix, f"{side} of {key}").contiguous()
+    for key, place in places_of(model).items():
+        pair = modules.get(place)
+        if pair is not None:
+            scales[key] = len(pair.A), pair.scale * len(pair.A)              # rank, alpha
+            for side, matrix in pair.state_dict().items():
+                sd[f"transformer.{key}.lora_{side}.weight"] = check_finite(matrix, f"{side} of {key}").contiguous()
     if not sd:
         raise ValueError("this model has no LoRA that could be saved; add_lora first")
     rank, alpha = next(iter(scales.values()))
@@ -135,41 +176,49 @@ def save_lora(model: MMDiT, path: str | Path) -> None:
         save_file(sd, new, {"format": "pt", "base": json.dumps(base), "lora_adapter_metadata": json.dumps(adapter)})
 
 
-def load_lora(model: MMDiT, path: str | Path) -> None:
+def load_lora(model: MMDiT | Flux, path: str | Path) -> None:
     """Put a LoRA file's layers into the model: ours, diffusers' (peft) .safetensors, or the authors' .pth.
 
     Pairs of blocks that a model read for segmentation lacks are left out.
     ValueError: another base, misshapen pairs, layers that are not adapted here, nothing that fits.
     """
     pairs, base = read_lora(path)
-    D = model.config.width
     depth = model.config.depth
     if base is not None:
         samples = base["samples"][:depth]                                    # (depth, 8); bf16 keeps 8 bits
         if len(samples) < depth or not torch.allclose(base_samples(model), samples, rtol=0.02, atol=1e-5):
             raise ValueError(f"{path} is for another model (width {base['width']}, {base['depth']} blocks); use that")
     modules = dict(model.named_modules())
-    fits = {(i, layer): pair for (i, layer), pair in pairs.items() if i < depth or model.config.whole}
-    for (i, layer), pair in (fits or pairs).items():     # where none fits, the first one is named
-        linear = LORA_LAYERS.get(layer, "unknown").split(".groups.")[0]
-        if f"joint_blocks.{i}.{linear}" not in modules:
-            raise ValueError(f"{path} adapts {layer} of block {i}, but there is no such layer: this model has blocks 0 "
-                             f"to {depth - 1}, and what can be adapted in them is {', '.join(LORA_LAYERS)}")
+    places = places_of(model)
+    blocks = {tuple(name.split(".")[:2]) for name in places}                 # ("transformer_blocks", "3")
+    fits = {}
+    for name, pair in pairs.items():
+        if model.config.whole or tuple(name.split(".")[:2]) in blocks:
+            fits[name] = pair
+    for name, pair in (fits or pairs).items():           # where none fits, the first one is named
+        layer, _, group = places.get(name, "unknown").partition(".groups.")
+        if layer not in modules:
+            layers = dict.fromkeys(known.split(".", 2)[2] for known in places)
+            raise ValueError(f"{path} adapts {told(name)}, but there is no such layer: this model has blocks 0 to "
+                             f"{depth - 1}, and what can be adapted in them is {', '.join(layers)}")
+        linear = getattr(modules[layer], "base", modules[layer])
         rank = len(pair.A)
-        if pair.A.shape != (rank, D) or pair.B.shape != (D, rank):
-            raise ValueError(f"{path} does not fit: {layer} of block {i} takes A (rank, {D}) and B ({D}, rank), not "
+        d_in = linear.weight.shape[1]
+        d_out = rows_of(layer, linear)[int(group)]
+        if pair.A.shape != (rank, d_in) or pair.B.shape != (d_out, rank):
+            raise ValueError(f"{path} does not fit: {told(name)} takes A (rank, {d_in}) and B ({d_out}, rank), not "
                              f"{tuple(pair.A.shape)} and {tuple(pair.B.shape)}")
-    for (i, layer), pair in fits.items():
-        put_pair(model, i, layer, pair)
+    for name, pair in fits.items():
+        put_pair(model, places[name], pair)
 
 
-LORA_KEY = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+LORA_KEY = re.compile(r"(?:.*\.)?((?:single_)?transformer_blocks)\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
-def read_lora(path: str | Path) -> tuple[dict[tuple[int, str], LowRank], dict | None]:
+def read_lora(path: str | Path) -> tuple[dict[str, LowRank], dict | None]:
     """A LoRA in diffusers' (peft) naming: .safetensors, or a PyTorch .pth (the authors'), whose pickle cannot run code.
 
-    Returns {(block, diffusers' name of a layer): pair}, and what save_lora noted of the model it was trained on.
+    Returns {diffusers' name of a layer: pair}, and what save_lora noted of the model it was trained on.
     ValueError: no such file, broken, no LoRA in it, half a pair, another naming, numbers that are not finite.
     """
     meta = {}
@@ -194,20 +243,20 @@ def read_pairs(sd, adapter):
     for key in keys:
         match = LORA_KEY.fullmatch(str(key))
         if match is None:
-            raise ValueError(f"it holds {key!r}, which is not diffusers' (peft) name of a layer of SD3's transformer")
-        i, layer, side = match.groups()
-        pair = matrices.setdefault((int(i), layer), {})
+            raise ValueError(f"it holds {key!r}, which is not diffusers' (peft) name of a layer of the transformer")
+        kind, i, layer, side = match.groups()
+        name = f"{kind}.{int(i)}.{layer}"
+        pair = matrices.setdefault(name, {})
         if side in pair:
-            raise ValueError(f"it holds lora_{side} of {layer} of block {int(i)} twice")
+            raise ValueError(f"it holds lora_{side} of {told(name)} twice")
         pair[side] = check_finite(check_weight(key, sd[key]).float(), f"values of {key!r}")
     pairs = {}
-    for (i, layer), pair in matrices.items():
+    for name, pair in matrices.items():
         if len(pair) < 2:
-            raise ValueError(f"it is incomplete: {layer} of block {i} has lora_{next(iter(pair))} alone")
+            raise ValueError(f"it is incomplete: {told(name)} has lora_{next(iter(pair))} alone")
         if pair["A"].ndim != 2 or len(pair["A"]) < 1:
-            raise ValueError(f"A of {layer} of block {i} should be (rank, columns), not {tuple(pair['A'].shape)}")
-        scale = scale_of(adapter, f"transformer_blocks.{i}.{layer}", len(pair["A"]))
-        pairs[i, layer] = LowRank(pair["A"], pair["B"], scale)
+            raise ValueError(f"A of {told(name)} should be (rank, columns), not {tuple(pair['A'].shape)}")
+        pairs[name] = LowRank(pair["A"], pair["B"], scale_of(adapter, name, len(pair["A"])))
     return pairs
 
 

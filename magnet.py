@@ -142,14 +142,14 @@ def features(model: Seg4Diff, pair: Pair, by_name: bool) -> Features:
 
     Of these names it takes as many as fit, and puts them in the order of the data set (released code, COCO).
     """
-    side = model.preset.size // model.vae.factor // model.transformer.config.patch
+    side = model.grid
     masks = patch_masks(pair.masks, (side, side))                            # (K, N)
     order = masks.sum(1).argsort(descending=True, stable=True).tolist()
     keep = [k for k in order if masks[k].any()][:MAX_MASKS]
     prompt = pair.caption
     if by_name:
         ends = np.cumsum([model.text.n_tokens(pair.names[k]) for k in keep])
-        keep = sorted(keep[:np.count_nonzero(ends <= model.text.length - 2)])
+        keep = sorted(keep[:np.count_nonzero(ends <= model.text.room)])
         prompt = [pair.names[k] for k in keep]
     cond = model.text.encode([prompt])
     z0 = seg4diff.encode_image(model, pair.image)                            # (1, C, ., .)

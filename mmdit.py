@@ -306,14 +306,29 @@ class JointBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, width, columns):
         super().__init__()
-        self.linear = nn.Linear(cfg.width, cfg.patch ** 2 * cfg.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
+        self.linear = nn.Linear(width, columns)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)             # 2 x (B, D)
-        return self.linear(modulate(x, shift, scale))                        # (B, N, patch^2 * C)
+        return self.linear(modulate(x, shift, scale))                        # (B, N, columns)
+
+
+def check_run(cfg, p, z, capture, stop_at, edit, mix):
+    """ValueError: blocks, or sides of the latent z, that do not fit a model of this config with patches of p x p."""
+    last = cfg.depth - 1
+    for i in {*capture, *edit, *mix, last if stop_at is None else stop_at}:
+        if not 0 <= i <= last:
+            raise ValueError(f"there is no block {i}: this model's blocks are 0 to {last}")
+    if edit.keys() & mix.keys():
+        raise ValueError(f"blocks {sorted(edit.keys() & mix.keys())} are in both edit and mix; choose one for each")
+    if stop_at is None and not cfg.whole:
+        raise ValueError(f"of this model only blocks 0 to {last} are loaded: it can segment, not generate")
+    height, width = z.shape[-2:]
+    if height % p or width % p:
+        raise ValueError(f"a latent of {height} x {width} cannot be cut in patches of {p} x {p}")
 
 
 class MMDiT(nn.Module):
@@ -327,7 +342,7 @@ class MMDiT(nn.Module):
         self.y_embedder = Embedder(cfg.pooled_dim, cfg.width)
         self.context_embedder = nn.Linear(cfg.ctx_dim, cfg.width)
         self.joint_blocks = nn.ModuleList(JointBlock(cfg, i) for i in range(cfg.depth))
-        self.final_layer = FinalLayer(cfg)
+        self.final_layer = FinalLayer(cfg.width, cfg.patch ** 2 * cfg.channels)
 
     @staticmethod
     def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None) -> "MMDiT":
@@ -339,6 +354,11 @@ class MMDiT(nn.Module):
             model = MMDiT(MMDiTConfig.from_state_dict(sd))
         return assign(model, sd, "MM-DiT", device, dtype)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks, under the name that Flux has for its two kinds."""
+        return self.joint_blocks
+
     def positions(self, h: int, w: int) -> Tensor:
         """The centre h x w of the stored grid of position embeddings, (1, N, D); never interpolated."""
         side = self.config.pos_grid
@@ -347,21 +367,6 @@ class MMDiT(nn.Module):
         top = (side - h) // 2
         left = (side - w) // 2
         return self.pos_embed.view(1, side, side, -1)[:, top:top + h, left:left + w].flatten(1, 2)     # (1, N, D)
-
-    def check(self, z, capture, stop_at, edit, mix):
-        """ValueError: blocks, or sides of the latent z, that do not fit this model."""
-        last = self.config.depth - 1
-        for i in {*capture, *edit, *mix, last if stop_at is None else stop_at}:
-            if not 0 <= i <= last:
-                raise ValueError(f"there is no block {i}: this model's blocks are 0 to {last}")
-        if edit.keys() & mix.keys():
-            raise ValueError(f"blocks {sorted(edit.keys() & mix.keys())} are in both edit and mix; choose one for each")
-        if stop_at is None and not self.config.whole:
-            raise ValueError(f"of this model only blocks 0 to {last} are loaded: it can segment, not generate")
-        p = self.config.patch
-        height, width = z.shape[-2:]
-        if height % p or width % p:
-            raise ValueError(f"a latent of {height} x {width} cannot be cut in patches of {p} x {p}")
 
     def forward(self, z: Tensor, sigma: Tensor, ctx: Tensor, pooled: Tensor, *, capture: Collection[int] = (),
                 stop_at: int | None = None, edit: Mapping[int, Edit] | None = None,
@@ -377,8 +382,8 @@ class MMDiT(nn.Module):
         """
         edit = edit or {}
         mix = mix or {}
-        self.check(z, capture, stop_at, edit, mix)
         p = self.config.patch
+        check_run(self.config, p, z, capture, stop_at, edit, mix)
         grid = z.shape[-2] // p, z.shape[-1] // p                            # (h, w)
         x = self.x_embedder(z) + self.positions(*grid)                       # (B, N, D)
         text = self.context_embedder(ctx)                                    # (B, M, D)

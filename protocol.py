@@ -24,9 +24,9 @@ from support.metrics import BORDERS, NAMED, UNNAMED, Scoring, border_counts, cla
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
-CODE = ("protocol.py", "seg4diff.py", "readings.py", "sampling.py", "loading.py", "mmdit.py", "vae.py", "text.py",
-        "lora.py", "support/checkpoint.py", "support/weights.py", "support/data.py", "support/files.py",
-        "support/metrics.py", "support/ledger.py", "support/classes.json", "nano/scenes.py")
+CODE = ("protocol.py", "seg4diff.py", "readings.py", "sampling.py", "loading.py", "mmdit.py", "flux.py", "vae.py",
+        "text.py", "t5.py", "lora.py", "support/checkpoint.py", "support/weights.py", "support/data.py",
+        "support/files.py", "support/metrics.py", "support/ledger.py", "support/classes.json", "nano/scenes.py")
 
 # ---------------------------------------------------------------------------- variants: model -> list[Variant]
 
@@ -75,7 +75,7 @@ def heads(m):
 def timesteps(m):
     """Fig. 15: noise levels, by the number of steps that are left."""
     steps = m.preset.steps
-    schedule = seg4diff.sigmas(steps, m.preset.shift).tolist()
+    schedule = m.preset.sigmas(steps).tolist()
     return [Variant(f"t = {n} of {steps}", m.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
 
 
@@ -252,8 +252,7 @@ class Evaluation(NamedTuple):
     @property
     def grid(self):
         """(h, w) of the model's patches."""
-        side = self.model.preset.size // self.model.vae.factor // self.model.transformer.config.patch
-        return side, side
+        return self.model.grid, self.model.grid
 
     def read(self, name: str) -> Item:
         """A picture and its truth, cropped if the protocol says so."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loading import Seg4Diff, noise, sigmas
+from loading import Seg4Diff, noise
 from support.checkpoint import check_finite
 from support.pictures import to_image
 from text import TextCond
@@ -75,7 +75,7 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
 
     def velocity(z, sigma):
         z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
-        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix)
+        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix, **model.preset.distilled)
         vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
         vel_cond = guided = vel[0]
         if cfg != 1:
@@ -109,7 +109,7 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
         raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; to blur alone name perturb")
     blocks = [preset.block] if blocks is None else blocks
     side = preset.size // model.vae.factor
-    schedule = sigmas(preset.steps, preset.shift).to(model.device)           # (S+1,)
+    schedule = preset.sigmas(preset.steps).to(model.device)                  # (S+1,)
     images = []
     for start in range(0, len(prompts), preset.batch):
         part = prompts[start:start + preset.batch]

@@ -332,7 +332,7 @@ def run_segment(args):
 def run_generate(args):
     check_out(args.out)
     Preset().changed(steps=args.steps, cfg=args.cfg, noise_steps=0)          # ValueError before the model is loaded
-    model = load(args.model, args.device, args.dtype, lora=args.lora)
+    model = load(args.model, args.device, args.dtype, lora=args.lora, t5=args.t5).guided(args.guidance)
     steps = model.preset.steps if args.steps is None else args.steps
     batches = math.ceil(len(args.prompts) / model.preset.batch)
     with tqdm(total=steps * batches, desc="sampling", unit="step") as bar:
@@ -357,6 +357,8 @@ if __name__ == "__main__":
     gen.add_argument("prompts", nargs="+", metavar="PROMPT")
     gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
+    gen.add_argument("--guidance", type=float, help="strength that Flux.1-dev reads; the preset's, 3.5, if not given")
+    gen.add_argument("--t5", type=Path, help="SD3: T5's file, which the paper leaves out; tokenizer.json beside it")
     gen.add_argument("--pag", type=float, default=0.0, help="scale s of the perturbed guidance (Eq. 7); 0: none")
     gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag; the expert block if not given")
     gen.add_argument("--perturb", type=int, nargs="+", default=(), help="blocks whose I2T is blurred (Fig. 5)")

@@ -1,7 +1,8 @@
 """From words to what an MM-DiT reads: tokens, the CLIP-L and CLIP-G text towers, context and pooled vector.
 
-Context rows are [CLIP-L | CLIP-G], zero-padded to the context width, followed by as many zero rows in the
-place of the T5 encoder, which the paper leaves out (A.1).  Key names are those of the published files.
+SD3's context rows are [CLIP-L | CLIP-G], zero-padded to the context width, followed by as many zero rows in the
+place of the T5 encoder, which the paper leaves out (A.1).  Flux's are T5's (t5.py) alone, and CLIP-L makes its pooled
+vector.  Key names are those of the published files.
 
     cond = text.encode([["bicycle", "cat", "person"]])      # cond.spans[0][1]: the columns of "cat"
 """
@@ -14,6 +15,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from support.checkpoint import Device, Dtype, assign, count, shape
+from t5 import T5
 
 # ---------------------------------------------------------------------------- tokens
 
@@ -48,6 +50,39 @@ def clip_tokenizer(merges: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True),
                                                        pre_tokenizers.ByteLevel(False, use_regex=False)])
     return tokenizer
+
+
+class Marks(NamedTuple):
+    """The tokens that a prompt is put between and filled up with."""
+    start: str | None
+    end: str
+    pad: str
+
+
+CLIP_MARKS = Marks("<|startoftext|>", "<|endoftext|>", "<|endoftext|>")
+T5_MARKS = Marks(None, "</s>", "<pad>")
+
+
+def tokenize(tokenizer: Tokenizer, marks: Marks, length: int, prompt: str | list[str]
+             ) -> tuple[list[int], list[str], list[slice]]:
+    """A prompt, or class names that become one ("a", "b c" -> "a b c") -> ids, token strings, spans.
+
+    ids are padded to `length`.  A span holds the columns of a name's tokens (of a plain prompt: of each word's).  A
+    name that was cut off keeps the tokens that are left, or gets an empty slice.
+    """
+    ids = [] if marks.start is None else [tokenizer.token_to_id(marks.start)]
+    pieces = ["<sos>"] * len(ids)
+    spans = []
+    for name in prompt.split() if isinstance(prompt, str) else prompt:       # no token crosses a space: one by one
+        encoding = tokenizer.encode(name, add_special_tokens=False)
+        encoding.truncate(length - 1 - len(ids))                             # the end needs a column
+        spans.append(slice(len(ids), len(ids) + len(encoding)))
+        ids += encoding.ids
+        # CLIP marks the end of a word, T5 its beginning
+        pieces += [piece.removesuffix("</w>").removeprefix("\u2581") for piece in encoding.tokens]
+    pad = length - 1 - len(ids)
+    ids += [tokenizer.token_to_id(marks.end)] + [tokenizer.token_to_id(marks.pad)] * pad
+    return ids, [*pieces, "<eos>"] + ["<pad>"] * pad, spans
 
 
 # ---------------------------------------------------------------------------- one tower
@@ -131,6 +166,10 @@ class CLIPText(nn.Module):
             tower = CLIPText(vocab, positions, width, hidden, layers, quick_gelu=is_l, project=proj is not None)
         return assign(tower, sd, "CLIP text tower", device, dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self.text_model.final_layer_norm.weight.device
+
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) -> hidden (B, L, W) after the last but one layer, not normed; pooled (B, P): the last
         layer's row at the first end-of-text token (the largest id), normed and projected."""
@@ -148,23 +187,46 @@ class CLIPText(nn.Module):
 
 
 class TextCond(NamedTuple):
-    ctx: Tensor                         # (B, M, ctx_dim); the first M/2 rows are CLIP's, the rest T5's zeros
+    ctx: Tensor                         # (B, M, ctx_dim); SD3: M/2 rows of CLIP, then zeros for T5; Flux: T5's rows
     pooled: Tensor                      # (B, pooled_dim)
-    tokens: list[list[str]]             # what stands in each CLIP row, padding included
+    tokens: list[list[str]]             # what stands in each row of CLIP (Flux: of T5), padding included
     spans: list[list[slice]]            # for each prompt, the rows of each of its names
 
 
+KEPT = 16                           # lists of prompts; a prompt of Flux takes 4 MB in bf16
+
+
+def remembered(text, prompts):
+    """What `text.run` makes of prompts.  What inference has encoded is remembered, KEPT lists of prompts at most.
+
+    Noise levels and draws of one picture share its prompts, and all pictures the empty one; T5 is slow to ask again.
+    """
+    key = str(prompts)
+    if not torch.is_inference_mode_enabled():            # training changes the weights, and wants gradients
+        return text.run(prompts)
+    if key not in text.remembered:
+        if len(text.remembered) == KEPT:
+            text.remembered.clear()
+        text.remembered[key] = text.run(prompts)
+    return text.remembered[key]
+
+
 class TextEncoders(nn.Module):
-    def __init__(self, clip_l, clip_g, tokenizer, ctx_dim):
+    """What SD3 reads: both CLIP towers, and where they are given T5 and its tokenizer in place of the zero rows."""
+
+    def __init__(self, clip_l, clip_g, tokenizer, ctx_dim, t5xxl=None, t5_tokenizer=None):
         super().__init__()
         if isinstance(clip_g.text_projection, nn.Identity):
             raise ValueError("the CLIP-G tower has no text_projection.weight: it is incomplete, or a CLIP-L tower")
         self.clip_l = clip_l
         self.clip_g = clip_g
+        self.t5xxl = t5xxl
+        self.t5_tokenizer = t5_tokenizer
         self.tokenizer = tokenizer
         self.ctx_dim = ctx_dim
         self.vocab = clip_l.vocab                        # tokens that have a row in the embedding
-        self.length = clip_l.positions                   # rows of a tower: start, up to length - 2 tokens, end, padding
+        self.length = clip_l.positions                   # rows of a tower: start, up to `room` tokens, end, padding
+        self.room = self.length - 2
         self.width = clip_l.width + clip_g.width         # columns of the context that text fills
         self.pooled_dim = clip_l.width + clip_g.text_projection.out_features
         self.remembered = {}                             # prompts -> what `encode` made of them
@@ -174,64 +236,84 @@ class TextEncoders(nn.Module):
         return len(self.tokenizer.encode(name).ids)
 
     def tokenize(self, prompt: str | list[str]) -> tuple[list[int], list[str], list[slice]]:
-        """A prompt, or class names that become one ("a", "b c" -> "a b c") -> ids, token strings, spans.
-
-        ids are padded to `length` as for CLIP-L.  A span holds the columns of a name's tokens (of a plain prompt: of
-        each word's).  A name that was cut off keeps the tokens that are left, or gets an empty slice.
-        """
-        ids = [self.tokenizer.token_to_id("<|startoftext|>")]
-        pieces = ["<sos>"]
-        spans = []
-        for name in prompt.split() if isinstance(prompt, str) else prompt:   # no token crosses a space: one by one
-            encoding = self.tokenizer.encode(name)
-            encoding.truncate(self.length - 1 - len(ids))                    # the end needs a column
-            spans.append(slice(len(ids), len(ids) + len(encoding)))
-            ids += encoding.ids
-            pieces += [piece.removesuffix("</w>") for piece in encoding.tokens]
-        end = self.tokenizer.token_to_id("<|endoftext|>")
-        pad = self.length - 1 - len(ids)
-        return ids + [end] * (1 + pad), [*pieces, "<eos>"] + ["<pad>"] * pad, spans
+        """A prompt, or class names that become one -> ids padded to `length` as for CLIP-L, token strings, spans."""
+        return tokenize(self.tokenizer, CLIP_MARKS, self.length, prompt)
 
     def encode(self, prompts: list[str] | list[list[str]]) -> TextCond:
         """B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
 
-        A prompt that is too long is cut after `length` - 2 tokens, as published; callers that must not lose a
-        name count with n_tokens first.  What inference has encoded is remembered, 16 lists of prompts at most: noise
-        levels and draws of one picture share its prompts, and all pictures the empty one.
+        A prompt that is too long is cut after `room` tokens, as published; callers that must not lose a
+        name count with n_tokens first.  What inference has encoded is remembered.
         """
-        key = str(prompts)
-        if not torch.is_inference_mode_enabled():        # training changes the weights, and wants gradients
-            return self.run(prompts)
-        if key not in self.remembered:
-            if len(self.remembered) == 16:
-                self.remembered.clear()
-            self.remembered[key] = self.run(prompts)
-        return self.remembered[key]
+        return remembered(self, prompts)
 
     def run(self, prompts):
         """`encode` without a memory."""
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
-        ids = torch.tensor(ids, device=self.clip_l.text_model.final_layer_norm.weight.device)    # (B, L)
+        ids = torch.tensor(ids, device=self.clip_l.device)                   # (B, L)
         after_end = torch.arange(self.length, device=ids.device) > ids.argmax(-1, keepdim=True)  # (B, L)
         hidden_l, pooled_l = self.clip_l(ids)                                # (B, L, W_l), (B, W_l)
         hidden_g, pooled_g = self.clip_g(ids.masked_fill(after_end, 0))      # CLIP-G pads with 0, CLIP-L with the end
         clip = torch.cat([hidden_l, hidden_g], dim=-1)                       # (B, L, W_l+W_g)
         # zero columns up to ctx_dim on the right, L zero rows below in T5's place
         ctx = F.pad(clip, (0, self.ctx_dim - self.width, 0, self.length))    # (B, 2L, ctx_dim)
+        if self.t5xxl is not None:
+            t5_ids = [tokenize(self.t5_tokenizer, T5_MARKS, self.length, prompt)[0] for prompt in prompts]
+            ctx[:, self.length:] = self.t5xxl(torch.tensor(t5_ids, device=self.t5xxl.device))
         return TextCond(ctx, torch.cat([pooled_l, pooled_g], dim=-1), list(tokens), list(spans))
+
+
+class FluxText(nn.Module):
+    """What Flux reads: T5's rows as context, CLIP-L's pooled vector; the other face of TextEncoders."""
+
+    def __init__(self, clip_l: CLIPText, t5xxl: T5, clip_tokenizer: Tokenizer, tokenizer: Tokenizer, length: int):
+        super().__init__()
+        self.clip_l = clip_l
+        self.t5xxl = t5xxl
+        self.clip_tokenizer = clip_tokenizer
+        self.tokenizer = tokenizer                       # T5's
+        self.length = length                             # rows of T5: up to `room` tokens, end, padding
+        self.room = length - 1
+        self.width = t5xxl.width                         # columns of the context
+        self.pooled_dim = clip_l.width
+        self.remembered = {}                             # as in TextEncoders
+
+    def n_tokens(self, name: str) -> int:
+        """How many tokens of T5 a text takes, the end not counted."""
+        return len(self.tokenizer.encode(name, add_special_tokens=False).ids)
+
+    def tokenize(self, prompt: str | list[str]) -> tuple[list[int], list[str], list[slice]]:
+        """A prompt, or class names that become one -> T5's ids padded to `length`, token strings, spans."""
+        return tokenize(self.tokenizer, T5_MARKS, self.length, prompt)
+
+    def encode(self, prompts: list[str] | list[list[str]]) -> TextCond:
+        """B prompts (or lists of class names) -> context (B, length, W), pooled vector (B, W_l), tokens and spans.
+
+        Padding is attended to, in T5 and in Flux, as published.  What is too long is cut, for each tower by itself.
+        What inference has encoded is remembered.
+        """
+        return remembered(self, prompts)
+
+    def run(self, prompts):
+        """`encode` without a memory."""
+        clip_ids = [tokenize(self.clip_tokenizer, CLIP_MARKS, self.clip_l.positions, prompt)[0] for prompt in prompts]
+        ids, tokens, spans = zip(*map(self.tokenize, prompts))
+        _, pooled = self.clip_l(torch.tensor(clip_ids, device=self.clip_l.device))               # (B, W_l)
+        ctx = self.t5xxl(torch.tensor(ids, device=self.t5xxl.device))        # (B, L, W)
+        return TextCond(ctx.to(pooled), pooled, list(tokens), list(spans))
 
 
 # ---------------------------------------------------------------------------- class names -> prompts
 
 
-def split_classes(text: TextEncoders, classes: Sequence[str]) -> list[list[str]]:
+def split_classes(text: TextEncoders | FluxText, classes: Sequence[str]) -> list[list[str]]:
     """Class names -> as few prompts as hold them all, equally full as far as order allows; no name is cut.
 
     ValueError: no names, a name without tokens, a name longer than a prompt.
     """
     if not classes:
         raise ValueError("the list of classes is empty; name at least one thing to segment")
-    limit = text.length - 2
+    limit = text.room
     sizes = [text.n_tokens(name) for name in classes]
     for name, n in zip(classes, sizes):
         if n == 0:

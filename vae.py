@@ -1,4 +1,4 @@
-"""The autoencoder of SD3: pictures in [-1, 1] <-> 16-channel latents at 1/8 of the side.
+"""The autoencoder of SD3 and Flux: pictures in [-1, 1] <-> 16-channel latents at 1/8 of the side.
 
 Key names and forward pass are those of the published checkpoints (`first_stage_model.`), so a state dict
 loads as it is; every width and the number of levels are read off its shapes.  Latent shift and scale are
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from support.checkpoint import Device, Dtype, assign, count, full_float32, shape
 
 SHIFT, SCALE = 0.0609, 1.5305       # SD3 and SD3.5: z = (mean - SHIFT) * SCALE has about unit variance
+FLUX_SHIFT, FLUX_SCALE = 0.1159, 0.3611
 
 
 class Norm(nn.GroupNorm):
@@ -153,8 +154,11 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    def __init__(self, widths, enc_blocks, dec_blocks, latent):
+    def __init__(self, widths, enc_blocks, dec_blocks, latent, shift=SHIFT, scale=SCALE, unit_pictures=False):
         super().__init__()
+        self.shift = shift
+        self.scale = scale
+        self.unit_pictures = unit_pictures              # NOTE(official): the released Flux code encodes [0, 1]
         # The number of groups leaves no trace in a checkpoint: 32 in every published one; nano's narrow
         # levels cannot be cut in 32 and use 4.
         groups = 32 if widths[0] % 32 == 0 else 4
@@ -164,29 +168,34 @@ class VAE(nn.Module):
         self.decoder = Decoder(widths, dec_blocks, latent, groups)
 
     @staticmethod
-    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None) -> "VAE":
+    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None, *, shift: float = SHIFT,
+                        scale: float = SCALE, unit_pictures: bool = False) -> "VAE":
         """A VAE of the shapes found in `sd` (keys `encoder.*`, `decoder.*`), holding those very tensors.
 
+        Shift and scale of its latents leave no trace in a checkpoint: SD3's, or Flux's by the loader's word.
+        unit_pictures: encode() takes its pictures from [-1, 1] to [0, 1] first, which no autoencoder was trained with.
         ValueError names missing, surplus and misshapen keys.
         """
         levels = count(sd, "encoder.down.")
         widths = tuple(shape(sd, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
         with torch.device("meta"):
             vae = VAE(widths, count(sd, "encoder.down.0.block."), count(sd, "decoder.up.0.block."),
-                      shape(sd, "decoder.conv_in.weight", 4)[1])
+                      shape(sd, "decoder.conv_in.weight", 4)[1], shift, scale, unit_pictures)
         return assign(vae, sd, "VAE", device, dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, px, px) in [-1, 1] -> latent (B, C, px/8, px/8): the posterior's mean, shifted and scaled."""
         assert not any(side % self.factor for side in x.shape[-2:]), \
             f"image {tuple(x.shape[-2:])} must have sides that are multiples of {self.factor}"
+        if self.unit_pictures:
+            x = (x + 1) / 2
         with full_float32():
             x = x.contiguous(memory_format=torch.channels_last)              # a CPU's convolutions copy less then
             mean, _ = self.encoder(x).chunk(2, dim=1)   # mean, log-variance: (B, C, px/8, px/8) each
-        return (mean - SHIFT) * SCALE
+        return (mean - self.shift) * self.scale
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (B, C, px/8, px/8) -> picture (B, 3, px, px), about [-1, 1]; clamp before showing it."""
         with full_float32():
-            z = (z / SCALE + SHIFT).contiguous(memory_format=torch.channels_last)
+            z = (z / self.scale + self.shift).contiguous(memory_format=torch.channels_last)
             return self.decoder(z)

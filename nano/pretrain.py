@@ -3,6 +3,7 @@
     python nano/pretrain.py --samples 150000              # on CPU; again after a kill: goes on where it stopped
     python nano/pretrain.py --init nano/nano.safetensors --low 0 --run nano/run/more     # trains nano on
     python nano/pretrain.py --init nano/run/nano.safetensors --depth 8 --low 0 --run nano/run/grown  # adds blocks
+    python nano/pretrain.py --arch flux --vae nano/nano.safetensors --run nano/run/flux     # Flux's architecture
     python nano/pretrain.py --device cuda --samples 2000000 --batch 256 --width 256 --depth 8 --run nano/run/gpu
 
 Five stages; the first three are skipped when their result lies in --run: draw the scenes, train the VAE, encode
@@ -36,8 +37,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import protocol  # noqa: E402
 import seg4diff  # noqa: E402
+from flux import Flux  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from nano import scenes  # noqa: E402
+from nano.flux_model import new_flux  # noqa: E402
 from nano.train_vae import LATENT, encode_latents, train_vae  # noqa: E402
 from nano.training import Progress, check_trained, optimise, optimisers, resume, save_state  # noqa: E402
 from support import pictures, weights  # noqa: E402
@@ -45,12 +48,12 @@ from support.checkpoint import pick_device  # noqa: E402
 from support.cli import Parser, at_least, command, positive, show  # noqa: E402
 from support.data import DATASETS  # noqa: E402
 from support.files import read_json, reading, replacing, write_json, write_picture  # noqa: E402
-from text import HEAD_DIM, CLIPText, TextEncoders, clip_tokenizer  # noqa: E402
+from text import HEAD_DIM, CLIPText, FluxText, TextEncoders, clip_tokenizer  # noqa: E402
 from vae import VAE  # noqa: E402
 
 # What a run cannot change on the way.
-FIXED = ("init", "seed", "scenes", "vae_widths", "width", "depth", "head_dim", "text_widths", "text_layers",
-         "text_length")
+FIXED = ("arch", "init", "vae", "seed", "scenes", "vae_widths", "width", "depth", "flux_blocks", "mlp_ratio",
+         "head_dim", "text_widths", "text_layers", "text_length")
 
 # ---------------------------------------------------------------------------- 1. scenes
 
@@ -118,10 +121,13 @@ def sincos_grid(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width)
 
 
-def initialise(mmdit: MMDiT) -> None:
+ZEROS = ("adaLN", "_mod.lin", "modulation.lin", "final_layer.linear")       # gates and output, SD3's and Flux's
+
+
+def initialise(mmdit: MMDiT | Flux) -> None:
     """Xavier for matrices, zero for gates and output: every block starts as the identity."""
     for name, p in mmdit.named_parameters():
-        if "adaLN" in name or "final_layer.linear" in name or name.endswith("bias"):
+        if any(part in name for part in ZEROS) or name.endswith("bias"):
             nn.init.zeros_(p)
         elif p.ndim >= 2:
             nn.init.xavier_uniform_(p.flatten(1))
@@ -145,10 +151,17 @@ def grow(mmdit: MMDiT, depth: int) -> MMDiT:
     return deeper
 
 
-def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoders, list[str]]:
-    """MM-DiT (q/k-normed, so that its head width can be read off the file), two small CLIP towers, merges."""
+def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT | Flux, TextEncoders | FluxText, list[str]]:
+    """MM-DiT (q/k-normed, so that its head width can be read off the file), two small CLIP towers, merges.
+
+    With --arch flux: a Flux, T5 and CLIP-L.
+    """
     torch.manual_seed(args.seed)
     merges = word_merges(scenes.words())
+    if args.arch == "flux":
+        flux, text = new_flux(args, latent, scenes.words(), merges)
+        initialise(flux)
+        return flux, text, merges
     vocab = 2 * 256 + len(merges) + 2
     towers = []
     for width, is_l in zip(args.text_widths, (True, False)):
@@ -160,37 +173,43 @@ def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT, TextEncoder
     pooled = sum(args.text_widths)
     ctx_dim = 256 * math.ceil(pooled / 256)
     mmdit = MMDiT(MMDiTConfig(width=args.width, depth=args.depth or 6, head_dim=args.head_dim, patch=1, channels=latent,
-                              pos_grid=24, ctx_dim=ctx_dim, pooled_dim=pooled, mlp=4 * args.width, time_dim=128,
-                              qk_norm=True))
+                              pos_grid=24, ctx_dim=ctx_dim, pooled_dim=pooled, mlp=args.mlp_ratio * args.width,
+                              time_dim=128, qk_norm=True))
     mmdit.pos_embed.copy_(sincos_grid(24, args.width))
     initialise(mmdit)
     return mmdit, TextEncoders(*towers, clip_tokenizer(merges), ctx_dim), merges
 
 
-def read_model(args: argparse.Namespace) -> tuple[MMDiT, TextEncoders, list[str], VAE]:
-    """The same of the file --init and its VAE, with more blocks if --depth says so."""
+def read_model(args: argparse.Namespace) -> tuple[MMDiT | Flux, TextEncoders | FluxText, list[str], VAE]:
+    """The same of the file --init and its VAE, with more blocks if --depth says so.  ValueError: a Flux cannot grow."""
     model = seg4diff.load(args.init, "cpu", torch.float32)
     mmdit = model.transformer
     if args.depth is not None:
+        if isinstance(mmdit, Flux):
+            raise ValueError(f"{args.init} is a Flux, to which --depth adds no blocks")
         torch.manual_seed(args.seed)
         mmdit = grow(mmdit, args.depth)
     merges = weights.merges(weights.find(args.init))
     return mmdit.requires_grad_(True).train(), model.text.requires_grad_(True).train(), merges, model.vae
 
 
-def export(path: Path, mmdit: MMDiT, text: TextEncoders, vae: VAE, merges: list[str], trained: dict) -> None:
-    """ONE file in SD3's key layout, fp16; the tokenizer's merges and the presets travel in its header.
+def export(path: Path, mmdit: MMDiT | Flux, text: TextEncoders | FluxText, vae: VAE, merges: list[str], trained: dict
+           ) -> None:
+    """ONE file in SD3's key layout, fp16; what the tokenizers are made of and the presets travel in its header.
 
     ValueError: a weight is not finite in fp16.
     """
     sd = {}
-    for part, module in (("mmdit", mmdit), ("vae", vae), ("clip_l", text.clip_l), ("clip_g", text.clip_g)):
+    for part, module in (("mmdit", mmdit), ("vae", vae), *text.named_children()):
         for key, value in module.state_dict().items():
             sd[weights.PREFIXES[part] + key] = value.detach().half().cpu().contiguous()
     check_trained(sd)
     presets = {"block": mmdit.config.depth // 2, "size": scenes.SIDE, "steps": 28, "shift": 3.0, "noise_steps": 8,
                "cfg": 3.0, "batch": 16}
     header = {"merges": merges, "presets": presets, "trained": trained}
+    if isinstance(text, FluxText):
+        presets["text_length"] = text.length
+        header["t5_tokenizer"] = json.loads(text.tokenizer.to_str())
     write_model(path, sd, {key: json.dumps(value) for key, value in header.items()})
 
 
@@ -202,17 +221,18 @@ def write_model(path: Path, sd: dict[str, Tensor], header: dict[str, str]) -> No
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
     """Whether Muon trains this parameter of MM-DiT or text towers."""
-    return p.ndim == 2 and "adaLN" not in name and ("joint_blocks" in name or "layers" in name)
+    inside = any(part in name for part in ("joint_blocks", "layers", "double_blocks", "single_blocks", "encoder.block"))
+    return p.ndim == 2 and inside and not any(part in name for part in (*ZEROS, "relative_attention_bias"))
 
 
-def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE, mmdit: MMDiT, text: TextEncoders, merges: list[str],
-                latents: Tensor, facts: list[scenes.Scene]) -> None:
+def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE, mmdit: MMDiT | Flux, text: TextEncoders | FluxText,
+                merges: list[str], latents: Tensor, facts: list[scenes.Scene]) -> None:
     """Eq. 2 on cached latents (n, C, h, w); Muon for the matrices inside the blocks, AdamW for the rest, EMA of all.
 
     ValueError: the loss or a weight is not finite.
     """
     device = args.device
-    model = nn.ModuleDict({"mmdit": mmdit, "clip_l": text.clip_l, "clip_g": text.clip_g}).to(device)
+    model = nn.ModuleDict({"mmdit": mmdit, "text": text}).to(device)
     ema = copy.deepcopy(model)
     opts = optimisers(model, is_block_matrix, args.lr)
     progress = Progress()
@@ -224,10 +244,9 @@ def train_mmdit(run: Path, args: argparse.Namespace, vae: VAE, mmdit: MMDiT, tex
 
     def keep(tag: str = "") -> None:
         path = run / f"nano{tag}.safetensors"
-        smooth = TextEncoders(ema["clip_l"], ema["clip_g"], text.tokenizer, text.ctx_dim)
         trained = {"samples": progress.samples, "seconds": round(progress.spent), "scenes": len(latents),
                    "seed": args.seed}
-        export(path, ema["mmdit"], smooth, vae, merges, trained)            # first: it is the stricter about inf
+        export(path, ema["mmdit"], ema["text"], vae, merges, trained)       # first: it is the stricter about inf
         save_state(run / "mmdit.pt", {"model": model, "ema": ema}, opts, progress, args.origin)
         prompts = [scenes.caption(scenes.draw(s), np.random.default_rng(s)) for s in scenes.VAL_SEEDS[:16]]
         images = seg4diff.generate(seg4diff.load(path, device), prompts)
@@ -318,6 +337,9 @@ def check(args: argparse.Namespace) -> None:
     """ValueError: sizes that do not go together, one sentence each."""
     if args.width % args.head_dim or args.width % 4:
         raise ValueError(f"--width must be a multiple of 4 and of --head-dim, not {args.width}")
+    if args.arch == "flux" and (args.head_dim % 32 or args.text_widths[1] % args.head_dim):
+        raise ValueError("with --arch flux --head-dim must be a multiple of 32, which the rotation needs, and T5's of "
+                         f"--text-widths a multiple of it, not {args.head_dim} and {args.text_widths[1]}")
     if any(width % HEAD_DIM for width in args.text_widths):
         raise ValueError(f"--text-widths must be multiples of {HEAD_DIM}, the width of a head, not {args.text_widths}")
     groups = 32 if args.vae_widths[0] % 32 == 0 else 4                       # as VAE chooses them
@@ -329,8 +351,9 @@ def check(args: argparse.Namespace) -> None:
 def claim(args: argparse.Namespace) -> dict[str, str]:
     """Make --run this run's folder; the run's settings.  ValueError: it holds a run that began with other settings."""
     settings = {key: str(getattr(args, key)) for key in FIXED}
-    if args.init:
-        settings["init"] += f" ({weights.fingerprint(weights.find(args.init))})"
+    for key in ("init", "vae"):
+        if getattr(args, key):
+            settings[key] += f" ({weights.fingerprint(weights.find(getattr(args, key)))})"
     settings["world"] = str(zlib.crc32((Path(__file__).parent / "scenes.py").read_bytes()))
     if args.run.exists() and not args.run.is_dir():
         raise ValueError(f"--run {args.run} is a file; name a folder")
@@ -353,12 +376,14 @@ def main(args: argparse.Namespace) -> None:
         vae = vae.to(args.device)
     else:
         networks = new_model(args, LATENT)
+        if args.vae:
+            vae = seg4diff.load(args.vae, args.device, torch.float32).vae
     args.origin = claim(args)
     run = args.run
     if not (run / "images.npy").exists():
         draw_scenes(run, args.scenes)
     facts = read_facts(run / "facts.json", args.scenes)
-    if not args.init:
+    if not args.init and not args.vae:
         vae = train_vae(run, args)
     latents = torch.from_numpy(encode_latents(run, vae, args.device, args.scenes))       # (n, C, h, w) fp16
     train_mmdit(run, args, vae, *networks, latents, facts)
@@ -372,6 +397,8 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, default=Path(__file__).parent / "run",
                         help="folder of scenes, latents and state")
     parser.add_argument("--init", type=Path, help="go on from this model file (its VAE too) instead of from nothing")
+    parser.add_argument("--arch", choices=("sd3", "flux"), default="sd3", help="whose architecture")
+    parser.add_argument("--vae", type=Path, help="take the VAE of this model file instead of training one")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps")
     parser.add_argument("--seed", type=at_least(0, most=2**32), default=0)
     parser.add_argument("--scenes", type=at_least(1, most=len(scenes.TRAIN_SEEDS)), default=24_000,
@@ -386,9 +413,12 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=at_least(4, most=4096), default=128)
     parser.add_argument("--depth", type=at_least(1, most=64),
                         help="blocks (6); with --init more than that file's are appended")
+    parser.add_argument("--flux-blocks", type=at_least(1, most=64), nargs=2, default=[3, 3],
+                        metavar=("DOUBLE", "SINGLE"), help="blocks of --arch flux (3 3)")
+    parser.add_argument("--mlp-ratio", type=at_least(1, most=16), default=4, help="width of an MLP, in block widths")
     parser.add_argument("--head-dim", type=at_least(1, most=4096), default=32)
     parser.add_argument("--text-widths", type=at_least(HEAD_DIM, most=4096), nargs=2, default=[64, 128],
-                        help="CLIP-L's and CLIP-G's stand-in")
+                        help="CLIP-L's and CLIP-G's stand-in; with --arch flux CLIP-L's and T5's")
     parser.add_argument("--text-layers", type=at_least(1, most=64), default=1,
                         help="of a text tower; the context is the last but one's")
     parser.add_argument("--text-length", type=at_least(4, most=1024), default=22,

@@ -2,6 +2,7 @@
 
 At the end: on which device, in which dtype, how exact, and what it took.
 """
+import copy
 import os
 import re
 import sys
@@ -68,6 +69,14 @@ def assign(module: nn.Module, sd: dict[str, Tensor], what: str, device: Device, 
         raise ValueError(f"the checkpoint does not fit the {what}: {'; '.join(problems)}")
     module.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in sd.items()}, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def on_device(block: nn.Module, device: torch.device) -> nn.Module:
+    """The block itself, or a copy on the device of one that waits in host memory; let go, the copy is gone."""
+    if next(block.parameters()).device == device:
+        return block
+    moved = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in block.parameters()}
+    return copy.deepcopy(block, moved)                   # deepcopy takes what `moved` has for a parameter
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -20,28 +20,45 @@ from vae import VAE  # noqa: E402
 
 torch.set_num_threads(1)                   # for tensors this small; on a busy machine more threads wait for each other
 
-ARGS = Namespace(seed=0, text_widths=(64, 128), text_length=28, text_layers=2, width=64, depth=3, head_dim=32)
+ARGS = Namespace(arch="sd3", seed=0, text_widths=(64, 128), text_length=28, text_layers=2, width=64, depth=3,
+                 head_dim=32, flux_blocks=(2, 2), mlp_ratio=4)
 
 
-@pytest.fixture(scope="session")
-def tiny_file(tmp_path_factory) -> Path:
-    """nano's architecture at width 64, untrained, in SD3's key layout; no parameter is left at zero."""
-    mmdit, text, merges = pretrain.new_model(ARGS, 16)
+def write_tiny(args: Namespace, path: Path) -> Path:
+    """A model file of these sizes, untrained; no parameter is left at zero."""
+    mmdit, text, merges = pretrain.new_model(args, 16)
     torch.manual_seed(1)
     vae = VAE((16, 24, 48, 64), 1, 1, 16)
     with torch.no_grad():
         for part in (mmdit, text, vae):
             for name, p in part.named_parameters():
-                if name.endswith("bias") or "adaLN" in name or "final_layer.linear" in name:
+                if name.endswith("bias") or not p.any():
                     p.normal_(std=0.1)
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     pretrain.export(path, mmdit, text, vae, merges, {"by": "tests"})
     return path
 
 
 @pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory) -> Path:
+    """nano's architecture at width 64, in SD3's key layout."""
+    return write_tiny(ARGS, tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_file) -> seg4diff.Seg4Diff:
     return seg4diff.load(tiny_file, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_file(tmp_path_factory) -> Path:
+    """nano-flux's at width 64: two double blocks, two single ones."""
+    args = Namespace(**vars(ARGS) | {"arch": "flux", "text_widths": (64, 96), "text_length": 24, "text_layers": 1})
+    return write_tiny(args, tmp_path_factory.mktemp("model") / "tiny_flux.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tiny_flux_file) -> seg4diff.Seg4Diff:
+    return seg4diff.load(tiny_flux_file, device="cpu", dtype="float32")
 
 
 @pytest.fixture

@@ -241,6 +241,7 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0), card: Card | None =
         "safetensors.torch._flatten_as_ptr": lambda tensors, keep: flatten(home(tensors), keep),
         "torch.cuda.is_available": lambda: cuda, "torch.cuda.device_count": lambda: int(cuda),
         "torch.cuda.get_device_capability": lambda device: capability, "torch.cuda.is_bf16_supported": lambda: True,
+        "torch.cuda.mem_get_info": lambda device: (2 ** 40, 2 ** 40),        # free, all
         "torch.cuda.synchronize": lambda device: card.note("wait"), "torch.mps.synchronize": lambda: card.note("wait"),
         "torch.__future__._overwrite_module_params_on_conversion": True,     # Module.to cannot put a Far into .data
         "torch.backends.mps.is_available": lambda: not cuda}

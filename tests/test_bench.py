@@ -3,14 +3,17 @@ import os
 import re
 import time
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+import loading
 import seg4diff
 from nano import scenes
-from tools import bench, full_size
+from support import weights
+from tools import bench, full_flux, full_size
 
 
 def test_bench(command, tiny_file):
@@ -42,6 +45,11 @@ def test_the_released_way_gives_the_same_maps(tiny):
 def test_the_size_is_the_pictures(command, tiny_file):
     code, out, err = command("tools/bench.py", "--model", tiny_file, "--repeats", 1, "--size", 64, "--device", "cpu")
     assert code == 0 and "16 x 64 pixels" in out, err
+
+
+def test_bench_of_a_flux(command, tiny_flux_file):
+    code, out, err = command("tools/bench.py", "--model", tiny_flux_file, "--repeats", 1, "--batch-size", 1)
+    assert code == 0 and "tiny_flux, 4 blocks, expert 2" in out and "all 4 blocks" in out, err
 
 
 def test_the_clock_and_the_memory():
@@ -92,7 +100,25 @@ def test_full_size_begins_with_its_checks(command, monkeypatch):
     monkeypatch.setattr(full_size, "write", write)
     monkeypatch.setattr(full_size, "LAYOUTS", {"mmdit": "none"})
     with pytest.raises(ValueError, match=r"none\.json"):
-        full_size.main(Namespace(device="cpu", train=False))
-    for options in (["--device", "tpu"], ["--device", "cuda:99999"], ["--sizes", 0]):
+        full_size.main(Namespace(device="cpu", train=False, model="sd3"))
+    for options in (["--train", "--model", "flux"], ["--write", "x", "--model", "flux"], ["--device", "tpu"],
+                    ["--device", "cuda:99999"], ["--sizes", 0]):
         code, out, err = command("tools/full_size.py", *options)
         assert (code, out) == (2, "") and err.startswith("error: ") and str(options[0])[2:] in err
+
+
+def test_full_size_of_flux_in_small(tiny_flux_file, tmp_path, monkeypatch, capsys):
+    """What is written is read as Flux's published files are, and a picture is segmented by it."""
+    layout = {"flux_dev": "mmdit", "t5xxl": "t5xxl", "clip_l": "clip_l", "vae": "vae"}
+    tiny = weights.read(weights.find(tiny_flux_file))
+    shapes = {name: {key: list(w.shape) for key, w in tiny[part].items()} for name, part in layout.items()}
+    real = loading.flux_preset
+    for module in (loading, full_flux):                  # the tiny model has no block 12
+        monkeypatch.setattr(module, "flux_preset", lambda *a, **k: replace(real(*a, **k), block=1))
+    monkeypatch.setattr(full_flux, "DRAWN", 1000)
+    path = full_flux.write(tmp_path, shapes)
+    written = weights.read(weights.find(path))
+    assert {key: list(w.shape) for key, w in written["t5xxl"].items()} == shapes["t5xxl"]
+    assert 0.9 < written["t5xxl"]["shared.weight"].float().std() * 96 ** 0.5 < 1.1
+    full_flux.segment(path, "cpu", size=64)
+    assert re.search(r"2 blocks, 256 rows of T5, sigma 0\.\d+, peak [\d.]+ GB", capsys.readouterr().out)

@@ -14,7 +14,7 @@ ROOT = Path(evaluate.__file__).parent
 FOLDERS = ("support", "nano", "tools")
 TOP = sorted(path.name for path in ROOT.glob("*.py"))
 FILES = TOP + sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))
-NETWORKS = ("mmdit.py", "vae.py", "text.py")
+NETWORKS = ("mmdit.py", "flux.py", "vae.py", "text.py", "t5.py")
 
 
 def file_of(module: str) -> str | None:
@@ -114,7 +114,8 @@ def test_the_method_imports_no_command():
 
 def test_what_an_import_loads():
     """In a process of its own: networks without the hub's client, the method without pycocotools and the toy world."""
-    lines = ["import sys, mmdit, vae, text", "print({'huggingface_hub', 'pycocotools', 'nano'} & sys.modules.keys())",
+    lines = ["import sys, mmdit, flux, vae, text",
+             "print({'huggingface_hub', 'pycocotools', 'nano'} & sys.modules.keys())",
              "import seg4diff", "print({'pycocotools', 'nano.scenes'} & sys.modules.keys())"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "set()\nset()\n", "")

@@ -202,6 +202,22 @@ def test_prompts_are_encoded_once(small_file, picture, monkeypatch):
     assert len(model.text.remembered) <= 16
 
 
+@pytest.mark.parametrize("kind, waits", [("cuda", False), ("cuda", True), ("mps", False)])
+def test_a_flux_segments_and_generates(tiny_flux, tiny_flux_file, picture, monkeypatch, kind, waits):
+    if waits:                                            # T5's and the transformer's blocks stay in host memory
+        monkeypatch.setattr("loading.free_memory", lambda device: 0)
+    names = ["sky", "red car"]
+    here = seg4diff.segment(tiny_flux, picture, names, reading="i2i")
+    plain, = seg4diff.generate(tiny_flux, "red car", steps=1, pag=1.0)
+    with pretend(kind) as card:
+        far = seg4diff.load(tiny_flux_file, "auto", "float32")
+        there = seg4diff.segment(far, picture, names, reading="i2i")
+        drawn, = seg4diff.generate(far, "red car", steps=1, pag=1.0)
+    assert not card.refused
+    torch.testing.assert_close(there.maps, here.maps, rtol=1e-4, atol=1e-6)
+    assert np.abs(np.array(plain, int) - np.array(drawn, int)).max() <= 1
+
+
 # ---------------------------------------------------------------------------- MAGNET
 
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import flux
 import mmdit
 import text
 import vae
 
 FOLDER = Path(__file__).parent / "layouts"
 KIND = {"sd3_medium": mmdit.MMDiT, "sd35_medium": mmdit.MMDiT, "sd35_large": mmdit.MMDiT, "vae": vae.VAE,
-        "clip_l": text.CLIPText, "clip_g": text.CLIPText}
+        "clip_l": text.CLIPText, "clip_g": text.CLIPText, "t5xxl": text.T5, "flux_dev": flux.Flux,
+        "flux_schnell": flux.Flux}
 
 
 def listing(name: str) -> dict[str, Tensor]:
@@ -38,3 +40,18 @@ def test_config(name, width, depth, grid, qk_norm, dual):
     assert (c.width, c.depth, c.heads, c.head_dim, c.mlp) == (width, depth, depth, 64, 4 * width)
     assert (c.patch, c.channels, c.pos_grid, c.ctx_dim, c.pooled_dim) == (2, 16, grid, 4096, 2048)
     assert (c.qk_norm, c.dual_blocks) == (qk_norm, dual)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "flux_schnell"])
+def test_config_of_flux(name):
+    c = flux.FluxConfig.from_state_dict(listing(name))
+    assert (c.width, c.heads, c.head_dim, c.mlp, c.time_dim) == (3072, 24, 128, 4 * 3072, 256)
+    assert (c.double_blocks, c.single_blocks, c.depth, c.patch_of(16)) == (19, 38, 57, 2)
+    assert (c.ctx_dim, c.pooled_dim, c.guidance, c.whole) == (4096, 768, name == "flux_dev", True)
+
+
+def test_t5_of_the_single_files_holds_its_embedding_twice():
+    sd = listing("t5xxl")
+    tower = text.T5.from_state_dict(sd | {"encoder.embed_tokens.weight": sd["shared.weight"]})
+    assert (tower.vocab, tower.width, len(tower.encoder.block)) == (32128, 4096, 24)
+    assert tower.encoder.block[23].layer[0].SelfAttention.heads == 64

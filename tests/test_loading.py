@@ -157,7 +157,8 @@ def test_presets_that_cannot_be(save, contents, name):
 
 
 def test_every_number_of_a_preset_has_its_limits():
-    assert loading.LIMITS.keys() == loading.Preset.__dataclass_fields__.keys() - {"scaling"}
+    others = {"scaling", "schedule", "level", "unit_pictures", "guidance"}
+    assert loading.LIMITS.keys() == loading.Preset.__dataclass_fields__.keys() - others
     for name, (_, least, largest) in loading.LIMITS.items():
         for value in (least, largest):
             loading.Preset(**{"steps": 1000, name: value} | ({"noise_steps": 0} if name == "steps" else {}))

@@ -1,10 +1,11 @@
-"""What must hold between the ways to run an MM-DiT and to read its attention, on tiny random weights."""
+"""What must hold between the ways to run an MM-DiT, Flux too, and to read its attention, on tiny random weights."""
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from flux import Flux, FluxConfig
 from mmdit import (
     JointQKV,
     MMDiT,
@@ -25,25 +26,34 @@ PLAIN = MMDiTConfig(width=64, depth=3, head_dim=32, patch=2, channels=4, pos_gri
                     mlp=96, time_dim=16)
 DUAL = MMDiTConfig(width=96, depth=3, head_dim=32, patch=1, channels=5, pos_grid=8, ctx_dim=20, pooled_dim=10,
                    mlp=80, time_dim=18, qk_norm=True, dual_blocks=(0, 1))
+# two double blocks, then a single one; 4 channels in patches of 2 x 2
+FLUX = FluxConfig(width=96, double_blocks=2, single_blocks=1, head_dim=32, columns=16, ctx_dim=24, pooled_dim=12,
+                  mlp=80, time_dim=16)
+CONFIGS = {"plain": PLAIN, "dual": DUAL, "flux": FLUX}
 M, SIDES = 9, (4, 6)                    # text tokens; height and width of the latent
 
 
-def build(cfg: MMDiTConfig) -> MMDiT:
+def build(cfg: MMDiTConfig | FluxConfig) -> MMDiT | Flux:
     torch.manual_seed(0)
-    model = MMDiT(cfg).requires_grad_(False)
+    model = (Flux if isinstance(cfg, FluxConfig) else MMDiT)(cfg).requires_grad_(False)
     for p in (*model.parameters(), *model.buffers()):
         p.normal_(std=0.15)
     return model
 
 
-@pytest.fixture(scope="module", params=[PLAIN, DUAL], ids=["plain", "dual"])
-def model(request) -> MMDiT:
-    return build(request.param)
+def latent(cfg: MMDiTConfig | FluxConfig) -> tuple[int, int]:
+    """Channels, and pixels per token and side, of which Flux's shapes tell but the product."""
+    return (4, cfg.patch_of(4)) if isinstance(cfg, FluxConfig) else (cfg.channels, cfg.patch)
 
 
-def inputs(cfg: MMDiTConfig, B: int = 2, h: int = SIDES[0], w: int = SIDES[1]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request) -> MMDiT | Flux:
+    return build(CONFIGS[request.param])
+
+
+def inputs(cfg: MMDiTConfig | FluxConfig, B: int = 2, h: int = SIDES[0], w: int = SIDES[1]) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(1)
-    return (torch.randn(B, cfg.channels, h, w, generator=g), torch.linspace(0.2, 0.8, B),
+    return (torch.randn(B, latent(cfg)[0], h, w, generator=g), torch.linspace(0.2, 0.8, B),
             torch.randn(B, M, cfg.ctx_dim, generator=g), torch.randn(B, cfg.pooled_dim, generator=g))
 
 
@@ -187,7 +197,7 @@ def test_image_tokens_come_first(model):
 @pytest.mark.parametrize("h, w", [(3, 5), (5, 3), (1, 7)])
 def test_tokens_are_row_major(model, h, w):
     """One latent pixel moves one image token: the one at row * w + column."""
-    p = model.config.patch
+    p = latent(model.config)[1]
     x = inputs(model.config, 1, h * p, w * p)
     vel, taps = model(*x, capture={0})
     assert vel.shape == x[0].shape and taps[0].grid == (h, w) and taps[0].n_img == h * w

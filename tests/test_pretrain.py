@@ -78,6 +78,37 @@ def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path, monkeypat
     assert image.size == (128, 128)
 
 
+def test_flux_from_another_models_vae_then_on(command, tmp_path, tiny_file, monkeypatch):
+    """--arch flux: one file under SD3's prefixes that loads by itself, on the VAE that it was given, and goes on."""
+    monkeypatch.setitem(DATASETS, "scenes-dev", partial(toy_scenes, name="scenes-dev", seeds=range(5000, 5001)))
+    monkeypatch.setattr(scenes, "VAL_SEEDS", range(1))
+    run, more = tmp_path / "run", tmp_path / "more"
+    size = ["--scenes", 8, "--batch", 2, "--arch", "flux"]
+    code, out, err = command("nano/pretrain.py", "--run", run, *size, "--vae", tiny_file, "--samples", 6, "--width", 32,
+                             "--flux-blocks", 1, 2, "--mlp-ratio", 3)
+    assert code == 0 and "the expert is block" in out, err
+    sd = weights.read(weights.find(run / "nano.safetensors"))
+    vae_sd = weights.read(weights.find(tiny_file))["vae"]
+    assert all(torch.equal(sd["vae"][key], vae_sd[key]) for key in vae_sd) and not (run / "vae.pt").exists()
+    model = seg4diff.load(run / "nano.safetensors", "cpu")
+    config = model.transformer.config
+    assert (config.double_blocks, config.single_blocks, config.guidance) == (1, 2, False)
+    assert config.mlp == 3 * config.width and model.text.length == 22 and model.text.t5xxl.width == 128
+    code, _, err = command("nano/pretrain.py", "--run", more, *size, "--samples", 2, "--init", run / "nano.safetensors")
+    new = weights.read(weights.find(more / "nano.safetensors"))
+    assert code == 0 and sd.keys() == new.keys() == {"mmdit", "vae", "clip_l", "t5xxl"}, err
+    assert any(not torch.equal(sd["mmdit"][key], new["mmdit"][key]) for key in sd["mmdit"])
+
+
+def test_what_muon_trains_of_a_flux():
+    """The matrices inside the blocks of all three networks, but no modulation, embedding or table of biases."""
+    flux, text, _ = pretrain.new_model(Namespace(**vars(ARGS) | {"arch": "flux", "text_layers": 1}), 16)
+    modules = torch.nn.ModuleDict({"mmdit": flux, "text": text})
+    chosen = {name for name, p in modules.named_parameters() if pretrain.is_block_matrix(name, p)}
+    assert len(chosen) == 2 * 8 + 2 * 2 + 7 + 6          # double, single, T5, CLIP
+    assert not [name for name in chosen if "mod" in name.split(".")[-2] or "embed" in name or "bias" in name]
+
+
 @pytest.mark.parametrize("options, sentence", [
     (["--minutes-vae", 0], "must be positive"), (["--minutes-vae", -1], "must be positive"),
     (["--head-dim", 0], "from 1 to 4096"), (["--head-dim", 48], "of --head-dim"),
@@ -85,6 +116,7 @@ def test_from_nothing_then_resumed_then_from_a_file(command, tmp_path, monkeypat
     (["--vae-widths", 0, 0], "from 4 to 4096"), (["--vae-widths", 8, 8, 8], "4 to 7 multiples"),
     (["--vae-widths", 8, 8, 6, 8], "multiples of 4"), (["--vae-widths", 32, 32, 40, 64], "of 32"),
     (["--text-widths", 64, 96], "multiples of 64"), (["--text-length", 3], "from 4 to 1024"),
+    (["--arch", "flux", "--head-dim", 16], "multiple of 32"),
     (["--depth", 0], "from 1 to 64"), (["--samples", -1], "at least 0"), (["--seed", -1], "from 0 to"),
     (["--scenes", 10**7], "from 1 to 1000000"),
     (["--lr", -1], "positive"), (["--lr", "nan"], "positive"), (["--kl", -1], "at least 0"),

@@ -108,13 +108,13 @@ def main(args):
     block = model.preset.block
     B = args.batch_size or model.preset.batch
     side = model.preset.size // model.vae.factor
-    z = seg4diff.noise((cfg.channels, side, side), range(args.seed, args.seed + B))          # (B, C, side, side)
+    z = seg4diff.noise((model.vae.channels, side, side), range(args.seed, args.seed + B))     # (B, C, side, side)
     z = z.to(model.device, model.dtype)
     sigma = torch.full((B,), model.preset.sigma, device=model.device)
     cond = model.text.encode([["car", "sky"]] * B)
     show(f"{model.name}, {cfg.depth} blocks, expert {block}; {B} x {model.preset.size} pixels; {model.device}, "
          f"{model.dtype}, {torch.get_num_threads()} threads; medians of {args.repeats}")
-    sizes = [sum(p.nbytes for p in b.parameters()) / 2**20 for b in model.transformer.joint_blocks]
+    sizes = [sum(p.nbytes for p in b.parameters()) / 2**20 for b in model.transformer.blocks]
     show(f"weights of the blocks: {sum(sizes[:block + 1]):.1f} of {sum(sizes):.1f} MB are all that segmentation loads")
 
     def forward(stop):

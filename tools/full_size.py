@@ -3,6 +3,7 @@
     python tools/full_size.py                    # writes 6 GB to a temporary folder, prints seconds and peak memory
     python tools/full_size.py --train            # a step of MAGNET, with and without checkpointing
     python tools/full_size.py --write FILE       # the file alone, for tools/bench.py --model FILE
+    python tools/full_size.py --model flux       # Flux.1-dev: 18 GB, see tools/full_flux.py
 
 Not a test that pytest collects: it takes minutes and 15 GB on a CPU.  Segmentation is measured twice, by the blocks up
 to the expert alone and with all blocks run to the end, each in a process of its own, so that its peak is its own.
@@ -38,6 +39,7 @@ from support import weights  # noqa: E402
 from support.checkpoint import peak_megabytes, pick_device, synchronize  # noqa: E402
 from support.cli import Parser, command, show  # noqa: E402
 from support.files import read_json, replacing  # noqa: E402
+from tools import full_flux  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
 
 LAYOUTS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
@@ -124,8 +126,19 @@ def measure_training(path, sizes, device):
     return points
 
 
+def measure_flux(args):
+    """Flux's part of `main`.  ValueError: --train or --write, which are for SD3 alone."""
+    if args.train or args.write is not None:
+        raise ValueError("--train and --write are for sd3 alone, not for flux")
+    shapes = {layout: read_json(ROOT / f"tests/layouts/{layout}.json") for layout in full_flux.FILES}
+    with tempfile.TemporaryDirectory() as folder:
+        full_flux.segment(full_flux.write(Path(folder), shapes), args.device)
+
+
 def main(args):
     pick_device(args.device)                             # this and the layouts before 6 GB are written
+    if args.model == "flux":
+        return measure_flux(args)
     shapes = {part: read_json(ROOT / f"tests/layouts/{layout}.json") for part, layout in LAYOUTS.items()}
     if args.write is not None:
         write(args.write, shapes)
@@ -147,6 +160,7 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--write", type=Path, help="a file for the random weights, and nothing else")
+    parser.add_argument("--model", choices=("sd3", "flux"), default="sd3", help="whose layout (sd3)")
+    parser.add_argument("--write", type=Path, help="a file for SD3's random weights, and nothing else")
     parser.add_argument("--train", action="store_true", help="a step of MAGNET instead of segmentation")
     command(main, parser)

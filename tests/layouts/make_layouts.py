@@ -99,6 +99,43 @@ def clip(width: int, layers: int, projection: bool) -> Shapes:
     return out | ({"text_projection.weight": (width, width)} if projection else {})
 
 
+def flux(guidance: bool) -> Shapes:
+    """Flux.1's transformer: 19 double blocks, then 38 single ones; dev reads a guidance strength."""
+    D, d = 3072, 128
+    out = linear("img_in", D, 2 * 2 * 16) | linear("txt_in", D, 4096)
+    embedded = {"time_in": 256, "vector_in": 768} | ({"guidance_in": 256} if guidance else {})
+    for key, c_in in embedded.items():
+        out |= linear(f"{key}.in_layer", D, c_in) | linear(f"{key}.out_layer", D, D)
+
+    def norms(key: str) -> Shapes:
+        return {f"{key}.norm.{x}_norm.scale": (d,) for x in ("query", "key")}
+
+    for i in range(19):
+        for stream in ("img", "txt"):
+            key = f"double_blocks.{i}.{stream}"
+            out |= linear(f"{key}_mod.lin", 6 * D, D) | norms(f"{key}_attn")
+            out |= linear(f"{key}_attn.qkv", 3 * D, D) | linear(f"{key}_attn.proj", D, D)
+            out |= linear(f"{key}_mlp.0", 4 * D, D) | linear(f"{key}_mlp.2", D, 4 * D)
+    for i in range(38):
+        key = f"single_blocks.{i}"
+        out |= linear(f"{key}.modulation.lin", 3 * D, D) | norms(key)
+        out |= linear(f"{key}.linear1", 7 * D, D) | linear(f"{key}.linear2", D, 5 * D)
+    return out | linear("final_layer.linear", 2 * 2 * 16, D) | linear("final_layer.adaLN_modulation.1", 2 * D, D)
+
+
+def t5() -> Shapes:
+    """The encoder of T5-XXL (v1.1), whose linear layers have no biases."""
+    W, hidden = 4096, 10240
+    out = {"shared.weight": (32128, W), "encoder.final_layer_norm.weight": (W,)}
+    out["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 64)
+    for i in range(24):
+        first, second = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        out |= {f"{first}.SelfAttention.{x}.weight": (W, W) for x in "qkvo"} | {f"{first}.layer_norm.weight": (W,)}
+        out |= {f"{second}.DenseReluDense.{x}.weight": (hidden, W) for x in ("wi_0", "wi_1")}
+        out |= {f"{second}.DenseReluDense.wo.weight": (W, hidden), f"{second}.layer_norm.weight": (W,)}
+    return out
+
+
 def main() -> None:
     layouts = {  # name: listing, number of tensors, number of values
         "sd3_medium": (mmdit(depth=24, grid=192), 491, 2_084_951_104),
@@ -107,6 +144,10 @@ def main() -> None:
         "vae": (vae(), 244, 83_819_683),
         "clip_l": (clip(768, layers=12, projection=False), 196, 123_060_480),
         "clip_g": (clip(1280, layers=32, projection=True), 517, 694_659_840),
+        "flux_dev": (flux(guidance=True), 780, 11_901_408_320),
+        # dev's without the guidance embedder: two linear layers, 256 -> 3072 -> 3072
+        "flux_schnell": (flux(guidance=False), 776, 11_901_408_320 - (257 + 3073) * 3072),
+        "t5xxl": (t5(), 219, 4_762_310_656),
     }
     size = {}
     for name, (shapes, tensors, values) in layouts.items():
@@ -122,6 +163,8 @@ def main() -> None:
     assert 2 * (size["sd35_medium"] + size["vae"]) == 5_106_967_238
     assert 2 * (size["sd35_large"] + size["vae"]) == 16_460_200_902
     assert 2 * (size["sd3_medium"] + size["vae"] + size["clip_l"] + size["clip_g"]) == 5_972_982_214
+    assert 2 * size["flux_dev"] == 23_802_816_640
+    assert 2 * size["t5xxl"] == 9_524_621_312
 
 
 if __name__ == "__main__":
