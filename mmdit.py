@@ -326,9 +326,8 @@ def check_run(cfg, p, z, capture, stop_at, edit, mix):
         raise ValueError(f"blocks {sorted(edit.keys() & mix.keys())} are in both edit and mix; choose one for each")
     if stop_at is None and not cfg.whole:
         raise ValueError(f"of this model only blocks 0 to {last} are loaded: it can segment, not generate")
-    height, width = z.shape[-2:]
-    if height % p or width % p:
-        raise ValueError(f"a latent of {height} x {width} cannot be cut in patches of {p} x {p}")
+    if z.shape[-2] % p or z.shape[-1] % p:
+        raise ValueError(f"a latent of {z.shape[-2]} x {z.shape[-1]} cannot be cut in patches of {p} x {p}")
 
 
 class MMDiT(nn.Module):
@@ -373,9 +372,8 @@ class MMDiT(nn.Module):
                 mix: Mapping[int, Tensor] | None = None) -> tuple[Tensor | None, dict[int, JointQKV]]:
         """Predicted velocity eps - z0 (Eq. 2), and the joint q, k, v of the blocks in `capture` (Sec. 3.2).
 
-        z (B, C, h*p, w*p) noisy latent with patches of p x p, sigma (B,) in [0, 1], ctx (B, M, ctx_dim),
-        pooled (B, pooled_dim).
-        With `stop_at` the run ends as soon as that block's q, k, v exist, and the velocity is None.
+        z (B, C, h*p, w*p) noisy latent with patches of p x p, sigma (B,) in [0, 1], ctx (B, M, ctx_dim), pooled (B,
+        pooled_dim).  With `stop_at` the run ends as soon as that block's q, k, v exist, and the velocity is None.
         `edit` {block: function of (probs, qkv)} replaces the softmax of chosen blocks (Sec. 3.3), `mix` {block:
         (B or 1, M, M)} the text values that image queries see there (joint_attention).
         Returns vel of z's shape and {block: JointQKV}.  ValueError: sides or blocks that do not fit.
@@ -387,8 +385,7 @@ class MMDiT(nn.Module):
         grid = z.shape[-2] // p, z.shape[-1] // p                            # (h, w)
         x = self.x_embedder(z) + self.positions(*grid)                       # (B, N, D)
         text = self.context_embedder(ctx)                                    # (B, M, D)
-        time = sinusoids(1000 * sigma, self.config.time_dim)                 # (B, time_dim)
-        c = self.t_embedder(time) + self.y_embedder(pooled)                  # (B, D)
+        c = self.t_embedder(sinusoids(1000 * sigma, self.config.time_dim)) + self.y_embedder(pooled)   # (B, D)
         taps = {}
         for i, block in enumerate(self.joint_blocks):
             if i == stop_at:
@@ -400,5 +397,4 @@ class MMDiT(nn.Module):
             if i in capture:
                 taps[i] = qkv
         y = self.final_layer(x, c).unflatten(1, grid).unflatten(-1, (p, p, -1))                  # (B, h, w, p, p, C)
-        vel = y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                            # (B, C, h*p, w*p)
-        return vel, taps
+        return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), taps                     # (B, C, h*p, w*p)
