@@ -264,7 +264,7 @@ def main(args):
         columns = columns_of(cond.tokens[0], cond.ctx.shape[1])
         maps = attention(model, latents, levels, cond, columns)
         stored = {name: quantised(x, STEPS.get(name, 255)) for name, x in maps.items()}
-        if image is not None and "pixels" in getattr(seg4diff, "READINGS", ()):
+        if image is not None:
             stored["pixels"] = packed(pixel_labels(model, image, names, args.seed))
         variants.append(stored | {"name": model.name, "pictures": [embedded(picture) for picture in pictures]})
     data = facts(model, levels, cond.tokens[0], columns, spans) | {

@@ -327,7 +327,7 @@ def run_segment(args):
     show(f"reading: {args.reading}{note}")
     for k, name in enumerate(seg.classes):
         show(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
-    show(f"wrote {args.out}")
+    show(f"wrote {args.out}; to look into the attention: python explore.py {args.image} CLASS...")
 
 
 def run_generate(args):

@@ -245,10 +245,7 @@ def test_more_names_than_a_prompt_holds(command, tiny_file, photo):
 
 
 def test_pixels(page, photo, tiny, monkeypatch):
-    """The reading "pixels" is stored as seg4diff.segment gives it, where the library has it."""
+    """The reading "pixels" is stored as seg4diff.segment gives it."""
     data = page(photo, *NAMES)
-    if not hasattr(seg4diff, "READINGS"):
-        assert "pixels" not in data["variants"][0]
-        pytest.skip("this version of the library has no readings")
     labels = seg4diff.segment(tiny, Image.open(photo), NAMES, reading="pixels", seed=SEED).labels
     assert (unpack(data["variants"][0]["pixels"], np.uint8).reshape(labels.shape) == labels).all()
