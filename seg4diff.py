@@ -322,11 +322,11 @@ def run_segment(args):
     model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
     seg = segment(model, image, args.classes, reading=args.reading, block=args.block, sigma=args.sigma, seed=args.seed)
     write_picture(args.out, panels(image, seg.labels, seg.classes))
-    note = "" if args.reading == "paper" else " (beyond the paper; its own by --reading paper)"
+    note = "" if args.reading == "paper" else " (beyond the paper; --reading paper gives the paper's)"
     show(f"reading: {args.reading}{note}")
     for k, name in enumerate(seg.classes):
         show(f"{name:<20s} {(seg.labels == k).mean():6.1%}")
-    show(f"wrote {args.out}")
+    show(f"wrote {args.out}; to look into the attention: python explore.py {args.image} CLASS...")
 
 
 def run_generate(args):

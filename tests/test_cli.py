@@ -39,11 +39,11 @@ def test_segment(command, folder, tiny, tiny_file):
     code, out, err = command("seg4diff.py", "segment", "photo.png", *names, "--model", tiny_file, "--device", "cpu")
     assert (code, err) == (0, "")
     reading, *areas, last = out.splitlines()
-    assert reading == "reading: i2i (beyond the paper; its own by --reading paper)"
+    assert reading == "reading: i2i (beyond the paper; --reading paper gives the paper's)"
     labels = seg4diff.segment(tiny, Image.open(folder / "photo.png"), names, reading="i2i").labels
     assert [line.rsplit(maxsplit=1)[0] for line in areas] == names
     assert [line.split()[-1] for line in areas] == [f"{(labels == k).mean():.1%}" for k in range(3)]
-    assert last == "wrote overlay.png"
+    assert last == "wrote overlay.png; to look into the attention: python explore.py photo.png CLASS..."
     overlay = Image.open(folder / "overlay.png")                             # 60 x 45, enlarged to 512 x 384
     assert overlay.width == 2 * 512 + 4 and 384 < overlay.height < 384 + 100
     shown = Image.open(folder / "photo.png").resize((512, 384), Image.Resampling.BILINEAR)

@@ -23,7 +23,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", "nano/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
 # A page, and the commands all of whose options it explains.
 EXPLAINED = [("evaluate.py", "docs/protocol.md"), ("seg4diff.py", "docs/protocol.md"),
-             ("train_magnet.py", "docs/magnet.md"), ("figures.py", "docs/paper_map.md")]
+             ("explore.py", "docs/protocol.md"), ("train_magnet.py", "docs/magnet.md"),
+             ("figures.py", "docs/paper_map.md")]
 NUMBERS = {"N": "1", "T": "0.1"}                         # what stands for a number in a command
 # The stem of a file of ours -> the module's full name.
 MODULES = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -13,7 +13,16 @@ from loading import image_seed
 from protocol import TASKS, Protocol, Variant, ceiling_map, evaluation, floor_map, measure
 from support.data import DATASETS, Item
 from support.files import Broken
-from support.metrics import IGNORE, classes_in, confusion, match_proposals, proposal_scores, scores
+from support.metrics import (
+    IGNORE,
+    UNNAMED,
+    classes_in,
+    confusion,
+    match_proposals,
+    overlaps,
+    proposal_scores,
+    scores,
+)
 
 ROWS = {"ovss": 2, "readings": 4, "unsup": 1, "thresholds": 3 * 8, "layers": 3 * 2, "heads": 3 * 2, "timesteps": 14,
         "normalization": 4}                                                  # 3 blocks, 2 heads
@@ -96,6 +105,15 @@ def test_a_pair_without_a_common_pixel_is_no_match():
     truth = np.array([[0, 0, 0, 0, 1]], np.uint8)
     counts, named = match_proposals(truth, np.array([[7, 7, 7, 9, 7]]), 2)
     assert counts.tolist() == [[3, 1, 1], [0, 0, 1]] and named.tolist() == [[0, 0, 0, 255, 0]]
+
+
+def test_regions_count_wherever_they_lie():
+    """Also the one on a pixel that is not scored; the fourth wins no pixel."""
+    truth = torch.tensor([[0, 0, 1, IGNORE]], dtype=torch.uint8)
+    overlap = overlaps(truth, torch.tensor([[0, 0, 1, 2]]), 2, 4)
+    assert overlap.tolist() == [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+    found = UNNAMED.score(UNNAMED.count(overlap.numpy(), np.arange(4)))
+    assert found["regions"] == 3 and found["mIoU"] == 100
 
 
 # ---------------------------------------------------------------------------- floor and ceiling

@@ -381,7 +381,8 @@ def test_a_ledger_that_is_removed_meanwhile(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "world", lambda: (0, 2))                   # the other one has written nothing
     monkeypatch.setattr(evaluate, "wait_for_all", lambda: None)
-    args = Namespace(task="ovss", seed=0, prompt="present", resize="squash", draws=1, batch_size=1, limit=4)
+    args = Namespace(task="ovss", seed=0, prompt="present", resize="squash", draws=1, batch_size=1, limit=4,
+                     regions=None, reading=None)
     with pytest.raises(ValueError, match="2 pictures that other processes counted are no longer in lost"):
         evaluate.run(args, seg4diff.load(Path(whole["arguments"]["model"])), DATASETS["scenes"](), Path("lost"))
 
