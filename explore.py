@@ -52,13 +52,18 @@ def columns_of(tokens: Sequence[str], M: int) -> list[slice]:
 
 def grid_of(model: Seg4Diff) -> tuple[int, list[int]]:
     """Side of the square grid of patches, h = w; and the blocks whose I2I is kept: if it is large, the expert alone."""
-    side = model.preset.size // model.vae.factor // model.transformer.config.patch
-    return side, list(range(model.transformer.config.depth)) if side <= HEAD_SIDE else [model.preset.block]
+    blocks = range(model.transformer.config.depth)
+    return model.grid, list(blocks) if model.grid <= HEAD_SIDE else [model.preset.block]
 
 
 def levels_of(preset: Preset, every: int) -> dict[int, float]:
-    """{steps left, the paper's t: sigma} from noise to clean: the preset's t and those a multiple of `every` away."""
-    schedule = seg4diff.sigmas(preset.steps, preset.shift).tolist()
+    """{steps left, the paper's t: sigma} from noise to clean: the preset's t and those a multiple of `every` away.
+
+    ValueError: the preset's level is none of the sampler's, as FLUX.1-schnell's.
+    """
+    if preset.noise_steps == 0:
+        raise ValueError("the explorer shows noise levels of the sampler, and this model segments at none of them")
+    schedule = preset.sigmas(preset.steps).tolist()
     lefts = [t for t in range(preset.steps, 0, -1) if (t - preset.noise_steps) % every == 0]
     return {t: schedule[preset.steps - t] for t in lefts}
 

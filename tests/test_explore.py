@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import explore
+import loading
 import seg4diff
 from lora import add_lora, save_lora
 from mmdit import JointQKV, i2i, i2t_attention, joint_probs, t2i_attention
@@ -249,3 +250,16 @@ def test_pixels(page, photo, tiny, monkeypatch):
     data = page(photo, *NAMES)
     labels = seg4diff.segment(tiny, Image.open(photo), NAMES, reading="pixels", seed=SEED).labels
     assert (unpack(data["variants"][0]["pixels"], np.uint8).reshape(labels.shape) == labels).all()
+
+
+def test_a_flux(command, tiny_flux, tiny_flux_file, photo):
+    """Its text is T5's rows alone; a model that segments at no level of the sampler is refused."""
+    code, out, err = command("explore.py", photo, *NAMES, "--model", tiny_flux_file, "--seed", SEED, "--device", "cpu")
+    assert code == 0, err
+    data = read_page(Path("explorer.html"))
+    seg = seg4diff.segment(tiny_flux, Image.open(photo), NAMES, seed=SEED)
+    i2t = values(data["variants"][0]["i2t"])[data["preset"], data["expert"]]                 # (T, n)
+    for found, wanted in zip(data["classes"], seg.maps.flatten(1)):
+        torch.testing.assert_close(i2t[found["columns"]].mean(0), wanted, rtol=0, atol=0.01 * float(i2t.max()))
+    with pytest.raises(ValueError, match="segments at none of them"):
+        explore.levels_of(loading.flux_preset(guidance=False), 1)
