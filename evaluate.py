@@ -186,7 +186,8 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
     if args.regions == "i2i":
         ev = ev._replace(variants=unsup_i2i(model))
     if args.reading is not None:
-        ev = ev._replace(variants=[ev.variants[0]._replace(reading=args.reading)])
+        row = model.name if args.reading == "paper" else f"{model.name} {args.reading}"
+        ev = ev._replace(variants=[ev.variants[0]._replace(name=row, reading=args.reading)])
     names = subset(data.names, args.limit)
     K = len(data.classes)
     ledger = Ledger(out, identity_of(ev), ev.rows, (K, ev.scoring.columns(K)), rank)
@@ -215,6 +216,8 @@ def check(args):
         raise ValueError("--scaling belongs to --regions pad")
     if args.reading is not None and args.task != "ovss":
         raise ValueError("--reading belongs to --task ovss; --task readings compares all readings")
+    if args.dataset == "all" and (args.reading not in (None, "paper") or args.regions == "i2i"):
+        raise ValueError("--dataset all stands beside the paper's numbers; it takes its reading and its regions alone")
     if args.prompt == "all" and TASKS[args.task].scoring is UNNAMED:
         raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
     if args.dataset == "all" and args.task not in PAPER:
@@ -246,11 +249,12 @@ def main(args):
         name = "nano" if args.dataset.startswith("scenes") else "sd3"
     segment_only = args.task not in ("layers", "heads")
     model = seg4diff.load(name, args.device, args.dtype, segment_only, args.lora)
-    if model.name in ("floor", "ceiling"):
+    if model.name in ("floor", "ceiling", "ceiling pixels"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
     merging = "i2i_threshold" if args.regions == "i2i" else "threshold"
     model.preset = model.preset.changed(scaling=args.scaling, **{merging: args.threshold})
-    out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}"
+    choice = "".join(f"-{x}" for x in (args.reading, args.regions) if x is not None)
+    out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}{choice}"
     if args.dataset != "all":
         run(args, model, sets[0], out)
         return

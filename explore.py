@@ -23,7 +23,7 @@ import seg4diff
 from loading import Preset, Seg4Diff
 from mmdit import JointQKV, t2i_attention
 from nano import scenes
-from support.cli import Parser, add_model_options, at_least, command, show
+from support.cli import Parser, add_model_options, at_least, command, show, utf8
 from support.metrics import classes_in
 from support.page import at_most, embedded, packed, quantised, write
 from support.pictures import open_image, to_image
@@ -281,10 +281,12 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="IMAGE CLASS", help="a picture and the names of what is in it")
+    parser.add_argument("words", type=utf8, nargs="*", metavar="IMAGE CLASS",
+                        help="a picture and the names of what is in it")
     parser.add_argument("--scene", type=at_least(0), metavar="SEED", help="instead: a drawn scene of nano's toy world")
-    parser.add_argument("--generate", metavar="PROMPT", help="instead: a picture while it is drawn; with masks for the "
-                        "given names, which stand in the prompt, or else for all its words but the little ones")
+    parser.add_argument("--generate", type=utf8, metavar="PROMPT",
+                        help="instead: a picture while it is drawn; with masks for the given names, which stand in the "
+                        "prompt, or else for all its words but the little ones")
     parser.add_argument("--every", type=at_least(1), default=4, help="steps between the noise levels that are kept (4)")
     parser.add_argument("--out", type=Path, default=Path("explorer.html"), help="file to write (explorer.html)")
     add_model_options(parser)

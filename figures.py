@@ -29,7 +29,7 @@ from loading import Seg4Diff, image_seed
 from nano import scenes
 from support.cli import Parser, add_model_options, at_least, command, show
 from support.data import DATASETS, ROOT, subset
-from support.files import read_text, write_figure, write_json, write_picture
+from support.files import make_folder, read_text, write_figure, write_json, write_picture
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
 
@@ -364,7 +364,7 @@ def main(args):
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     prompts = prompts_for(model, args.limit, args.prompts)
     out = args.out or Path("out") / f"figures-{model.name}"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if "all" in args.figures:                            # by default
         args.figures = [figure for figure in FIGURES if figure != "magnet" or args.lora]
     for figure in args.figures:

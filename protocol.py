@@ -98,7 +98,7 @@ def unsup(m):
 def unsup_i2i(m):
     """Beyond the paper: regions of the image-to-image attention."""
     p = m.preset
-    return [Variant(m.name, p.block, p.sigma, regions="i2i", threshold=p.i2i_threshold)]
+    return [Variant(f"{m.name} i2i", p.block, p.sigma, regions="i2i", threshold=p.i2i_threshold)]
 
 
 def thresholds(m):

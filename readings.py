@@ -123,9 +123,9 @@ def averaged(p: Tensor, near: Tensor, scale: Tensor, around: Sequence[tuple[int,
 def refine(maps: Tensor, colours: Tensor, reach: int, rounds: int = ROUNDS) -> Tensor:
     """p_i <- sum_j w_ij p_j / sum_j w_ij, so many rounds: pixel-adaptive averaging (Araslanov and Roth, CVPR 2020).
 
-    w_ij = exp(- mean over c of |x_jc - x_ic| / (0.1 std_ic)), x colours in [0, 1], j the pixels at offsets(reach) from
-    i, std_ic the spread of the colours over these pixels and i. Beyond the edge the edge's own pixels stand.
-    maps (K, height, width), colours (3, height, width) -> (K, height, width).
+    w_ij = exp(- mean over c of |x_jc - x_ic| / max(0.1 std_ic, 1/765)), x colours in [0, 1], j the pixels at
+    offsets(reach) from i, std_ic the spread of the colours over these pixels and i. Beyond the edge the edge's own
+    pixels stand. maps (K, height, width), colours (3, height, width) -> (K, height, width).
 
     Weights are computed anew in each round, strip by strip: kept, those of 12 megapixels would take 2 GB.
     """

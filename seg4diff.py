@@ -25,7 +25,7 @@ from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from readings import READINGS
 from sampling import add_noise, blur_matrix, generate, guided_velocity, sample  # noqa: F401 - public here, too
 from support.checkpoint import check_finite
-from support.cli import Parser, add_model_options, command, show
+from support.cli import Parser, add_model_options, command, show, utf8
 from support.files import write_picture
 from support.metrics import IGNORE
 from support.pictures import check_out, open_image, panels, sheet
@@ -318,6 +318,8 @@ def propose(model: Seg4Diff, image: Images, *, regions: str = "pad", block: int 
 
 def run_segment(args):
     check_out(args.out)
+    if args.out.exists() and args.out.samefile(args.image):
+        raise ValueError(f"--out {args.out} is the picture itself, which would be lost; name another file")
     image = open_image(args.image)
     model = load(args.model, args.device, args.dtype, segment_only=args.block is None, lora=args.lora)
     seg = segment(model, image, args.classes, reading=args.reading, block=args.block, sigma=args.sigma, seed=args.seed)
@@ -348,13 +350,13 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(required=True, metavar="segment | generate")
     seg = commands.add_parser("segment", help="mask the named classes in a picture")
     seg.add_argument("image", type=Path)
-    seg.add_argument("classes", nargs="+", metavar="CLASS")
+    seg.add_argument("classes", type=utf8, nargs="+", metavar="CLASS")
     seg.add_argument("--reading", default="i2i", choices=READINGS, help="what is made of the attention (i2i)")
     seg.add_argument("--block", type=int, help="block whose attention is taken; the model's expert block if not given")
     seg.add_argument("--sigma", type=float, help="noise level in [0, 1]; the model's preset if not given")
     seg.set_defaults(run=run_segment)
     gen = commands.add_parser("generate", help="draw a picture from a prompt, or a sheet of them from several")
-    gen.add_argument("prompts", nargs="+", metavar="PROMPT")
+    gen.add_argument("prompts", type=utf8, nargs="+", metavar="PROMPT")
     gen.add_argument("--steps", type=int, help="Euler steps; the model's preset if not given")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale; the model's preset if not given")
     gen.add_argument("--guidance", type=float, help="strength that Flux.1-dev reads; the preset's, 3.5, if not given")

@@ -41,6 +41,13 @@ def positive(text):
     return value
 
 
+def utf8(word):
+    """A `type` for add_argument: names and prompts, which a terminal of another encoding can garble."""
+    if word.encode(errors="replace").decode() != word:
+        raise argparse.ArgumentTypeError(f"is no text in UTF-8: {word!r}")
+    return word
+
+
 def renamed(new, old=None):
     """A `type` for what an older version took: an option, whatever its value, or the one value `old` of an option."""
     def parse(text):
@@ -88,7 +95,7 @@ def show(*parts: object) -> None:
     except OSError as e:
         sys.stdout = io.StringIO()                       # else Python tries the rest again when it ends
         if not isinstance(e, BrokenPipeError):
-            raise OSError(f"the standard output cannot be written ({e}); what goes to files is") from None
+            raise OSError(f"the standard output cannot be written ({e}); files that were written are there") from None
 
 
 def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -96,6 +103,8 @@ def command(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):               # names of any script, on a terminal of any encoding
             stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:                               # closed: bars and sentences go nowhere
+        sys.stderr = io.StringIO()
     code = 2
     try:
         main(parser.parse_args())

@@ -11,7 +11,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +138,7 @@ def stamp(paths: Iterable[str | Path]) -> str:
         facts = f"{path} is missing\n"
         if os.path.exists(path):
             found = os.stat(path)
-            facts = f"{path} {found.st_size} {found.st_mtime_ns}\n"
+            facts = f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n"
         digest.update(facts.encode(errors="surrogatepass"))
     return digest.hexdigest()[:12]
 
@@ -149,6 +149,14 @@ def code_stamp(names: Iterable[str]) -> str:
     for name in names:
         digest.update((Path(__file__).parents[1] / name).read_bytes())
     return digest.hexdigest()[:12]
+
+
+def make_folder(path: str | Path) -> None:
+    """A folder for results.  ValueError: it cannot be one."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"{path} cannot be a folder for results ({e.strerror}); name another one with --out") from None
 
 
 @contextmanager
@@ -166,7 +174,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         kept = "; what was there before is still there" if path.exists() else ""
         raise ValueError(f"{path} cannot be written ({first_line(e)}){kept}") from None
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):                          # a name that no file can have
+            new.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 
-from support.files import reading
+from support.files import make_folder, reading
 
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
 MOST = 2 ** 40                                           # more pixels than a picture has; int64 holds sums of millions
@@ -119,8 +119,8 @@ class Ledger:
     def write(self, text):
         """Text at the end of the file, in one write.  ValueError: the disk is full, say."""
         data = text.encode()
+        make_folder(self.path.parent)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 if os.write(fd, data) != len(data):

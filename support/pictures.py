@@ -153,6 +153,8 @@ def check_out(path):
         Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
     except (LookupError, OSError, ValueError):
         raise ValueError(f"--out {path} should end in .png, .jpg or another picture format") from None
+    if len(os.fsencode(path.name)) > 200:                # a file system takes 255, and we write beside it first
+        raise ValueError(f"--out {path.name[:40]}... is too long a name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"--out {path} cannot be written: its folder must exist and be writable")
 

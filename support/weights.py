@@ -300,7 +300,10 @@ def fingerprint(files):
     So many, because a model with MAGNET merged into it differs in its attention weights alone.
     """
     digest = hashlib.sha256()
-    for path in sorted({path for paths, _ in files.parts.values() for path in paths}):
+    paths = {path for paths, _ in files.parts.values() for path in paths}
+    if files.merges is not None:
+        paths.add(files.merges)
+    for path in sorted(paths):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with open(path, "rb") as f:

@@ -306,3 +306,15 @@ def test_no_room_for_the_results(command, folder, tiny_file, monkeypatch):
     assert not (folder / "o/results.json").exists()
     code, _, err = command("evaluate.py", *options)
     assert code == 0 and (folder / "o/results.json").exists() and len(list((folder / "o").glob("*.jsonl"))) == 1
+
+
+def test_what_would_be_lost_or_garbled_is_refused(command, folder, tiny_file):
+    """The picture itself as --out, a name too long, names that are no UTF-8, a file as folder."""
+    before = (folder / "photo.png").read_bytes()
+    for words, says in ((["car", "--out", "photo.png"], "the picture itself"),
+                        (["car", "--out", "x" * 240 + ".png"], "long"), (["\udcff"], "no text in UTF-8")):
+        code, _, err = command("seg4diff.py", "segment", "photo.png", *words, "--model", tiny_file)
+        assert code == 2 and says in err and err.count("\n") == 1
+    assert (folder / "photo.png").read_bytes() == before
+    code, _, err = command("evaluate.py", "--limit", 1, "--model", tiny_file, "--out", "words.png")
+    assert code == 2 and "words.png cannot be a folder for results" in err

@@ -130,13 +130,14 @@ def test_the_first_command_shows_both_readings(command, tiny_file, tmp_path):
     for reading in seg4diff.READINGS:
         out, one = run(command, tiny_file, tmp_path / reading, "--reading", reading)
         hashes.add(one["hash"])
-        assert set(one["rows"]) >= {"tiny", "floor", "ceiling"} and "tiny i2i" not in one["rows"]
+        row = "tiny" if reading == "paper" else f"tiny {reading}"
+        assert set(one["rows"]) >= {row, "floor", "ceiling"} and ("tiny" in one["rows"]) == (reading == "paper")
         if reading == "paper":
-            assert one["rows"]["tiny"] == both["rows"]["tiny"] and "reading" not in one["facts"]
+            assert one["rows"][row] == both["rows"]["tiny"] and "reading" not in one["facts"]
         else:
-            assert one["rows"]["tiny"] != both["rows"]["tiny"] and f"reading: {reading}, beyond the paper" in out
+            assert one["rows"][row] != both["rows"]["tiny"] and f"reading: {reading}, beyond the paper" in out
         if reading == "i2i":
-            assert one["rows"]["tiny"] == both["rows"]["tiny i2i"]
+            assert one["rows"][row] == both["rows"]["tiny i2i"]
     assert len(hashes) == 5
 
 
@@ -162,7 +163,7 @@ def test_regions_of_i2i(command, tiny, tiny_file, tmp_path):
     for name in (str(item["name"]) for item in ledger_lines(tmp_path / "i2i")):
         found = seg4diff.propose(tiny, data.read(name).image, regions="i2i", threshold=1e-7, seed=image_seed(name, 0))
         numbers.append(len(np.unique(found.labels)))
-    assert result["rows"]["tiny"]["regions"] == pytest.approx(np.mean(numbers)) and max(numbers) > 1
+    assert result["rows"]["tiny i2i"]["regions"] == pytest.approx(np.mean(numbers)) and max(numbers) > 1
     _, pad = run(command, tiny_file, tmp_path / "pad", "--task", "unsup", "--regions", "pad")
     _, default = run(command, tiny_file, tmp_path / "default", "--task", "unsup")
     assert pad["rows"] == default["rows"] and pad["hash"] == default["hash"] != result["hash"]
@@ -205,3 +206,15 @@ def test_figures_of_another_reading(command, tiny_file, tmp_path):
         assert json.loads((tmp_path / reading / "strip.json").read_text())["reading"] == reading
         pictures.append(np.asarray(Image.open(tmp_path / reading / "strip.png"))[50:])       # below the title
     assert not np.array_equal(*pictures)
+
+
+def test_a_chosen_reading_has_a_row_and_a_folder_of_its_own(command, tiny_file, tmp_path):
+    """So that it never stands for the paper's, in a table or on the disk."""
+    for options, row, folder in ((["--reading", "shares"], "tiny shares", "ovss-scenes-tiny-shares"),
+                                 (["--task", "unsup", "--regions", "i2i"], "tiny i2i", "unsup-scenes-tiny-i2i")):
+        code, _, err = command("evaluate.py", "--limit", 1, "--model", tiny_file, "--device", "cpu", *options)
+        assert code == 0, err
+        assert row in json.loads((tmp_path / "out" / folder / "results.json").read_text())["rows"]
+    for options in (["--reading", "i2i"], ["--task", "unsup", "--regions", "i2i"]):
+        code, _, err = command("evaluate.py", "--dataset", "all", "--model", tiny_file, *options)
+        assert code == 2 and "beside the paper's numbers" in err

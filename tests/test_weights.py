@@ -269,3 +269,14 @@ def test_eight_bits_are_cast_as_they_are(stored_as, tiny_file, tiny):
         want = getattr(tiny, part).state_dict()
         for key, value in getattr(model, part).state_dict().items():
             assert value.dtype == torch.float32 and torch.equal(value, want[key].to(torch.float8_e4m3fn).float()), key
+
+
+def test_merges_are_part_of_the_fingerprint(tmp_path):
+    """Another merges.txt gives other tokens, so it is another model."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    files = weights.Files({"mmdit": ([tmp_path / "model.safetensors"], "")}, tmp_path / "merges.txt")
+    prints = set()
+    for merges in ("#version\na b", "#version\na c"):
+        (tmp_path / "merges.txt").write_text(merges)
+        prints.add(weights.fingerprint(files))
+    assert len(prints) == 2

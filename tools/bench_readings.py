@@ -95,6 +95,7 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--sd3", action="store_true", help="random q, k, v of SD3's size instead of nano")
-    parser.add_argument("--megapixels", type=at_least(0.1, float), help="size of the photo whose maps are refined")
+    parser.add_argument("--megapixels", type=at_least(0.1, float, most=100),
+                        help="size of the photo whose maps are refined")
     parser.add_argument("--repeats", type=at_least(1), default=5)
     command(main, parser)

@@ -23,7 +23,7 @@ from loading import image_seed  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 from support.data import DATASETS, ROOT, subset  # noqa: E402
-from support.files import write_figure, write_json  # noqa: E402
+from support.files import make_folder, write_figure, write_json  # noqa: E402
 from support.metrics import classes_in  # noqa: E402
 from support.pictures import overlay, palette  # noqa: E402
 
@@ -136,7 +136,7 @@ def main(args):
     data = DATASETS[args.dataset](args.data_root)
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     out = args.out or Path("out") / f"why-{model.name}"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with torch.inference_mode():
         looks = [Look(model, data, name) for name in tqdm(subset(data.names, args.limit), desc="why", unit="image")]
         looks = sorted(looks, key=lambda look: look.right["shares"] - look.right["paper"], reverse=True)
