@@ -231,7 +231,12 @@ def read_lora(path: str | Path) -> tuple[dict[str, LowRank], dict | None]:
             sd = check_kind(read_tensors(path, "LoRA"), dict, "its content")
             sd = check_kind(sd.get("model", sd), dict, "its model")          # the authors' .pth keeps more beside it
         adapter = read_adapter(json.loads(meta.get("lora_adapter_metadata", "{}")))
-        return read_pairs(sd, adapter), read_base(json.loads(meta.get("base", "null")))
+        pairs = read_pairs(sd, adapter)
+        base = read_base(json.loads(meta.get("base", "null")))
+        for name in pairs:
+            if base is not None and int(name.split(".")[1]) >= base["depth"]:
+                raise ValueError(f"it adapts {told(name)}, but its base has blocks 0 to {base['depth'] - 1}")
+        return pairs, base
 
 
 def read_pairs(sd, adapter):
@@ -246,6 +251,8 @@ def read_pairs(sd, adapter):
             raise ValueError(f"it holds {key!r}, which is not diffusers' (peft) name of a layer of the transformer")
         kind, i, layer, side = match.groups()
         name = f"{kind}.{int(i)}.{layer}"
+        if len(name) > 100:                              # patterns are tried on it; a layer's has no more than 50
+            raise ValueError(f"it adapts {name[:40]}..., a name of {len(name)} characters, and no layer has that")
         pair = matrices.setdefault(name, {})
         if side in pair:
             raise ValueError(f"it holds lora_{side} of {told(name)} twice")
@@ -260,19 +267,33 @@ def read_pairs(sd, adapter):
     return pairs
 
 
+# What a pattern of layers' names may be made of. Others can take for ever: '(.+)+z', or many groups of alternatives.
+PATTERN = re.compile(r"([\w.|^$()]|\\\.|\\d\+){0,200}", re.ASCII)
+
+
+def check_pattern(pattern, what):
+    """ValueError: a regular expression of peft's that is none, or might take long."""
+    if PATTERN.fullmatch(pattern) is None or pattern.count("(") > 2 or pattern.count(r"\d+") > 2:
+        raise ValueError(f"{pattern!r:.40} in its {what} is not read: only letters, digits, _ . \\. | ^ $, \\d+ twice "
+                         "and two pairs of parentheses are")
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{pattern!r} in its {what} is no regular expression ({e})") from None
+
+
 def read_adapter(adapter):
     """What peft says of an adapter, without the prefix of its keys.  ValueError: other kinds than scale_of needs."""
     check_kind(adapter, dict, "lora_adapter_metadata")
     adapter = {key.removeprefix("transformer."): value for key, value in adapter.items()}
-    patterns = check_kind(adapter.get("alpha_pattern", {}), dict, "alpha_pattern")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            raise ValueError(f"{pattern!r} in its alpha_pattern is no regular expression ({e})") from None
-    for alpha in (adapter.get("lora_alpha", 1), *patterns.values()):
+    for what in ("alpha_pattern", "rank_pattern"):
+        for pattern in check_kind(adapter.get(what, {}), dict, what):
+            check_pattern(pattern, what)
+    for alpha in (adapter.get("lora_alpha", 1), *adapter.get("alpha_pattern", {}).values()):
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, not {alpha!r:.40}")
+    if not isinstance(adapter.get("use_rslora", False), bool):
+        raise ValueError(f"use_rslora must be true or false, not {adapter['use_rslora']!r:.40}")
     return adapter
 
 

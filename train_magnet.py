@@ -13,6 +13,7 @@ import argparse
 import math
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from support.cli import Parser, add_model_options, at_least, command, positive, 
 from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
 from support.files import Broken, check_kind, code_stamp, read_tensors, reading, stamp, write_json, write_tensors
 from support.ledger import wait_for_all, world
+from support.metrics import classes_in
 from support.report import plot_losses
 
 RECIPES = {                                 # what differs between data sets; that of scenes is ours
@@ -50,6 +52,25 @@ DECAY, CLIP = 1e-4, 0.01                    # weight decay, largest gradient nor
 CODE = ("train_magnet.py", "magnet.py", *protocol.CODE)
 
 # ---------------------------------------------------------------------------- before and after
+
+
+def measurable(data, names):
+    """Those pictures that can be read, the others named once, and that have a labelled pixel.  ValueError: none."""
+    if not data.files:                                   # drawn scenes are never broken
+        return names
+    found = []
+    broken = 0
+    for name, item in read_ahead(data.read, names):
+        if isinstance(item, Broken):
+            broken += 1
+            if world()[0] == 0:
+                tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {item}", file=sys.stderr)
+        elif len(classes_in(item.labels)):
+            found.append(name)
+    if not found:
+        raise ValueError(f"nothing can be measured: {broken} of the {len(names)} pictures of {data.name} cannot be "
+                         "read, and no other has a labelled pixel")
+    return found
 
 
 @torch.inference_mode()
@@ -221,17 +242,17 @@ def train(args, settings, model, data, val, out):
     start = time.time()
     rank, processes = world()
     names = subset(data.names, args.limit)
-    shown = subset(val.names, args.val_limit)
     accumulate = args.accumulate or math.ceil(STEP / (settings.batch * processes))
     size = settings.batch * accumulate * processes       # pictures a step
     identity = settings._asdict() | {                    # what the weights and what is measured depend on
         "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "code": code_stamp(CODE),
-        "data": [data.name, len(names)], "batch": size, "val_limit": len(shown), "checkpointing": None,
+        "data": [data.name, len(names)], "batch": size, "val_limit": len(val.names), "checkpointing": None,
         "data_root": str(args.data_root.resolve()) if data.files or val.files else None,
         "captions": str(args.captions), "files that are trained on": stamp(data.files),
         "files that are measured on": stamp(val.files)}
     # alpha = rank: released code
-    params = add_lora(model.transformer, settings.rank, settings.rank, torch.Generator().manual_seed(settings.seed))
+    generator = torch.Generator().manual_seed(settings.seed % 2**63)
+    params = add_lora(model.transformer, settings.rank, settings.rank, generator)
     model.transformer.checkpointing = settings.checkpointing
     opt = torch.optim.AdamW(params, settings.lr, weight_decay=DECAY)
     done, log = resume(out / "state.pt", identity, params, opt)
@@ -242,8 +263,8 @@ def train(args, settings, model, data, val, out):
             raise ValueError(f"not finite at step {step}: {losses}; {kept}; a smaller --lr may help")
 
     def validate(step):
-        if shown and rank == 0:
-            log.append({"step": step, "val": measure(model, val, shown, settings.seed)})
+        if val.names and rank == 0:
+            log.append({"step": step, "val": measure(model, val, val.names, settings.seed)})
 
     def save(step):
         if rank == 0:
@@ -296,8 +317,9 @@ def main(args):
         raise ValueError("--measure needs pictures with label maps: choose them with --val")
     world()                                              # what is wrong with it is said before the work
     val = Dataset("none", [], None) if settings.val == "none" else DATASETS[settings.val](args.data_root)
+    val = replace(val, names=measurable(val, subset(val.names, args.val_limit)))
     if args.measure:
-        before_and_after(args, settings.model, val, subset(val.names, args.val_limit))
+        before_and_after(args, settings.model, val, val.names)
         return
     if pick_dtype(args.dtype, pick_device(args.device)) == torch.float16:
         raise ValueError("training in float16 loses small gradients, and they are not scaled here; use --dtype float32 "

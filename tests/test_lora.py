@@ -1,5 +1,6 @@
 """LoRA: nothing before it is trained, W + BA on the right rows after, and files of three kinds read or refused."""
 import json
+import time
 import zipfile
 from pathlib import Path
 
@@ -263,11 +264,51 @@ BASE = {"width": WIDTH, "depth": DEPTH, "samples": [[0.5] * 8] * DEPTH}
     ('{"lora_alpha": null}', "not None"), ('{"lora_alpha": true}', "not True"), ('{"lora_alpha": [8]}', r"not \[8\]"),
     ('{"alpha_pattern": []}', "alpha_pattern should be an object"), ('{"alpha_pattern": {"to_q": "x"}}', "not 'x'"),
     ('{"alpha_pattern": {"(": 2}}', r"'\(' in its alpha_pattern is no regular expression"),
-    (f'{{"lora_alpha": 1{"0" * 400}}}', "too large")])
+    (f'{{"lora_alpha": 1{"0" * 400}}}', "too large"), ('{"use_rslora": "false"}', "true or false, not 'false'"),
+    ('{"use_rslora": 1}', "not 1"), ('{"use_rslora": null}', "not None"),
+    ('{"rank_pattern": []}', "rank_pattern should be an object"),
+    ('{"rank_pattern": {"(": 2}}', r"'\(' in its rank_pattern is no regular expression"),
+    *(('{"%s": {%s: 3}}' % (what, json.dumps(pattern)), f"in its {what} is not read: only letters")
+      for what in ("alpha_pattern", "rank_pattern")
+      for pattern in ("(.+)+z", "(.|.)" * 30 + "z", "(a)+", "(a)?", "a{9}", ".*", "\\d+" * 3, "(?:a)", "a" * 201))])
 def test_adapters_that_are_none(tmp_path, adapter, sentence):
     save_file(peft_pairs(), tmp_path / "l.safetensors", {"lora_adapter_metadata": adapter})
     with pytest.raises(ValueError, match=f"l.safetensors' cannot be read as a LoRA: .*{sentence}"):
         read_lora(tmp_path / "l.safetensors")
+
+
+def test_patterns_that_are_read(tmp_path):
+    """And the slowest of them on the longest name, which is fast."""
+    slow = f"({'|'.join('.' * 40)})({'|'.join('.' * 40)})\\d+\\d+z"
+    patterns = {slow: 5.0, r"^transformer_blocks\.\d+\.attn\.(to_k|to_v)$": 2.0, "0.attn.to_q": 3.0}
+    meta = {"r": RANK, "lora_alpha": 8, "alpha_pattern": patterns, "rank_pattern": {"attn.to_v": 4}}
+    name = f"transformer_blocks.{'1' * 77}.x"
+    long = {f"{name}.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    save_file(peft_pairs() | long, tmp_path / "l.safetensors", {"lora_adapter_metadata": json.dumps(meta)})
+    start = time.process_time()
+    pairs, _ = read_lora(tmp_path / "l.safetensors")
+    assert time.process_time() - start < 5 and name in pairs
+    scales = [pairs[f"transformer_blocks.{layer}"].scale * RANK for layer in ("2.attn.to_k", "0.attn.to_q",
+                                                                              "1.attn.to_q")]
+    assert scales == [2, 3, 8]
+    longer = {key.replace(".x.", f".{'x' * 500}."): x for key, x in long.items()}
+    save_file(longer, tmp_path / "l.safetensors")
+    with pytest.raises(ValueError, match="a name of 597 characters"):
+        read_lora(tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_a_block_that_the_base_lacks(tiny_file, tmp_path, only):
+    """It is refused also where pairs of blocks that were left on the disk are skipped."""
+    save_lora(trained(tiny_file).transformer, tmp_path / "lora.safetensors")
+    sd = load_file(tmp_path / "lora.safetensors")
+    with safe_open(tmp_path / "lora.safetensors", framework="pt") as f:
+        meta = f.metadata()
+    for block in (DEPTH, "9" * 20):
+        moved = {key.replace("blocks.2.", f"blocks.{block}."): x for key, x in sd.items()}
+        save_file(moved, tmp_path / "moved.safetensors", meta)
+        with pytest.raises(ValueError, match=f"moved.*of block {block}, but its base has blocks 0 to 2$"):
+            fresh(tiny_file, lora=tmp_path / "moved.safetensors", segment_only=only)
 
 
 @pytest.mark.parametrize("base, sentence", [
