@@ -236,16 +236,13 @@ def test_another_run_is_not_gone_on_with(train, tmp_path, monkeypatch):
     refused("val_limit 1 instead of 2", "--val", "scenes-dev", "--val-limit", 2)
     refused("captions c.json instead of ", "--captions", shutil.copy("c.json", "other.json"))
     refused(f"data_root {tmp_path / 'd'} instead of {tmp_path / 'elsewhere'}", "--data-root", "elsewhere")
-    for name, use in (("c.json", "trained"), ("train2017/1.jpg", "trained"), ("val2017/1.jpg", "measured")):
-        path = tmp_path / name if name == "c.json" else coco / name
-        before = path.stat()
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-        refused(f"files that are {use} on ")
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with monkeypatch.context() as m:
         m.setattr("support.files.code_stamp", lambda names: "changed")
         refused("instead of changed")
     assert train(*usual)[0] == 0
+    for name, use in (("val2017/1.jpg", "measured"), ("train2017/1.jpg", "trained")):
+        os.utime(coco / name)                            # a time of change cannot be put back
+        refused(f"files that are {use} on ")
 
 
 def test_a_finished_run_writes_again_what_is_gone(train, tmp_path):
