@@ -28,10 +28,9 @@ from lora import add_lora, read_lora, save_lora
 from magnet import NORMALISATIONS, Settings, batch_losses, features, flow_matching, gradient
 from support.checkpoint import check_weight, peak_megabytes, pick_device, pick_dtype
 from support.cli import Parser, add_model_options, at_least, command, positive, progress, renamed, show
-from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, read_ahead, subset
+from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, measurable, read_ahead, subset
 from support.files import Broken, check_kind, code_stamp, read_tensors, reading, stamp, write_json, write_tensors
 from support.ledger import wait_for_all, world
-from support.metrics import classes_in
 from support.report import plot_losses
 
 RECIPES = {                                 # what differs between data sets; that of scenes is ours
@@ -52,25 +51,6 @@ DECAY, CLIP = 1e-4, 0.01                    # weight decay, largest gradient nor
 CODE = ("train_magnet.py", "magnet.py", *protocol.CODE)
 
 # ---------------------------------------------------------------------------- before and after
-
-
-def measurable(data, names):
-    """Those pictures that can be read, the others named once, and that have a labelled pixel.  ValueError: none."""
-    if not data.files:                                   # drawn scenes are never broken
-        return names
-    found = []
-    broken = 0
-    for name, item in read_ahead(data.read, names):
-        if isinstance(item, Broken):
-            broken += 1
-            if world()[0] == 0:
-                tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {item}", file=sys.stderr)
-        elif len(classes_in(item.labels)):
-            found.append(name)
-    if not found:
-        raise ValueError(f"nothing can be measured: {broken} of the {len(names)} pictures of {data.name} cannot be "
-                         "read, and no other has a labelled pixel")
-    return found
 
 
 @torch.inference_mode()

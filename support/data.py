@@ -8,6 +8,7 @@ are read. classes.json holds the class lists, in each benchmark's order, and the
 """
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from nano import scenes
 from support.files import Broken, check_kind, open_labels, open_stored, read_json, read_text, reading
+from support.ledger import world
 from support.metrics import IGNORE, classes_in
 
 ROOT = Path(os.environ.get("SEG4DIFF_DATA", "data"))
@@ -84,6 +87,25 @@ def read_ahead(read, names, ahead=8):
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
+
+
+def measurable(data, names):
+    """Those pictures that can be read, the others named once, and that have a labelled pixel.  ValueError: none."""
+    if not data.files:                                   # drawn scenes are never broken
+        return names
+    found = []
+    broken = 0
+    for name, item in read_ahead(data.read, names):
+        if isinstance(item, Broken):
+            broken += 1
+            if world()[0] == 0:
+                tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {item}", file=sys.stderr)
+        elif len(classes_in(item.labels)):
+            found.append(name)
+    if not found:
+        raise ValueError(f"nothing can be measured: {broken} of the {len(names)} pictures of {data.name} cannot be "
+                         "read, and no other has a labelled pixel")
+    return found
 
 
 def lookup(key, background=False, ids=None):

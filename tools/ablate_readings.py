@@ -24,7 +24,7 @@ import seg4diff  # noqa: E402
 from loading import image_seed  # noqa: E402
 from mmdit import JointQKV, i2t_attention, joint_probs  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
-from support.data import DATASETS, ROOT, Item, subset  # noqa: E402
+from support.data import DATASETS, ROOT, Item, measurable, subset  # noqa: E402
 from support.files import make_folder, write_json  # noqa: E402
 from support.metrics import classes_in, confusion, match_proposals, proposal_scores, scores  # noqa: E402
 
@@ -208,7 +208,7 @@ def main(args):
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     out = args.out or Path("out") / f"ablate-{data.name}-{model.name}"
     make_folder(out)
-    names = subset(data.names, args.limit)
+    names = measurable(data, subset(data.names, args.limit))
     K = len(data.classes)
     named = {}
     unnamed = {}

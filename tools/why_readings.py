@@ -22,7 +22,7 @@ import seg4diff  # noqa: E402
 from loading import image_seed  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
-from support.data import DATASETS, ROOT, subset  # noqa: E402
+from support.data import DATASETS, ROOT, measurable, subset  # noqa: E402
 from support.files import make_folder, write_figure, write_json  # noqa: E402
 from support.metrics import classes_in  # noqa: E402
 from support.pictures import overlay, palette  # noqa: E402
@@ -138,7 +138,8 @@ def main(args):
     out = args.out or Path("out") / f"why-{model.name}"
     make_folder(out)
     with torch.inference_mode():
-        looks = [Look(model, data, name) for name in tqdm(subset(data.names, args.limit), desc="why", unit="image")]
+        names = measurable(data, subset(data.names, args.limit))
+        looks = [Look(model, data, name) for name in tqdm(names, desc="why", unit="image")]
         looks = sorted(looks, key=lambda look: look.right["shares"] - look.right["paper"], reverse=True)
         bleeding(looks[:3], out / "bleeding.png")
         attention_rows(looks[0], out / "rows.png")
