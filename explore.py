@@ -29,7 +29,7 @@ from support.page import at_most, embedded, packed, quantised, write
 from support.pictures import open_image, to_image
 from text import TextCond, split_classes
 
-SIDE = 32                               # maps of a larger grid, as SD3's, are averaged down to this side
+SIDE = 32                               # of a larger grid, as SD3's, maps are kept at so many patches a side
 HEAD_SIDE = 16                          # the same for maps of single heads, of which there are many
 PADS = 3                                # <pad> tokens that keep a map of their own; the others share one
 MASKED = 256                            # longer side of the page's masks, pixels
@@ -54,6 +54,22 @@ def grid_of(model: Seg4Diff) -> tuple[int, list[int]]:
     """Side of the square grid of patches, h = w; and the blocks whose I2I is kept: if it is large, the expert alone."""
     blocks = range(model.transformer.config.depth)
     return model.grid, list(blocks) if model.grid <= HEAD_SIDE else [model.preset.block]
+
+
+def evenly(n: int, most: int) -> Tensor:
+    """At most so many of the numbers 0 to n-1, evenly spread: the middle one of each of `most` equal parts."""
+    m = min(n, most)
+    return ((torch.arange(m) + 0.5) * n / m).long()                          # (m,)
+
+
+def kept_patches(grid: tuple[int, int], side: int) -> Tensor:
+    """Numbers of the patches whose maps the page holds, (n,): all, or of a larger grid side x side.
+
+    The maps of all of SD3's 4096 patches would take longer than its forward passes.
+    """
+    rows = evenly(grid[0], side)
+    columns = evenly(grid[1], side)
+    return (rows[:, None] * grid[1] + columns).flatten()                     # (n,)
 
 
 def levels_of(preset: Preset, every: int) -> dict[int, float]:
@@ -132,14 +148,14 @@ def shrunk(maps: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     return F.adaptive_avg_pool2d(maps.unflatten(-1, grid), size).flatten(-2)  # (..., n)
 
 
-def column_maps(qkv: JointQKV, columns: Sequence[slice]) -> Tensor:
-    """i2t_attention's columns, those that share a map averaged, (H, T, N), without its softmax in chunks.
+def column_maps(qkv: JointQKV, columns: Sequence[slice], patches: Tensor) -> Tensor:
+    """i2t_attention's rows of these patches (n,), columns that share a map averaged: (H, T, n), without its chunks.
 
     It is attention in which a text row's value is a one in the place of its column, shared by the column's rows. The
     fused kernel wants values as wide as the heads, so columns go through in groups of d, padded by zeros.
     """
     N = qkv.n_img
-    q = qkv.q[:, :, :N].float()                                              # (1, H, N, d)
+    q = qkv.q[:, :, patches].float()                                         # (1, H, n, d)
     k = qkv.k.float()                                                        # (1, H, N+M, d)
     d = q.shape[-1]
     ones = torch.zeros(k.shape[2], len(columns), device=k.device)            # (N+M, T)
@@ -148,9 +164,9 @@ def column_maps(qkv: JointQKV, columns: Sequence[slice]) -> Tensor:
     maps = []
     for group in ones.split(d, dim=1):
         values = F.pad(group, (0, d - group.shape[1])).expand(*k.shape)      # (1, H, N+M, d)
-        out = F.scaled_dot_product_attention(q, k, values.contiguous())      # Eq. 4, (1, H, N, d)
-        maps.append(out[0, :, :, :group.shape[1]].mT)                        # (H, up to d, N)
-    return torch.cat(maps, dim=1)                                            # (H, T, N)
+        out = F.scaled_dot_product_attention(q, k, values.contiguous())      # Eq. 4, (1, H, n, d)
+        maps.append(out[0, :, :, :group.shape[1]].mT)                        # (H, up to d, n)
+    return torch.cat(maps, dim=1)                                            # (H, T, n)
 
 
 def image_attention(qkv: JointQKV, side: int) -> Tensor:
@@ -170,25 +186,28 @@ def image_attention(qkv: JointQKV, side: int) -> Tensor:
 @torch.inference_mode()
 def attention(model: Seg4Diff, latents: dict[int, Tensor], levels: dict[int, float], cond: TextCond,
               columns: Sequence[slice]) -> dict[str, Tensor]:
-    """All maps of the page, in fp32 on the CPU; `shrunk` leaves n patches of N.
+    """All maps of the page, in fp32 on the CPU, at n of the N patches (kept_patches).
 
-    i2t, t2i (levels, depth, T, n): means over heads (Eq. 10).  i2t_heads, t2i_heads (depth, H, T, n) and i2i
-    (blocks, n, n): at the preset's level.
+    i2t, t2i (levels, depth, T, n): means over heads (Eq. 10).  At the preset's level: i2t_heads, t2i_heads
+    (depth, H, T, n), of fewer patches, and i2i (blocks, n, n), averaged down to them.
     """
     depth = model.transformer.config.depth
     _, i2i_blocks = grid_of(model)
+    grid = (model.grid, model.grid)
+    patches = kept_patches(grid, SIDE)                                       # (n,)
+    fewer = kept_patches((min(grid[0], SIDE), min(grid[1], SIDE)), HEAD_SIDE)        # of those that are kept
     maps = {"i2t": [], "t2i": [], "i2t_heads": [], "t2i_heads": [], "i2i": []}
     for t, z in tqdm(latents.items(), desc=f"{model.name}: noise levels", unit="level"):
         sigma = torch.tensor([levels[t]], device=z.device)
         _, taps = model.transformer(z.to(model.dtype), sigma, cond.ctx, cond.pooled, capture=range(depth))
         for block in range(depth):
             qkv = taps.pop(block)
-            t2i = t2i_attention(qkv)[0]                                      # (H, M, N)
-            t2i = torch.stack([t2i[:, rows].mean(1) for rows in columns], dim=1)                     # (H, T, N)
-            for name, heads in (("i2t", column_maps(qkv, columns)), ("t2i", t2i)):
-                maps[name].append(shrunk(heads.mean(0), qkv.grid, SIDE).cpu())
+            t2i = t2i_attention(qkv)[0][:, :, patches]                       # (H, M, n)
+            t2i = torch.stack([t2i[:, rows].mean(1) for rows in columns], dim=1)                     # (H, T, n)
+            for name, heads in (("i2t", column_maps(qkv, columns, patches)), ("t2i", t2i)):
+                maps[name].append(heads.mean(0).cpu())
                 if t == model.preset.noise_steps:
-                    maps[f"{name}_heads"].append(shrunk(heads, qkv.grid, HEAD_SIDE).cpu())
+                    maps[f"{name}_heads"].append(heads[:, :, fewer].cpu())
             if t == model.preset.noise_steps and block in i2i_blocks:
                 maps["i2i"].append(image_attention(qkv, SIDE).cpu())
     out = {name: torch.stack(parts) for name, parts in maps.items()}
@@ -254,7 +273,7 @@ def main(args):
     variants = []
     for lora in [None, args.lora] if args.lora else [None]:
         model = seg4diff.load(args.model, args.device, args.dtype, lora=lora)
-        levels = levels_of(model.preset, args.every)
+        levels = levels_of(model.preset, args.every or (8 if model.grid > SIDE else 4))
         if image is None:
             cond = model.text.encode([prompt])
             spans = find_names(prompt, names, cond.spans[0])
@@ -287,7 +306,8 @@ if __name__ == "__main__":
     parser.add_argument("--generate", type=utf8, metavar="PROMPT",
                         help="instead: a picture while it is drawn; with masks for the given names, which stand in the "
                         "prompt, or else for all its words but the little ones")
-    parser.add_argument("--every", type=at_least(1), default=4, help="steps between the noise levels that are kept (4)")
+    parser.add_argument("--every", type=at_least(1),
+                        help="steps between the noise levels that are kept (4; of a large grid 8)")
     parser.add_argument("--out", type=Path, default=Path("explorer.html"), help="file to write (explorer.html)")
     add_model_options(parser)
     command(main, parser)

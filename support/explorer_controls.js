@@ -169,13 +169,14 @@ function buildControls() {
 
 function describe() {
   const n = data.patches;
-  const grid = side => side < n ? `${n} x ${n} patches, averaged down to ${side} x ${side}` : `${n} x ${n} patches`;
+  const grid = side => side < n ? `${side} x ${side} of the ${n} x ${n} patches` : `${n} x ${n} patches`;
+  const averaged = data.side < n ? `averaged down to ${data.side} x ${data.side} patches, ` : "";
   const blocks = data.i2i_blocks.length > 1 ? "of every block" : `of block ${data.expert}`;
   const preset = stepName(data.levels[data.preset]);
   $("kept").textContent = "Kept: I2T and T2I of every block, mean over heads, at "
     + `${data.levels.length} of ${data.steps} noise levels (${grid(data.side)}). `
     + `Every single head at ${preset} (${grid(data.head_side)}). `
-    + `I2I ${blocks} there, mean over heads, softmax over image keys alone. `
+    + `I2I ${blocks} there, ${averaged}mean over heads, softmax over image keys alone. `
     + "Left out: other noise levels, single heads at others, T2T, queries, keys and values. "
     + "A map's values are stored as square roots of their share of its largest, in 8 bits (I2I: 6). "
     + "Text rows that share a map: later <pad> tokens, and empty rows in the place of a second text encoder. "
