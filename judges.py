@@ -217,8 +217,8 @@ def unit_rows(inputs: Sequence[Tensor], network, device: torch.device) -> np.nda
     rows = []
     for x in inputs:
         with full_float32():
-            row = network(x[None].to(device))[0].double()                    # (P,)
-        rows.append((check_finite(row, "the judge's numbers") / row.norm()).cpu().numpy())
+            row = network(x[None].to(device))[0].cpu().double()              # (P,); MPS has no float64
+        rows.append((check_finite(row, "the judge's numbers") / row.norm()).numpy())
     return np.stack(rows)                                                    # (n, P)
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretend import pretend
 from safetensors.torch import load_file, save_file
 from test_golden import differ, golden, refused, same
 
@@ -192,6 +193,19 @@ def test_similarity_by_hand(folder, pictures):
         c, d = (judge.clip.image(judges.clip_picture(image, 24)[None])[0] for image in pictures)
     assert others["DINO"] == pytest.approx(100 * torch.cosine_similarity(a, b, dim=0).item(), abs=1e-3)
     assert others["CLIP-I"] == pytest.approx(100 * torch.cosine_similarity(c, d, dim=0).item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_on_a_device(folder, pictures, kind):
+    """A pretended one (pretend.py): the CPU's numbers, and nothing on the wrong side."""
+    here = judges.load_judge(folder, "cpu"), judges.load_dino(folder, "cpu")[0]
+    with pretend(kind) as card:
+        there = judges.load_judge(folder, "auto"), judges.load_dino(folder, "auto")[0]
+        assert there[0].device.type == kind
+        far = judges.similarity(*there, pictures, pictures[::-1], ["a", "b"])
+    near = judges.similarity(*here, pictures, pictures[::-1], ["a", "b"])
+    assert not card.refused and card.crossings
+    assert all(far[column] == pytest.approx(near[column], abs=1e-3) for column in near)
 
 
 def test_numbers_that_are_not_finite_are_no_score(folder, pictures):
