@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from support.checkpoint import Device, Dtype, assign, check_finite, count, full_float32, pick_device, shape
+from support.files import reading
 from text import CLIP_MARKS, CLIPText, Layer, clip_tokenizer, tokenize
 
 # ---------------------------------------------------------------------------- pictures -> tensors
@@ -283,7 +284,8 @@ def load_judge(name_or_path: str | Path = "clip", device: str | torch.device = "
     from support import judge_files  # here, because it imports the hub's client, which networks do not need
     files = judge_files.find("clip", name_or_path)
     clip = CLIP.from_state_dict(judge_files.read(files), pick_device(device), torch.float32)
-    tokenizer = clip_tokenizer(judge_files.merges(files))
+    with reading(files.merges, "list of CLIP's merges"):
+        tokenizer = clip_tokenizer(judge_files.merges(files))
     if tokenizer.get_vocab_size() != clip.text_tower.vocab:
         raise ValueError(f"the parts of {files.weights} do not fit each other: {tokenizer.get_vocab_size()} tokens in "
                          f"the merges, {clip.text_tower.vocab} in the weights")

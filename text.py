@@ -94,6 +94,8 @@ HEAD_DIM = 64                       # of every CLIP text tower; it leaves no tra
 class SelfAttention(nn.Module):
     def __init__(self, width, causal=True):
         super().__init__()
+        if width % HEAD_DIM:
+            raise ValueError(f"a width of {width} is no multiple of {HEAD_DIM}, the width of an attention head")
         self.causal = causal                             # text: a token sees those before it; pictures: all
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)

@@ -46,6 +46,8 @@ def test_sizes_are_read_off_the_shapes():
         assert judges.CLIPImage(1024, 4096, 1, 14, 257, 768).size == judges.DINO(384, 1536, 1, 16, 197).size == 224
     with pytest.raises(ValueError, match="square"):
         judges.side_of(12, 8)
+    with pytest.raises(ValueError, match="a width of 100 is no multiple of 64"):
+        judges.DINO(100, 100, 1, 8, 10)
 
 
 def test_what_files_hold_beside_the_weights_is_left_out():
@@ -257,6 +259,8 @@ def test_bad_files_are_sentences(folder, tmp_path):
     clip = bad / "clip-vit-large-patch14"
     (clip / "merges.txt").write_text("#version\na b\nb a</w>\n")
     says("do not fit each other: 516 tokens", bad)
+    (clip / "merges.txt").write_text("#version\nab\n")
+    says("merges.txt' cannot be read as a list of CLIP's merges", bad)
     (clip / "merges.txt").unlink()
     says("merges.txt of openai", bad)
     torch.save([1], bad / "dino-vits16/pytorch_model.bin")
