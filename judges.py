@@ -2,7 +2,7 @@
 
 CLIP (Radford et al., 2021) puts pictures and texts into one space, so that a cosine says how well they go together.
 DINO (Caron et al., 2021) has never seen a text: its cosine compares two pictures.  Both are transformers over patches
-with one class token more, whose row is the answer.  Key names are those of the published files, the layers text.py's.
+with one class token more, whose row is the answer.  Keys are those of the published files, layers text.py's.
 
     judge = judges.load_judge("clip")                    # or a folder
     judge.score(images, prompts)                         # {"CLIPScore": (n,)}, 100 x cosine
@@ -11,7 +11,7 @@ A judge is whatever has `name`, `fingerprint` (of its files), `columns` and `sco
 {column: (n,)} for n pictures and their prompts.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -208,12 +208,14 @@ class DINO(nn.Module):
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rows of length 1, (n, P) each -> their cosines, in percent, (n,)."""
+    """Rows of length 1, (n, P) each -> their cosines, in percent, (n,).  ValueError: not as many of both."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} pictures and {len(b)} prompts or references are not equal lists")
     return 100 * (a * b).sum(1)
 
 
 @torch.inference_mode()
-def unit_rows(inputs: Sequence[Tensor], network, device: torch.device) -> np.ndarray:
+def unit_rows(inputs: Iterable[Tensor], network, device: torch.device) -> np.ndarray:
     """What a network makes of each input, one at a time, divided by its length: (n, P)."""
     rows = []
     for x in inputs:
@@ -226,8 +228,8 @@ def unit_rows(inputs: Sequence[Tensor], network, device: torch.device) -> np.nda
 class ClipScore:
     """A judge: CLIPScore as Table 3 has it, 100 x the cosine of a picture and its prompt.
 
-    The paper does not name its CLIP, nor the factor.  Its values, 26 to 28, are of the size that 100 x cosine has with
-    ViT-L/14; CLIPScore as published (Hessel et al., 2021) is 2.5 x the positive cosine, by ViT-B/32.
+    The paper does not name its CLIP, nor the factor; by their size, its values are those of ViT-L/14.  CLIPScore as
+    published (Hessel et al., 2021) is 2.5 x the positive cosine, by ViT-B/32.
     """
     columns = ("CLIPScore",)
 
@@ -243,7 +245,7 @@ class ClipScore:
 
     def pictures(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Pictures -> (n, P), of length 1."""
-        inputs = [clip_picture(image, self.clip.size) for image in images]
+        inputs = (clip_picture(image, self.clip.size) for image in images)
         return unit_rows(inputs, self.clip.image, self.device)
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
@@ -267,13 +269,11 @@ def similarity(judge: ClipScore, dino: DINO, images: Sequence[Image.Image], refe
     with the prompt, which is CLIPScore.
     """
     pictures = judge.pictures(images)                                        # (n, P)
-    rows = {}
-    for name, several in (("images", images), ("references", references)):
-        inputs = [dino_picture(image, dino.size) for image in several]
-        rows[name] = unit_rows(inputs, dino, judge.device)                   # (n, D)
+    seen = unit_rows((dino_picture(image, dino.size) for image in images), dino, judge.device)       # (n, D)
+    expected = unit_rows((dino_picture(image, dino.size) for image in references), dino, judge.device)
     return {"CLIP-I": cosine(pictures, judge.pictures(references)),
             "CLIP-T": cosine(pictures, judge.texts(prompts)),
-            "DINO": cosine(rows["images"], rows["references"])}
+            "DINO": cosine(seen, expected)}
 
 
 def load_judge(name_or_path: str | Path = "clip", device: str | torch.device = "auto") -> ClipScore:

@@ -18,6 +18,7 @@ from support.files import read_tensors, read_text, reading
 HUB = {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vits16"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")     # the first that is there
 MERGES = "merges.txt"
+OPTION = "--judge, which takes its folder"               # ends the sentence about a file that cannot be fetched
 
 
 class Files(NamedTuple):
@@ -29,9 +30,9 @@ def from_hub(repo: str) -> Files:
     """A judge's files from the cache or the hub.  ValueError: they cannot be fetched."""
     found = None
     with suppress(ValueError):                           # not every repository has the first of WEIGHTS
-        found = weights.hub(repo, WEIGHTS[0], "--judge")
-    found = found or weights.hub(repo, WEIGHTS[1], "--judge")
-    return Files(found, weights.hub(repo, MERGES, "--judge") if repo == HUB["clip"] else None)
+        found = weights.hub(repo, WEIGHTS[0], OPTION)
+    found = found or weights.hub(repo, WEIGHTS[1], OPTION)
+    return Files(found, weights.hub(repo, MERGES, OPTION) if repo == HUB["clip"] else None)
 
 
 def find(kind: str, name_or_path: str | Path) -> Files:

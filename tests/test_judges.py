@@ -179,6 +179,8 @@ def test_clipscore_by_hand(folder, pictures):
             assert found["CLIPScore"][i] == pytest.approx(100 * torch.cosine_similarity(a, b, dim=0).item(), abs=1e-3)
     assert judge.score(pictures[:1], prompts[:1])["CLIPScore"][0] == found["CLIPScore"][0]
     assert judge.score(pictures, prompts[::-1])["CLIPScore"][0] != found["CLIPScore"][0]
+    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+        judge.score(pictures, prompts[:1])
 
 
 def test_similarity_by_hand(folder, pictures):

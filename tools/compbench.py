@@ -69,7 +69,9 @@ def export(args):
     make_folder(samples)
     check_facts(args.out, {"model": [model.name, model.fingerprint], "prompts": prompts, "seed": args.seed,
                            "steps": args.steps, "cfg": args.cfg, "dtype": str(model.dtype)})
-    paths = [samples / picture_name(prompt, EACH * i + n) for i, prompt in enumerate(prompts) for n in range(EACH)]
+    paths = []
+    for number in range(EACH * len(prompts)):
+        paths.append(samples / picture_name(prompts[number // EACH], number))
     starts = range(0, len(paths), model.preset.batch)
     for start in tqdm(starts, desc="export", unit="batch"):
         batch = paths[start:start + model.preset.batch]
@@ -145,10 +147,8 @@ def table(args):
         raise ValueError(f"no results below {args.results}: {category}/{folder}/{RESULT} or that of another category "
                          f"should be there; the categories are {', '.join(name for name, _ in COLUMNS.values())}")
     rows = {f"{row}, the paper's": dict(zip(COLUMNS, values)) for row, values in PAPER.items()}
-    name = args.results.resolve().name
-    for fact in ("mean", "error"):
-        label = f"{name}, ours" if fact == "mean" else "  standard error"
-        rows[label] = {column: result[fact] for column, result in results.items()}
+    rows[f"{args.results.resolve().name}, ours"] = {column: result["mean"] for column, result in results.items()}
+    rows["  standard error"] = {column: result["error"] for column, result in results.items()}
     width = max(map(len, rows))
     show(f"{'Table 4':{width}s}" + "".join(f"{column:>9s}" for column in COLUMNS))
     for row, values in rows.items():
