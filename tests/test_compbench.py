@@ -19,14 +19,15 @@ def pictures(folder):
 def test_export(command, quick_file, tmp_path):  # noqa: F811
     """Ten pictures a prompt, each from its own number's noise; an interrupted export ends the same, seed and all."""
     (tmp_path / "color_val.txt").write_text("a red car\tleft out\n\nsnow.\n")
-    run = (TOOL, "export", "color_val.txt", "--model", quick_file, "--device", "cpu", "--out", "out/color")
+    run = (TOOL, "export", "color_val.txt", "--model", quick_file, "--device", "cpu", "--out", "out/color",
+           "--steps", 1)
     code, out, err = command(*run, "--seed", 3)
     assert code == 0 and "20 pictures of 2 prompts" in out, err
     first = pictures(tmp_path / "out/color")
     names = [f"a red car_{n:06d}.png" for n in range(10)] + [f"snow._{n:06d}.png" for n in range(10, 20)]
     assert sorted(first) == names and len({x.tobytes() for x in first.values()}) == 20
     model = seg4diff.load(quick_file, "cpu")
-    want = np.asarray(seg4diff.generate(model, "snow.", seed=3 + 12)[0]).astype(int)
+    want = np.asarray(seg4diff.generate(model, "snow.", seed=3 + 12, steps=1)[0]).astype(int)
     assert np.abs(first["snow._000012.png"] - want).max() <= 2               # another batch rounds otherwise
 
     kept = tmp_path / "out/color/samples/snow._000019.png"
