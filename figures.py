@@ -3,7 +3,7 @@
     python figures.py                                   # every figure below, by nano, into out/figures-nano
     python figures.py shares values strip gallery       # Fig. 2 (b, c); Fig. 4, 19, 28; Fig. 7; Fig. 14
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
-    python figures.py perturb guide                     # Fig. 5, 31 (18, 20 with our own score); Fig. 6, 32
+    python figures.py perturb guide                     # Fig. 5, 31 and 18, 20, 23 (--judge); Fig. 6, 32
     python figures.py expert text                       # which block is the expert? at which noise do words matter?
     python figures.py magnet --lora nano/magnet.safetensors      # Fig. 12, 33: maps and pictures without and with
 
@@ -11,13 +11,11 @@ Pictures are generated from prompts; attention is that of a second pass at t = 8
 Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
 """
 import json
-import textwrap
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
 from tqdm import tqdm
@@ -25,6 +23,7 @@ from tqdm import tqdm
 import analysis
 import protocol
 import seg4diff
+from generated_figures import gallery, guide, load_judges, new_figure, perturb, toy
 from loading import Seg4Diff, image_seed
 from nano import scenes
 from support.cli import Parser, add_model_options, at_least, command, show
@@ -34,13 +33,6 @@ from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
 
 # ---------------------------------------------------------------------------- drawing
-
-
-def new_figure(rows, columns, title, width=5, height=3.4):
-    """A figure and its axes (rows, columns), each of width x height inches."""
-    fig = Figure((columns * width, rows * height), dpi=90, layout="constrained")
-    fig.suptitle(textwrap.fill(title, int(9 * columns * width)))
-    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
 def panel(ax: Axes, picture: np.ndarray | Image.Image, title: str = "", **options) -> None:
@@ -163,73 +155,6 @@ def pads(model, prompts, out):
     return {"tokens": len(names)}
 
 
-# ---------------------------------------------------------------------------- generated pictures
-
-
-def gallery(model, prompts, out):
-    """What the model makes of each prompt (the paper's are its Fig. 14)."""
-    write_picture(out / "gallery.png", sheet(seg4diff.generate(model, prompts), prompts))
-    return {"prompts": len(prompts)}
-
-
-def compare_pictures(model, prompts, variants, path, title):
-    """Pictures from the same noise by each variant (options of generate), and how well their captions explain them."""
-    prompts = list(dict.fromkeys(prompts))
-    n = len(prompts)
-    candidates = [[*captions, ""] for captions in analysis.choices(prompts)]
-    rows = {}
-    shown = []
-    for variant, options in tqdm(variants.items(), desc=path.stem, unit="variant"):
-        images = seg4diff.generate(model, prompts, **options)
-        losses = analysis.caption_losses(model, images, candidates)          # (n, choices + 1)
-        gain, error = analysis.mean_and_error(analysis.loss_saved(losses, 0, -1))
-        rows[variant] = {"accuracy": analysis.caption_accuracy(losses[:, :-1]), "gain": gain, "error": error}
-        shown.append(images[:4])
-    pictures = [images[i] for i in range(len(shown[0])) for images in shown]
-    titles = [f"{variant}: {prompt}" for prompt in prompts[:4] for variant in variants]
-    write_picture(path.with_name(f"{path.stem}_pictures.png"), sheet(pictures, titles, len(variants), 192))
-    choices = min(analysis.CHOICES, n)
-    enough = choices == analysis.CHOICES                 # a choice of two captions says little
-    fig, axes = new_figure(1, 1 + enough, f"{title}; {n} pictures")
-    axes[0, 0].bar(list(rows), [row["gain"] for row in rows.values()], yerr=[row["error"] for row in rows.values()])
-    axes[0, 0].set(ylabel="loss saved by the caption [%]")
-    if enough:
-        axes[0, 1].bar(list(rows), [row["accuracy"] for row in rows.values()])
-        axes[0, 1].axhline(100 / choices, color="black", ls=":", label="chance")
-        axes[0, 1].set(ylabel=f"true caption best of {choices} [%]")
-        axes[0, 1].legend(loc="lower right")
-    for ax in axes[0]:
-        ax.tick_params("x", rotation=90)
-    write_figure(path, fig)
-    score = f"flow loss at sigma {analysis.CAPTION_SIGMA}, {analysis.CAPTION_DRAWS} draws, {choices} captions"
-    return {"n": n, "judge": score, "rows": rows}
-
-
-def perturb(model, prompts, out):
-    """Fig. 5, 18, 31: I2T blurred in one block after the other; nano's score is validated on drawn scenes."""
-    blocks = range(model.transformer.config.depth)
-    variants = {"none": {}, **{f"block {i}": {"perturb": [i]} for i in blocks}, "all": {"perturb": blocks}}
-    numbers = compare_pictures(model, prompts, variants, out / "perturb.png",
-                               f"I2T blurred in one block, {model.name} (Fig. 5, 18)")
-    if toy(model) and len(prompts) >= analysis.CHOICES:
-        drawn = [scenes.draw(seed) for seed in scenes.VAL_SEEDS[200:200 + len(prompts)]]
-        images = [Image.fromarray(scene.image) for scene in drawn]
-        captions = [scenes.caption(scene, np.random.default_rng(i)) for i, scene in enumerate(drawn)]
-        losses = analysis.caption_losses(model, images, analysis.choices(captions))          # (n, choices)
-        numbers["validation"] = {"pairs": len(losses), "captions": analysis.CHOICES,
-                                 "own caption best [%]": analysis.caption_accuracy(losses),
-                                 "own better than the next [%]": 100 * np.mean(losses[:, 0] < losses[:, 1])}
-    return numbers
-
-
-def guide(model, prompts, out):
-    """Fig. 6, 32: Eq. 7 with s = 1 and one block after the other, on top of classifier-free guidance."""
-    depth = model.transformer.config.depth
-    variants = {"none": {}, **{f"block {i}": {"pag": 1.0, "blocks": [i]} for i in range(depth)}}
-    return compare_pictures(model, prompts, variants, out / "guide.png",
-                            f"Guidance by a perturbed block (Eq. 7, s = 1), {model.name} (Fig. 6)")
-
-
 # ---------------------------------------------------------------------------- pictures of a data set
 
 
@@ -334,11 +259,6 @@ def magnet_maps(model, prompts, out, data, base, reading="paper"):
 # ---------------------------------------------------------------------------- command line
 
 
-def toy(model):
-    """Whether a model makes pictures of the toy world's size: nano, or one that was trained like it."""
-    return model.preset.size == scenes.SIDE
-
-
 def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[str]:
     """The first prompts of a file, one to a line; without one, captions of the toy world for nano, else the paper's.
 
@@ -364,15 +284,18 @@ def main(args):
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     prompts = prompts_for(model, args.limit, args.prompts)
     out = args.out or Path("out") / f"figures-{model.name}"
-    make_folder(out)
     if "all" in args.figures:                            # by default
         args.figures = [figure for figure in FIGURES if figure != "magnet" or args.lora]
+    judge = load_judges(args.judge, model) if "perturb" in args.figures else None
+    make_folder(out)
     for figure in args.figures:
         inputs = [model, prompts, out]
         if figure in ("strip", "expert", "text", "magnet"):
             inputs.append(DATASETS[args.dataset or ("scenes-dev" if toy(model) else "voc")](args.data_root))
         if figure in ("expert", "text"):
             inputs.append(2 * args.limit)
+        if figure == "perturb":
+            inputs.append(judge)
         if figure == "magnet":
             inputs.append(seg4diff.load(args.model, args.device, args.dtype))
         if figure in ("strip", "magnet"):
@@ -392,6 +315,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; data set's pictures: twice that")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")
     parser.add_argument("--reading", choices=seg4diff.READINGS, default="paper", help="of strip and magnet (paper)")
+    parser.add_argument("--judge", help="of perturb: clip (CLIP and DINO from the hub), their folder, or own (nano's)")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--out", type=Path, help="folder for figures and numbers (default: out/figures-MODEL)")
     add_model_options(parser, seed=False)

@@ -92,8 +92,11 @@ HEAD_DIM = 64                       # of every CLIP text tower; it leaves no tra
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, causal=True):
         super().__init__()
+        if width % HEAD_DIM:
+            raise ValueError(f"a width of {width} is no multiple of {HEAD_DIM}, the width of an attention head")
+        self.causal = causal                             # text: a token sees those before it; pictures: all
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -102,7 +105,7 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         q, k, v = (proj(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)     # 3 x (B, heads, L, HEAD_DIM)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # no padding mask, as published
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)   # no padding mask, as published
         return self.out_proj(y.transpose(1, 2).flatten(2))                   # (B, L, W)
 
 
@@ -112,11 +115,11 @@ class QuickGELU(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, width, hidden, quick_gelu):
+    def __init__(self, width, hidden, quick_gelu, causal=True, eps=1e-5):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.self_attn = SelfAttention(width)
-        self.layer_norm2 = nn.LayerNorm(width)
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.self_attn = SelfAttention(width, causal)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.Sequential()                       # its parts are named as the published keys are
         self.mlp.fc1 = nn.Linear(width, hidden)
         self.mlp.gelu = QuickGELU() if quick_gelu else nn.GELU()
@@ -128,7 +131,10 @@ class Layer(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """A CLIP text tower: CLIP-L (quick GELU, no projection) or CLIP-G (GELU, projection)."""
+    """A CLIP text tower: CLIP-L (quick GELU, no projection), CLIP-G (GELU, projection), or a judge's (judges.py).
+
+    project: columns that the projection makes; 0: there is none.
+    """
 
     def __init__(self, vocab, positions, width, hidden, layers, quick_gelu, project):
         super().__init__()
@@ -145,25 +151,28 @@ class CLIPText(nn.Module):
         self.text_model.encoder = nn.Module()
         self.text_model.encoder.layers = nn.ModuleList(Layer(width, hidden, quick_gelu) for _ in range(layers))
         self.text_model.final_layer_norm = nn.LayerNorm(width)
-        self.text_projection = nn.Linear(width, width, bias=False) if project else nn.Identity()
+        self.text_projection = nn.Linear(width, project, bias=False) if project else nn.Identity()
 
     @staticmethod
-    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None) -> "CLIPText":
+    def from_state_dict(sd: dict[str, Tensor], device: Device = None, dtype: Dtype = None,
+                        quick_gelu: bool | None = None) -> "CLIPText":
         """The tower of the shapes in `sd`, holding those very tensors.
 
-        No projection, or an identity (SD3's folder layout), means CLIP-L and its quick GELU.
+        quick_gelu None: no projection, or an identity (SD3's folder layout), means CLIP-L and its quick GELU.
         ValueError names missing, surplus and misshapen keys.
         """
         if "final_layer_norm.weight" in sd:
             sd = {k if k.startswith("text_projection") else "text_model." + k: v for k, v in sd.items()}
         proj = sd.get("text_projection.weight")
-        is_l = proj is None or (not proj.is_meta and torch.equal(proj.float().cpu(), torch.eye(*proj.shape)))
+        project = 0 if proj is None else shape(sd, "text_projection.weight", 2)[0]
+        if quick_gelu is None:
+            quick_gelu = proj is None or (not proj.is_meta and torch.equal(proj.float().cpu(), torch.eye(*proj.shape)))
         vocab, width = shape(sd, "text_model.embeddings.token_embedding.weight", 2)
         positions, _ = shape(sd, "text_model.embeddings.position_embedding.weight", 2)
         hidden, _ = shape(sd, "text_model.encoder.layers.0.mlp.fc1.weight", 2)
         layers = count(sd, "text_model.encoder.layers.")
         with torch.device("meta"):
-            tower = CLIPText(vocab, positions, width, hidden, layers, quick_gelu=is_l, project=proj is not None)
+            tower = CLIPText(vocab, positions, width, hidden, layers, quick_gelu, project)
         return assign(tower, sd, "CLIP text tower", device, dtype)
 
     @property

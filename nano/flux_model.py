@@ -36,7 +36,7 @@ def new_flux(args: argparse.Namespace, latent: int, words: list[str], merges: li
     clip_width, width = args.text_widths
     tokenizer = word_unigrams(words)
     clip_l = CLIPText(2 * 256 + len(merges) + 2, args.text_length, clip_width, 2 * clip_width, args.text_layers,
-                      quick_gelu=True, project=False)
+                      quick_gelu=True, project=0)
     t5xxl = T5(tokenizer.get_vocab_size(), width, inner=width, heads=width // args.head_dim, hidden=2 * width,
                layers=args.text_layers, buckets=32)
     embeddings = clip_l.text_model.embeddings

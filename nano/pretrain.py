@@ -166,7 +166,7 @@ def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT | Flux, Text
     towers = []
     for width, is_l in zip(args.text_widths, (True, False)):
         towers.append(CLIPText(vocab, args.text_length, width, 2 * width, args.text_layers, quick_gelu=is_l,
-                               project=not is_l))
+                               project=0 if is_l else width))
     for tower in towers:
         nn.init.normal_(tower.text_model.embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(tower.text_model.embeddings.position_embedding.weight, std=0.1)

@@ -150,8 +150,8 @@ class Files(NamedTuple):
     t5_tokenizer: Path | None = None            # Flux: T5's tokenizer.json; None: in the header, too
 
 
-def hub(repo, file):
-    """A file from the hub's cache or the hub itself; ValueError says what to open, accept or type."""
+def hub(repo, file, option="--model"):
+    """A file from the hub's cache or the hub itself; ValueError says what to open, accept or type after `option`."""
     page = f"https://huggingface.co/{repo}"
     try:
         return Path(hf_hub_download(repo, file))
@@ -159,7 +159,7 @@ def hub(repo, file):
         raise ValueError(f"{file} is behind a licence: accept it at {page}, then log in with `hf auth login`") from None
     except (httpx2.HTTPError, OSError) as e:             # the hub's own errors are of these kinds, too
         raise ValueError(f"{file} is not in the cache and cannot be fetched ({type(e).__name__}): connect to the "
-                         f"network, or download it from {page} and pass its path with --model") from None
+                         f"network, or download it from {page} and pass its path with {option}") from None
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_the_method_imports_no_command():
 
 def test_what_an_import_loads():
     """In a process of its own: networks without the hub's client, the method without pycocotools and the toy world."""
-    lines = ["import sys, mmdit, flux, vae, text",
+    lines = ["import sys, mmdit, flux, vae, text, judges",
              "print({'huggingface_hub', 'pycocotools', 'nano'} & sys.modules.keys())",
              "import seg4diff", "print({'pycocotools', 'nano.scenes'} & sys.modules.keys())"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, text=True, capture_output=True)

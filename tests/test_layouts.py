@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import flux
+import judges
 import mmdit
 import text
 import vae
@@ -30,6 +31,15 @@ def test_loads(name):
     sd = listing(name)
     module = KIND[name].from_state_dict(sd)
     assert {k: v.shape for k, v in module.state_dict().items()} == {k: v.shape for k, v in sd.items()}
+
+
+@pytest.mark.parametrize("name, kind, size", [("judge_clip", judges.CLIP, 224), ("judge_dino", judges.DINO, 224)])
+def test_judges_load(name, kind, size):
+    """Under other names inside; all but CLIP's temperature is taken."""
+    sd = listing(name)
+    module = kind.from_state_dict(sd)
+    taken = sum(w.numel() for key, w in sd.items() if key != "logit_scale")
+    assert module.size == size and sum(p.numel() for p in module.parameters()) == taken
 
 
 @pytest.mark.parametrize("name, width, depth, grid, qk_norm, dual", [

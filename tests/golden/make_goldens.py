@@ -126,7 +126,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     gen = torch.Generator().manual_seed(seed)
     for key, w in model.state_dict().items():       # these are the model's own tensors, not copies
         x = torch.randn(w.shape, generator=gen)
-        if w.ndim == 1:
+        if w.ndim < 2:
             x = 0.25 * x + (1 if key.endswith("weight") else 0)     # a norm's weight, or a bias
         elif key.endswith("pos_embed"):
             x = 0.5 * x

@@ -99,6 +99,37 @@ def clip(width: int, layers: int, projection: bool) -> Shapes:
     return out | ({"text_projection.weight": (width, width)} if projection else {})
 
 
+def judge_clip() -> Shapes:
+    """CLIP ViT-L/14 whole: 224 pixels in patches of 14."""
+    W, vision = 1024, "vision_model"
+    out = clip(768, layers=12, projection=True) | {"logit_scale": (), "visual_projection.weight": (768, W)}
+    out |= {f"{vision}.embeddings.class_embedding": (W,), f"{vision}.embeddings.patch_embedding.weight": (W, 3, 14, 14),
+            f"{vision}.embeddings.position_embedding.weight": (1 + 16 ** 2, W)}
+    out |= norm(f"{vision}.pre_layrnorm", W) | norm(f"{vision}.post_layernorm", W)
+    for i in range(24):
+        key = f"{vision}.encoder.layers.{i}"
+        for layer in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            out |= linear(f"{key}.self_attn.{layer}", W, W)
+        out |= norm(f"{key}.layer_norm1", W) | norm(f"{key}.layer_norm2", W)
+        out |= linear(f"{key}.mlp.fc1", 4 * W, W) | linear(f"{key}.mlp.fc2", W, 4 * W)
+    return out
+
+
+def judge_dino() -> Shapes:
+    """DINO ViT-S/16: 224 pixels in patches of 16."""
+    W = 384
+    out = {"embeddings.cls_token": (1, 1, W), "embeddings.position_embeddings": (1, 1 + 14 ** 2, W)}
+    out |= conv("embeddings.patch_embeddings.projection", W, 3, side=16) | norm("layernorm", W)
+    for i in range(12):
+        key = f"encoder.layer.{i}"
+        for layer in ("attention.attention.query", "attention.attention.key", "attention.attention.value",
+                      "attention.output.dense"):
+            out |= linear(f"{key}.{layer}", W, W)
+        out |= norm(f"{key}.layernorm_before", W) | norm(f"{key}.layernorm_after", W)
+        out |= linear(f"{key}.intermediate.dense", 4 * W, W) | linear(f"{key}.output.dense", W, 4 * W)
+    return out
+
+
 def flux(guidance: bool) -> Shapes:
     """Flux.1's transformer: 19 double blocks, then 38 single ones; dev reads a guidance strength."""
     D, d = 3072, 128
@@ -148,6 +179,9 @@ def main() -> None:
         # dev's without the guidance embedder: two linear layers, 256 -> 3072 -> 3072
         "flux_schnell": (flux(guidance=False), 776, 11_901_408_320 - (257 + 3073) * 3072),
         "t5xxl": (t5(), 219, 4_762_310_656),
+        # numbers of transformers' CLIPModel and ViTModel of these sizes, the second without a pooler
+        "judge_clip": (judge_clip(), 590, 427_616_513),
+        "judge_dino": (judge_dino(), 198, 21_665_664),
     }
     size = {}
     for name, (shapes, tensors, values) in layouts.items():
