@@ -388,7 +388,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("figures", nargs="*", default="all", choices=[*FIGURES, "all"], help="two need --lora")
+    parser.add_argument("figures", nargs="*", default="all", choices=[*FIGURES, "all"], help="magnet, compare: --lora")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
     parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; data set's pictures: twice that")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from PIL import Image
+from tqdm import tqdm
 
 import analysis
 import seg4diff
@@ -81,11 +82,9 @@ def identity_of(model: Seg4Diff, arm: Arm, prompts: Sequence[str]) -> dict:
     blocks = None
     if arm.pag != 0:
         blocks = list(arm.blocks or [preset.block])
-    exact = model.device.type == "cpu" and model.dtype == torch.float32      # there the batch size changes no picture
     return {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype),
-            "device": model.device.type, "batch": exact or preset.batch, "steps": preset.steps, "cfg": preset.cfg,
-            "pag": arm.pag, "blocks": blocks, "perturb": list(arm.perturb), "code": code_stamp(CODE),
-            "prompts": list(prompts)}
+            "device": model.device.type, "steps": preset.steps, "cfg": preset.cfg, "pag": arm.pag, "blocks": blocks,
+            "perturb": list(arm.perturb), "code": code_stamp(CODE), "prompts": list(prompts)}
 
 
 def claim(folder: Path, identity: dict) -> None:
@@ -116,9 +115,13 @@ def claim(folder: Path, identity: dict) -> None:
         write_json(path, identity)
 
 
-def noise_seed(i: int, seed: int) -> int:
-    """Of prompt i's picture of a seed: in every arm, for any batch size, any number of prompts or processes."""
-    return image_seed(str(i), seed)
+def draw(model: Seg4Diff, arm: Arm, prompt: str, i: int, seed: int) -> Image.Image:
+    """Prompt i's picture of a seed: from the same noise in every arm, for any number of prompts or processes.
+
+    It is drawn alone: beside others in a batch, sums are rounded differently, and some pixels differ by a grey level.
+    """
+    (image,) = seg4diff.generate(model, prompt, seed=image_seed(str(i), seed), **arm.options)
+    return image
 
 
 def path_of(folder: Path, i: int, seed: int) -> Path:
@@ -134,15 +137,11 @@ def generate_missing(model: Seg4Diff, arm: Arm, prompts: Sequence[str], seeds: S
     rank, processes = world()
     places = [(i, seed) for seed in seeds for i in range(len(prompts))]
     mine = places[rank::processes]                       # before any is left out, or two processes share differently
-    todo = [place for place in mine if not path_of(folder, *place).exists()]
+    todo = [(i, seed) for i, seed in mine if not path_of(folder, i, seed).exists()]
     with progress(arm.name, "picture", len(mine), len(mine) - len(todo), silent=rank > 0) as bar:
-        for start in range(0, len(todo), model.preset.batch):
-            part = todo[start:start + model.preset.batch]
-            noise_seeds = [noise_seed(i, seed) for i, seed in part]
-            images = seg4diff.generate(model, [prompts[i] for i, _ in part], seed=noise_seeds, **arm.options)
-            for place, image in zip(part, images):
-                write_picture(path_of(folder, *place), image)
-                bar.update()
+        for i, seed in todo:
+            write_picture(path_of(folder, i, seed), draw(model, arm, prompts[i], i, seed))
+            bar.update()
     wait_for_all()
 
 
@@ -190,7 +189,7 @@ def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) ->
     places = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     for start in range(0, len(places), JUDGED):
         part = places[start:start + JUDGED]
-        images = [open_stored(path_of(folder, *place)) for place in part]
+        images = [open_stored(path_of(folder, i, seed)) for i, seed in part]
         scores = judge.score(images, [prompts[i] for i, _ in part])
         for column in judge.columns:
             columns[column] += list(scores[column])
@@ -241,7 +240,7 @@ TABLE_3 = {"SD3, the paper's": {"Pick-a-Pic": 27.0252, "coco": 26.0638, "SA-1B":
            "SD3 + MAGNET (COCO), the paper's": {"Pick-a-Pic": 27.0409, "coco": 26.2319, "SA-1B": 28.5553}}
 # Options of segmentation, which generation does not read, and their defaults
 NOT_READ = {"dataset": "scenes", "limit": None, "prompt": "present", "resize": "squash", "draws": 1, "reading": None,
-            "regions": None, "threshold": None, "scaling": None}
+            "regions": None, "threshold": None, "scaling": None, "batch_size": None}
 
 
 def beside_table_3(row: str, source: str, mean: float) -> str:
@@ -272,13 +271,12 @@ def main(args) -> None:
     """The command.  ValueError: options of another task, or out of range."""
     for name, default in NOT_READ.items():
         if getattr(args, name) != default:
-            raise ValueError(f"--{name} belongs to segmentation; --task quality generates from --prompts")
+            raise ValueError(f"--{name.replace('_', '-')} belongs to segmentation; --task quality draws --prompts")
     Preset().changed(cfg=args.cfg)                       # ValueError before the model is loaded
     start = time.time()
     rank, _ = world()
     name = args.model or ("nano" if args.prompts in (None, "scenes-dev") else "sd3")
     model = seg4diff.load(name, args.device, args.dtype, lora=args.lora)
-    model.preset = model.preset.changed(batch=args.batch_size)
     arm = arm_of(args, model.preset)
     source = args.prompts or ("scenes-dev" if toy(model) else "coco")
     prompts = prompts_of(source, args.images or 100, args.data_root)
@@ -326,14 +324,14 @@ def compare_lora(model: Seg4Diff, prompts: Sequence[str], out: Path, base: Seg4D
     Writes compare.png into `out`; returns the numbers of compare.json.
     """
     prompts = list(prompts[:12])
-    seeds = [noise_seed(i, 0) for i in range(len(prompts))]
-    before = seg4diff.generate(base, prompts, seed=seeds)
-    after = seg4diff.generate(model, prompts, seed=seeds)
     pairs = []
     titles = []
-    for without, with_lora, prompt in zip(before, after, prompts):
+    changes = []
+    for i, prompt in enumerate(tqdm(prompts, desc="compare", unit="prompt")):
+        without = draw(base, Arm("without"), prompt, i, 0)
+        with_lora = draw(model, Arm("with"), prompt, i, 0)
         pairs += [without, with_lora]
         titles += [f"without: {prompt}", "with, from the same noise"]
+        changes.append(np.abs(np.asarray(without, float) - np.asarray(with_lora, float)).mean())
     write_picture(out / "compare.png", sheet(pairs, titles, columns=4, side=256))
-    change = np.abs(np.stack(before).astype(float) - np.stack(after)).mean()
-    return {"prompts": len(prompts), "change of generated pictures [grey levels of 255]": float(change)}
+    return {"prompts": len(prompts), "change of generated pictures [grey levels of 255]": float(np.mean(changes))}

@@ -92,10 +92,9 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
 
 @torch.inference_mode()
 def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None = None, cfg: float | None = None,
-             pag: float = 0.0, blocks: Sequence[int] | None = None, perturb: Sequence[int] = (),
-             seed: int | Sequence[int] = 0, callback: Callable | None = None) -> list[Image.Image]:
-    """One picture of side preset.size for each prompt, preset.batch at once; picture i starts from noise seed + i, or
-    from seed[i], where a seed is given for each prompt.
+             pag: float = 0.0, blocks: Sequence[int] | None = None, perturb: Sequence[int] = (), seed: int = 0,
+             callback: Callable | None = None) -> list[Image.Image]:
+    """One picture of side preset.size for each prompt, preset.batch at once; picture i starts from noise seed + i.
 
     steps and cfg default to the model's preset.  pag: scale s of the perturbed guidance (Eq. 7), which blurs I2T in
     `blocks` (default: the expert block).  perturb: blocks blurred throughout (Fig. 5).  callback: as in `sample`.
@@ -103,11 +102,9 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     preset = model.preset.changed(steps=steps, cfg=cfg, noise_steps=0)       # noise_steps: of segmentation alone
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, Integral) else seed
-    each = isinstance(seeds, Sequence) and len(seeds) == len(prompts) and all(isinstance(s, Integral) for s in seeds)
-    if not prompts or not math.isfinite(pag) or not each:
-        raise ValueError("generation takes at least one prompt, a finite scale pag and a whole number as seed, or one "
-                         f"for each prompt, not {len(prompts)} prompts, {pag} and {seed!r}")
+    if not prompts or not math.isfinite(pag) or not isinstance(seed, Integral):
+        raise ValueError("generation takes at least one prompt, a finite scale pag and a whole number as seed, not "
+                         f"{len(prompts)} prompts, {pag} and {seed!r}")
     if blocks is not None and pag == 0:
         raise ValueError("blocks are those of the perturbed guidance, whose scale pag is 0; to blur alone name perturb")
     blocks = [preset.block] if blocks is None else blocks
@@ -116,8 +113,8 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
     images = []
     for start in range(0, len(prompts), preset.batch):
         part = prompts[start:start + preset.batch]
-        eps = noise((model.vae.channels, side, side), seeds[start:start + len(part)])        # (B, C, side, side)
-        z = eps.to(model.device)
+        seeds = range(seed + start, seed + start + len(part))
+        z = noise((model.vae.channels, side, side), seeds).to(model.device)  # (B, C, side, side)
         cond = model.text.encode(part)
         uncond = model.text.encode([""] * len(part))
         z = sample(guided_velocity(model, cond, uncond, preset.cfg, pag, blocks, perturb), z, schedule, callback)

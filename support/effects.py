@@ -48,6 +48,8 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self):
+        if self.n < 2:
+            return "cannot be told (fewer than two prompts have this score)"
         if self.low > 0:
             return "better"
         if self.high < 0:

@@ -1,0 +1,255 @@
+"""Are nano's pictures better?  Arms of generation on the same captions and noise, compared caption by caption.
+
+    python tools/experiments.py blocks                   # Fig. 5, 6, 18: each block blurred throughout, and as guidance
+    python tools/experiments.py guidance                 # Eq. 7, Fig. 6: the best of these, on other captions
+    python tools/experiments.py magnet                   # Tables 3, 4: with MAGNET's LoRA against without
+    python tools/experiments.py blocks --limit 4         # a first try: four captions
+    python tools/experiments.py blocks --model nano-flux
+
+Each picture is generated once and kept (quality.py), so a killed experiment goes on where it stopped, and torchrun
+shares the pictures out.  Captions are those of scenes-dev and of the scenes after it, so the choice of blocks and its
+check never share one.  Each experiment writes EXPERIMENT.json (scores of every picture, too), a plot and some pictures.
+"""
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import quality  # noqa: E402
+import seg4diff  # noqa: E402
+from flux import Flux  # noqa: E402
+from loading import Seg4Diff  # noqa: E402
+from quality import Arm, name_of  # noqa: E402
+from support.cli import Parser, add_model_options, at_least, command, progress, show  # noqa: E402
+from support.effects import Comparison, compare, holm, known, listed, mean_and_error  # noqa: E402
+from support.files import open_stored, read_json, reading, write_figure, write_json, write_picture  # noqa: E402
+from support.ledger import world  # noqa: E402
+from support.pictures import sheet  # noqa: E402
+
+MOST = 40                               # arms of an experiment: more would take more than a night
+LORA = Path(__file__).parent.parent / "nano/magnet.safetensors"
+
+
+class Experiment(NamedTuple):
+    title: str
+    first: int                          # of its captions, counted from the first of scenes-dev
+    captions: int                       # how many
+    seeds: range
+    pairs: list[tuple[Arm, Arm]]        # an arm, and what it is compared with
+
+    @property
+    def arms(self):
+        """Each once, a base before what is compared with it."""
+        arms = {}
+        for arm, base in self.pairs:
+            arms.setdefault(base.name, base)
+            arms.setdefault(arm.name, arm)
+        return list(arms.values())
+
+
+# ---------------------------------------------------------------------------- experiments
+
+
+def plain(cfg: float) -> Arm:
+    return Arm(name_of(cfg), cfg)
+
+
+def guided(cfg: float, pag: float, block: int) -> Arm:
+    return Arm(name_of(cfg, pag, [block]), cfg, pag, (block,))
+
+
+def blurred(cfg: float, block: int) -> Arm:
+    return Arm(name_of(cfg, perturb=[block]), cfg, perturb=(block,))
+
+
+def blocks(model: Seg4Diff, out: Path) -> Experiment:
+    """Every block: guidance by it at cfg 1 (Fig. 6), and its blur at cfg 1 and at the preset's cfg (Fig. 5, 18)."""
+    depth = range(model.transformer.config.depth)
+    usual = model.preset.cfg
+    pairs = [(guided(1.0, 1.0, block), plain(1.0)) for block in depth]
+    pairs += [(blurred(1.0, block), plain(1.0)) for block in depth]
+    if usual != 1 and not isinstance(model.transformer, Flux):               # a Flux has more blocks: at most 20 arms
+        pairs += [(blurred(usual, block), plain(usual)) for block in depth]
+    return Experiment("Each block as guidance (s) and blurred", 0, 128, range(1), pairs)
+
+
+def best_blocks(path: Path, model: Seg4Diff) -> tuple[list[int], int]:
+    """The two blocks whose guidance raised the judge's last column most in `blocks`, and the expert block.
+
+    Also on how many captions they were chosen.
+
+    ValueError: that experiment is not there, or another model's.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no {path}, from which the blocks are chosen; run the experiment blocks first")
+    found = read_json(path)
+    if found.get("model") != [model.name, model.fingerprint]:
+        raise ValueError(f"{path} is of another model: {found.get('model')}")
+    with reading(path, "result of the experiment blocks"):
+        last = found["columns"][-1]
+        guidance = [row for row in found["comparisons"] if row["column"] == last and found["arms"][row["arm"]]["pag"]]
+        guidance.sort(key=lambda row: row["difference"], reverse=True)
+        best = [found["arms"][row["arm"]]["blocks"][0] for row in guidance[:2]]
+        chosen = list(dict.fromkeys([*best, model.preset.block]))            # once, if the expert is among the best
+        return chosen, len(found["prompts"])
+
+
+def guidance(model: Seg4Diff, out: Path) -> Experiment:
+    """Eq. 7 by the best blocks of `blocks` and by the expert, s 1 and 3, over four scales of cfg; other captions."""
+    chosen, n = best_blocks(out / "blocks.json", model)
+    pairs = []
+    for cfg in (1.0, 1.5, 2.0, 3.0):
+        for block in chosen:
+            pairs += [(guided(cfg, pag, block), plain(cfg)) for pag in (1.0, 3.0)]
+    title = f"Guidance by a blurred branch (Eq. 7), blocks chosen on {n} other captions"
+    return Experiment(title, 128, 256, range(1), pairs)
+
+
+def magnet(model: Seg4Diff, out: Path) -> Experiment:
+    """MAGNET's LoRA against none, at cfg 1 and at the preset's, three seeds."""
+    pairs = []
+    for cfg in dict.fromkeys([1.0, model.preset.cfg]):
+        base = plain(cfg)
+        pairs.append((base._replace(name=f"{base.name}-MAGNET", lora=LORA), base))
+    return Experiment("With MAGNET's LoRA", 128, 256, range(3), pairs)
+
+
+EXPERIMENTS = {"blocks": blocks, "guidance": guidance, "magnet": magnet}
+
+# ---------------------------------------------------------------------------- results
+
+
+class Row(NamedTuple):
+    """A line of the table: an arm against its base, in one column of the judge."""
+    arm: str
+    base: str
+    column: str
+    with_it: float                      # mean score of the arm
+    without: float                      # of the base
+    found: Comparison
+    survives: bool = False              # Holm's correction over all lines
+
+
+def rows_of(experiment: Experiment, scores: dict, columns: Sequence[str]) -> list[Row]:
+    """All comparisons.  scores: arm's name -> column -> (prompts, seeds)."""
+    rows = []
+    for column in columns:
+        for arm, base in experiment.pairs:
+            x = scores[arm.name][column]
+            y = scores[base.name][column]
+            rows.append(Row(arm.name, base.name, column, mean_and_error(x)[0], mean_and_error(y)[0], compare(x, y)))
+    survive = holm([row.found.p for row in rows])
+    return [row._replace(survives=holds) for row, holds in zip(rows, survive)]
+
+
+def entry(row: Row) -> dict:
+    """A line for the JSON file."""
+    numbers = {"with": row.with_it, "without": row.without, **row.found._asdict(), "could be seen": row.found.seen}
+    return {"arm": row.arm, "base": row.base, "column": row.column, "verdict": row.found.verdict,
+            "survives Holm": row.survives, **{key: known(x) for key, x in numbers.items()}}
+
+
+def table(rows: list[Row]) -> str:
+    """The lines, a column of the judge after the other."""
+    width = max(len(row.arm) for row in rows) + 2
+    title = f"{'arm':{width}s}{'against':14s}{'score':14s}{'n':>4s}{'without':>9s}{'with':>9s}{'difference':>12s}"
+    lines = [f"{title}  95 % interval      verdict"]
+    for row in rows:
+        x = row.found
+        interval = f"{x.low:+.3f} to {x.high:+.3f}"
+        mark = " *" if row.survives else ""
+        lines.append(f"{row.arm:{width}s}{row.base:14s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
+                     f"{x.difference:+12.3f}  {interval:18s} {x.verdict}{mark}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
+    """A panel for each column: every arm's difference to its base, with its interval; filled: it survives Holm."""
+    arms = len(rows) // len(columns)
+    fig = Figure((2 + 3 * len(columns), 1.6 + 0.24 * arms), dpi=90, layout="constrained")
+    fig.suptitle(textwrap.fill(title, 45 * (1 + len(columns))))
+    for ax, column in zip(fig.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
+        chosen = [row for row in rows if row.column == column]
+        for y, row in enumerate(chosen):
+            x = row.found
+            colour = {"better": "C2", "worse": "C3"}.get(x.verdict, "grey")
+            ax.plot([x.low, x.high], [y, y], color=colour)
+            ax.plot(x.difference, y, "o", color=colour, markerfacecolor=colour if row.survives else "white")
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(title=column, xlabel="difference", yticks=range(arms), ylim=(arms - 0.5, -0.5))
+        ax.set_yticklabels([f"{row.arm} against {row.base}" for row in chosen])
+    write_figure(path, fig)
+
+
+def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path) -> None:
+    """Generate what is missing, judge, compare; EXPERIMENT.json, a plot and a sheet, then the table."""
+    start = time.time()
+    model = models[None]
+    prompts = quality.captions(experiment.first, min(experiment.captions, args.limit or experiment.captions))
+    scores = {}
+    rank, _ = world()
+    arms = experiment.arms
+    with progress(name, "arm", len(arms), silent=rank > 0) as bar:
+        for arm in arms:
+            folder = out / name / arm.name
+            quality.generate_missing(models[arm.lora], arm, prompts, experiment.seeds, folder)
+            if rank == 0:
+                scores[arm.name] = quality.judged(judge, prompts, experiment.seeds, folder)
+            bar.update()
+    if rank > 0:
+        return
+    rows = rows_of(experiment, scores, judge.columns)
+    what = (f"{model.name}, {len(prompts)} captions, seeds {' '.join(map(str, experiment.seeds))}, "
+            f"judge {judge.name} ({judge.fingerprint})")
+    seconds = time.time() - start
+    write_json(out / f"{name}.json", {
+        "experiment": experiment.title, "model": [model.name, model.fingerprint],
+        "judge": [judge.name, judge.fingerprint], "columns": list(judge.columns), "prompts": prompts,
+        "seeds": list(experiment.seeds), "arms": {arm.name: arm.options | {"lora": str(arm.lora)} for arm in arms},
+        "comparisons": [entry(row) for row in rows], "seconds": seconds,
+        "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
+    plot(rows, judge.columns, f"{experiment.title}: {what}. Difference to the same captions and noise without it, with "
+         "95 % interval; filled: survives Holm's correction", out / f"{name}.png")
+    images = []
+    titles = []
+    columns = min(6, len(prompts))                       # a row for each arm, a column for each of the first captions
+    for arm in arms:
+        for i in range(columns):
+            images.append(open_stored(quality.path_of(out / name / arm.name, i, experiment.seeds[0])))
+            titles.append(arm.name)
+    write_picture(out / f"{name}_pictures.png", sheet(images, titles, columns, side=128))
+    show(f"{experiment.title}: {what}")
+    show(table(rows))
+    show(f"{len(rows)} comparisons; *: survives Holm's correction for so many. Interval: bootstrap over captions, a "
+         "caption's seeds together. Could have been seen: 2.8 standard errors, 80 % power.")
+    show(f"{seconds:.0f} s; wrote {out}/{name}.json, {name}.png and {name}_pictures.png")
+
+
+def main(args):
+    model = seg4diff.load(args.model, args.device, args.dtype)
+    if not quality.toy(model):
+        raise ValueError(f"the captions are the toy world's, which {args.model} does not draw; for other models: "
+                         "python evaluate.py --task quality")
+    out = args.out or Path("out") / f"experiments-{model.name}"
+    experiment = EXPERIMENTS[args.experiment](model, out)
+    if len(experiment.arms) > MOST:
+        raise ValueError(f"{len(experiment.arms)} arms are more than {MOST}: {args.model} has too many blocks for this")
+    models = {None: model}
+    for lora in {arm.lora for arm in experiment.arms} - {None}:
+        models[lora] = seg4diff.load(args.model, args.device, args.dtype, lora=lora)
+    run(experiment, args.experiment, args, models, quality.pick_judge(args.judge, model), out)
+
+
+if __name__ == "__main__":
+    parser = Parser(description=__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--limit", type=at_least(1), help="only so many captions; a larger limit keeps their pictures")
+    parser.add_argument("--judge", help="nano, clip, a CLIP's folder, or own: the model's flow loss (default: nano)")
+    parser.add_argument("--out", type=Path, help="folder for pictures and results (default: out/experiments-MODEL)")
+    add_model_options(parser, lora=False, seed=False)
+    command(main, parser)
