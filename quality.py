@@ -92,11 +92,11 @@ def claim(folder: Path, identity: dict) -> None:
 
     More prompts, or fewer of the same ones, are no change.  ValueError: another arm's pictures are there.
     """
-    path = folder / "pictures.json"
+    path = folder / "identity.json"
     make_folder(folder)
     if not path.exists():
         if any(folder.glob("*_*.png")):
-            raise ValueError(f"{folder} holds pictures without the pictures.json that says how they were made; name "
+            raise ValueError(f"{folder} holds pictures without the identity.json that says how they were made; name "
                              "another --out, or remove it")
         write_json(path, identity)
         return

@@ -111,7 +111,7 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
     claim(PROMPTS[:2])
     claim(PROMPTS)                                       # more prompts, fewer prompts, another name: no change
     claim(PROMPTS[:1], name="other")
-    assert json.loads((folder / "pictures.json").read_text())["prompts"] == PROMPTS
+    assert json.loads((folder / "identity.json").read_text())["prompts"] == PROMPTS
     claim(blocks=(1,))                                   # nothing reads them without pag
     claim(model=replace(tiny, preset=tiny.preset.changed(batch=3)))          # each picture is drawn alone
     other = replace(tiny, fingerprint="abc")
@@ -124,11 +124,11 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
         assert str(e.value) == f"{folder} holds pictures with {says}; name another --out, or remove it"
     (folder / "00000_0.png").touch()
     for damage in ("{", '{"cfg": 2.0}', '{"prompts": 3}'):
-        (folder / "pictures.json").write_text(damage)
-        with pytest.raises(Broken, match="pictures.json' cannot be read as a "):
+        (folder / "identity.json").write_text(damage)
+        with pytest.raises(Broken, match="identity.json' cannot be read as a "):
             claim()
-    (folder / "pictures.json").unlink()
-    with pytest.raises(ValueError, match="holds pictures without the pictures.json"):
+    (folder / "identity.json").unlink()
+    with pytest.raises(ValueError, match="holds pictures without the identity.json"):
         claim()
 
 
