@@ -292,26 +292,30 @@ def main(args) -> None:
 def report(args, model, arm, judge, source, prompts, seeds, folder, start):
     """Judges what a folder holds; results.json and a sheet of pictures, then the table."""
     scores = judged(judge, prompts, seeds, folder)
-    rows = {column: mean_and_error(x) for column, x in scores.items()}
+    rows = {}
+    for column, x in scores.items():
+        mean, error, n = mean_and_error(x)
+        rows[column] = {"mean": known(mean), "error": known(error), "prompts": n}
     facts = {"task": "quality", "prompts": f"{len(prompts)} of {source}", "seeds": " ".join(map(str, seeds)),
              "model": f"{model.name} ({model.fingerprint})", "arm": arm.name,
              "judge": f"{judge.name} ({judge.fingerprint})"}
     seconds = time.time() - start
     write_json(folder / "results.json", {
         "facts": facts, "arguments": {k: str(v) for k, v in vars(args).items()}, "options": arm.options,
-        "rows": {column: dict(zip(("mean", "error", "prompts"), map(known, row))) for column, row in rows.items()},
-        "prompts": prompts, "scores": {column: listed(x) for column, x in scores.items()}, "seconds": seconds})
+        "rows": rows, "prompts": prompts, "seconds": seconds,
+        "scores": {column: listed(x) for column, x in scores.items()}})
     shown = range(min(12, len(prompts)))
     images = [open_stored(path_of(folder, i, seeds[0])) for i in shown]
     write_picture(folder / "sheet.png", sheet(images, [prompts[i] for i in shown], side=256))
     for fact, value in facts.items():
         show(f"{fact + ':':9s}{value}")
     show(f"{'':14s}{'mean':>9s}{'error':>9s}{'prompts':>9s}")
-    for column, (mean, error, n) in rows.items():
+    for column, x in scores.items():
+        mean, error, n = mean_and_error(x)
         show(f"{column:14s}{mean:9.4f}{error:9.4f}{n:9d}")
     show("error: standard error over the prompts; the seeds of a prompt are averaged first")
-    if "CLIPScore" in rows:
-        show(beside_table_3(f"{model.name}, ours", source, rows["CLIPScore"][0]))
+    if "CLIPScore" in scores:
+        show(beside_table_3(f"{model.name}, ours", source, mean_and_error(scores["CLIPScore"])[0]))
     show(f"{seconds:.0f} s; wrote {folder}/results.json and sheet.png")
 
 

@@ -3,7 +3,6 @@
     python tools/experiments.py blocks                   # Fig. 5, 6, 18: each block blurred throughout, and as guidance
     python tools/experiments.py guidance                 # Eq. 7, Fig. 6: the best of these, on other captions
     python tools/experiments.py magnet                   # Tables 3, 4: with MAGNET's LoRA against without
-    python tools/experiments.py blocks --limit 4         # a first try: four captions
     python tools/experiments.py blocks --model nano-flux
 
 Each picture is generated once and kept (quality.py), so a killed experiment goes on where it stopped, and torchrun
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import quality  # noqa: E402
@@ -25,7 +25,7 @@ import seg4diff  # noqa: E402
 from flux import Flux  # noqa: E402
 from loading import Seg4Diff  # noqa: E402
 from quality import Arm, name_of  # noqa: E402
-from support.cli import Parser, add_model_options, at_least, command, progress, show  # noqa: E402
+from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 from support.effects import Comparison, compare, holm, known, listed, mean_and_error  # noqa: E402
 from support.files import open_stored, read_json, reading, write_figure, write_json, write_picture  # noqa: E402
 from support.ledger import world  # noqa: E402
@@ -112,10 +112,8 @@ def guidance(model: Seg4Diff, out: Path) -> Experiment:
 
 def magnet(model: Seg4Diff, out: Path) -> Experiment:
     """MAGNET's LoRA against none, at cfg 1 and at the preset's, three seeds."""
-    pairs = []
-    for cfg in dict.fromkeys([1.0, model.preset.cfg]):
-        base = plain(cfg)
-        pairs.append((base._replace(name=f"{base.name}-MAGNET", lora=LORA), base))
+    bases = [plain(cfg) for cfg in dict.fromkeys([1.0, model.preset.cfg])]
+    pairs = [(base._replace(name=f"{base.name}-MAGNET", lora=LORA), base) for base in bases]
     return Experiment("With MAGNET's LoRA", 128, 256, range(3), pairs)
 
 
@@ -194,13 +192,11 @@ def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path)
     scores = {}
     rank, _ = world()
     arms = experiment.arms
-    with progress(name, "arm", len(arms), silent=rank > 0) as bar:
-        for arm in arms:
-            folder = out / name / arm.name
-            quality.generate_missing(models[arm.lora], arm, prompts, experiment.seeds, folder)
-            if rank == 0:
-                scores[arm.name] = quality.judged(judge, prompts, experiment.seeds, folder)
-            bar.update()
+    for arm in tqdm(arms, desc=name, unit="arm", disable=True if rank > 0 else None):
+        folder = out / name / arm.name
+        quality.generate_missing(models[arm.lora], arm, prompts, experiment.seeds, folder)
+        if rank == 0:
+            scores[arm.name] = quality.judged(judge, prompts, experiment.seeds, folder)
     if rank > 0:
         return
     rows = rows_of(experiment, scores, judge.columns)
