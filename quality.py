@@ -63,14 +63,14 @@ class Arm(NamedTuple):
         return options
 
 
-def name_of(cfg: float, pag: float = 0.0, blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> str:
-    """An arm's name by its options, which is a folder's name, too: cfg3-s1-block5."""
+def named(cfg: float, pag: float = 0.0, blocks: Sequence[int] = (), perturb: Sequence[int] = ()) -> Arm:
+    """An arm whose name, which is a folder's name, too, tells its options: cfg3-s1-block5."""
     name = f"cfg{cfg:g}"
     if pag != 0:
         name += f"-s{pag:g}-block" + "+".join(map(str, blocks))
     if perturb:
         name += "-blurred" + "+".join(map(str, perturb))
-    return name
+    return Arm(name, cfg, pag, tuple(blocks) or None, tuple(perturb))
 
 
 def identity_of(model: Seg4Diff, arm: Arm, prompts: Sequence[str]) -> dict:
@@ -260,11 +260,9 @@ def arm_of(args, preset: Preset) -> Arm:
     if args.blocks and not args.pag:
         raise ValueError("--blocks are those of the perturbed guidance, whose scale is 0; give --pag")
     cfg = preset.cfg if args.cfg is None else args.cfg
-    perturb = tuple(args.perturb or ())
     if not args.pag:
-        return Arm(name_of(cfg, perturb=perturb), cfg, perturb=perturb)
-    blocks = tuple(args.blocks or [preset.block])
-    return Arm(name_of(cfg, args.pag, blocks, perturb), cfg, args.pag, blocks, perturb)
+        return named(cfg, perturb=args.perturb or ())
+    return named(cfg, args.pag, args.blocks or [preset.block], args.perturb or ())
 
 
 def main(args) -> None:

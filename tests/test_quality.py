@@ -330,7 +330,10 @@ def test_arms_of_the_experiments(tmp_path):
     assert list(magnet.seeds) == [0, 1, 2] and experiments.LORA.is_file()
 
 
-def test_experiment_command(command, quick_file, tmp_path):
+def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
+    """Each arm's pictures in a colour of their own; what draws them is tested above."""
+    monkeypatch.setattr(quality, "draw", lambda model, arm, prompt, i, seed: Image.new(
+        "RGB", (128, 128), (int(10 * arm.cfg + 40 * arm.pag), 9 * i, 7 * len(arm.perturb))))
     options = ("--model", quick_file, "--device", "cpu", "--limit", 2)
     code, _, err = command("tools/experiments.py", "guidance", *options)
     assert code == 2 and "run the experiment blocks first" in err
@@ -346,6 +349,17 @@ def test_experiment_command(command, quick_file, tmp_path):
         assert row["difference"] == (None if found.n == 0 else pytest.approx(found.difference))
     for name in ("blocks.png", "blocks_pictures.png"):
         assert min(Image.open(tmp_path / "out/experiments-tiny" / name).size) > 200
+
+
+def test_what_is_no_experiment(quick_file, tmp_path, monkeypatch):
+    args = SimpleNamespace(experiment="blocks", model=quick_file, device="cpu", dtype="auto", out=tmp_path / "out")
+    monkeypatch.setattr(experiments, "MOST", 10)
+    with pytest.raises(ValueError, match="11 arms are more than 10"):
+        experiments.main(args)
+    monkeypatch.setattr(quality, "toy", lambda model: False)
+    with pytest.raises(ValueError, match="python evaluate.py --task quality"):
+        experiments.main(args)
+    assert not args.out.exists()
 
 
 # ---------------------------------------------------------------------------- Fig. 13

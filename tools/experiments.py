@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,7 +25,7 @@ import quality  # noqa: E402
 import seg4diff  # noqa: E402
 from flux import Flux  # noqa: E402
 from loading import Seg4Diff  # noqa: E402
-from quality import Arm, name_of  # noqa: E402
+from quality import Arm, named  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 from support.effects import Comparison, compare, holm, known, listed, mean_and_error  # noqa: E402
 from support.files import open_stored, read_json, reading, write_figure, write_json, write_picture  # noqa: E402
@@ -55,38 +56,26 @@ class Experiment(NamedTuple):
 # ---------------------------------------------------------------------------- experiments
 
 
-def plain(cfg: float) -> Arm:
-    return Arm(name_of(cfg), cfg)
-
-
-def guided(cfg: float, pag: float, block: int) -> Arm:
-    return Arm(name_of(cfg, pag, [block]), cfg, pag, (block,))
-
-
-def blurred(cfg: float, block: int) -> Arm:
-    return Arm(name_of(cfg, perturb=[block]), cfg, perturb=(block,))
-
-
 def blocks(model: Seg4Diff, out: Path) -> Experiment:
     """Every block: guidance by it at cfg 1 (Fig. 6), and its blur at cfg 1 and at the preset's cfg (Fig. 5, 18)."""
     depth = range(model.transformer.config.depth)
     usual = model.preset.cfg
-    pairs = [(guided(1.0, 1.0, block), plain(1.0)) for block in depth]
-    pairs += [(blurred(1.0, block), plain(1.0)) for block in depth]
+    pairs = [(named(1.0, 1.0, [block]), named(1.0)) for block in depth]
+    pairs += [(named(1.0, perturb=[block]), named(1.0)) for block in depth]
     if usual != 1 and not isinstance(model.transformer, Flux):               # a Flux has more blocks: at most 20 arms
-        pairs += [(blurred(usual, block), plain(usual)) for block in depth]
+        pairs += [(named(usual, perturb=[block]), named(usual)) for block in depth]
     return Experiment("Each block as guidance (s) and blurred", 0, 128, range(1), pairs)
 
 
 def best_blocks(path: Path, model: Seg4Diff) -> tuple[list[int], int]:
     """The two blocks whose guidance raised the judge's last column most in `blocks`, and the expert block.
 
-    Also on how many captions they were chosen.
+    And on how many captions they were chosen.
 
     ValueError: that experiment is not there, or another model's.
     """
     if not path.exists():
-        raise ValueError(f"there is no {path}, from which the blocks are chosen; run the experiment blocks first")
+        raise ValueError(f"there is no {path}, which the blocks are chosen from; run the experiment blocks first")
     found = read_json(path)
     if found.get("model") != [model.name, model.fingerprint]:
         raise ValueError(f"{path} is of another model: {found.get('model')}")
@@ -105,14 +94,14 @@ def guidance(model: Seg4Diff, out: Path) -> Experiment:
     pairs = []
     for cfg in (1.0, 1.5, 2.0, 3.0):
         for block in chosen:
-            pairs += [(guided(cfg, pag, block), plain(cfg)) for pag in (1.0, 3.0)]
+            pairs += [(named(cfg, pag, [block]), named(cfg)) for pag in (1.0, 3.0)]
     title = f"Guidance by a blurred branch (Eq. 7), blocks chosen on {n} other captions"
     return Experiment(title, 128, 256, range(1), pairs)
 
 
 def magnet(model: Seg4Diff, out: Path) -> Experiment:
     """MAGNET's LoRA against none, at cfg 1 and at the preset's, three seeds."""
-    bases = [plain(cfg) for cfg in dict.fromkeys([1.0, model.preset.cfg])]
+    bases = [named(cfg) for cfg in dict.fromkeys([1.0, model.preset.cfg])]
     pairs = [(base._replace(name=f"{base.name}-MAGNET", lora=LORA), base) for base in bases]
     return Experiment("With MAGNET's LoRA", 128, 256, range(3), pairs)
 
@@ -123,12 +112,12 @@ EXPERIMENTS = {"blocks": blocks, "guidance": guidance, "magnet": magnet}
 
 
 class Row(NamedTuple):
-    """A line of the table: an arm against its base, in one column of the judge."""
+    """A line of the table: an arm against its base, in one column of the judge; their mean scores."""
     arm: str
     base: str
     column: str
-    with_it: float                      # mean score of the arm
-    without: float                      # of the base
+    with_it: float
+    without: float
     found: Comparison
     survives: bool = False              # Holm's correction over all lines
 
@@ -184,6 +173,17 @@ def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> Non
     write_figure(path, fig)
 
 
+def some_pictures(experiment: Experiment, columns: int, folder: Path) -> Image.Image:
+    """A row for each arm, a column for each of the first captions."""
+    images = []
+    titles = []
+    for arm in experiment.arms:
+        for i in range(columns):
+            images.append(open_stored(quality.path_of(folder / arm.name, i, experiment.seeds[0])))
+            titles.append(arm.name)
+    return sheet(images, titles, columns, side=128)
+
+
 def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path) -> None:
     """Generate what is missing, judge, compare; EXPERIMENT.json, a plot and a sheet, then the table."""
     start = time.time()
@@ -191,12 +191,13 @@ def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path)
     prompts = quality.captions(experiment.first, min(experiment.captions, args.limit or experiment.captions))
     scores = {}
     rank, _ = world()
-    arms = experiment.arms
-    for arm in tqdm(arms, desc=name, unit="arm", disable=True if rank > 0 else None):
+    arms = {}                                            # what each of them is, for the JSON file
+    for arm in tqdm(experiment.arms, desc=name, unit="arm", disable=True if rank > 0 else None):
         folder = out / name / arm.name
         quality.generate_missing(models[arm.lora], arm, prompts, experiment.seeds, folder)
         if rank == 0:
             scores[arm.name] = quality.judged(judge, prompts, experiment.seeds, folder)
+            arms[arm.name] = arm.options | {"lora": None if arm.lora is None else arm.lora.name}
     if rank > 0:
         return
     rows = rows_of(experiment, scores, judge.columns)
@@ -206,19 +207,12 @@ def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path)
     write_json(out / f"{name}.json", {
         "experiment": experiment.title, "model": [model.name, model.fingerprint],
         "judge": [judge.name, judge.fingerprint], "columns": list(judge.columns), "prompts": prompts,
-        "seeds": list(experiment.seeds), "arms": {arm.name: arm.options | {"lora": str(arm.lora)} for arm in arms},
+        "seeds": list(experiment.seeds), "arms": arms,
         "comparisons": [entry(row) for row in rows], "seconds": seconds,
         "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
     plot(rows, judge.columns, f"{experiment.title}: {what}. Difference to the same captions and noise without it, with "
          "95 % interval; filled: survives Holm's correction", out / f"{name}.png")
-    images = []
-    titles = []
-    columns = min(6, len(prompts))                       # a row for each arm, a column for each of the first captions
-    for arm in arms:
-        for i in range(columns):
-            images.append(open_stored(quality.path_of(out / name / arm.name, i, experiment.seeds[0])))
-            titles.append(arm.name)
-    write_picture(out / f"{name}_pictures.png", sheet(images, titles, columns, side=128))
+    write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
     show(f"{experiment.title}: {what}")
     show(table(rows))
     show(f"{len(rows)} comparisons; *: survives Holm's correction for so many. Interval: bootstrap over captions, a "
