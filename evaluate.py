@@ -206,7 +206,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
 
 # ---------------------------------------------------------------------------- command line
 
-QUALITY = ("prompts", "images", "seeds", "cfg", "pag", "blocks", "perturb", "judge")           # its own options
+QUALITY = ("prompts", "images", "seeds", "cfg", "pag", "blocks", "perturb", "judge", "against")          # its own
 
 
 def check(args):
@@ -309,6 +309,7 @@ if __name__ == "__main__":
     gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag (default: the expert block)")
     gen.add_argument("--perturb", type=int, nargs="+", help="blocks whose I2T is blurred throughout, Fig. 5")
     gen.add_argument("--judge", help="nano, clip, a CLIP's folder, or own: the model's flow loss (nano; else clip)")
+    gen.add_argument("--against", type=Path, help="results.json of another arm, to be compared picture by picture")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
     add_model_options(parser, default=None, default_help="nano for scenes, sd3 for real pictures")
     command(main, parser)

@@ -23,7 +23,7 @@ from loading import Preset, Seg4Diff, image_seed
 from nano import scenes
 from support.cli import progress, show
 from support.data import need, objects
-from support.effects import known, listed, mean_and_error
+from support.effects import compare, known, listed, mean_and_error
 from support.files import (
     check_kind,
     code_stamp,
@@ -37,6 +37,7 @@ from support.files import (
 )
 from support.ledger import wait_for_all, world
 from support.pictures import sheet
+from support.report import beside_table_3
 
 # What a picture depends on. When one of these files changes, kept pictures are refused.
 CODE = ("sampling.py", "loading.py", "mmdit.py", "flux.py", "vae.py", "text.py", "t5.py", "lora.py",
@@ -233,26 +234,9 @@ def prompts_of(source: str, count: int, root: Path) -> list[str]:
 
 # ---------------------------------------------------------------------------- evaluate.py --task quality
 
-# CLIPScore as the paper prints it, never ours. A.5: 500 pictures of Pick-a-Pic for each of five seeds, 5000 of COCO,
-# 1000 of SA-1B
-TABLE_3 = {"SD3, the paper's": {"Pick-a-Pic": 27.0252, "coco": 26.0638, "SA-1B": 28.3422},
-           "SD3 + MAGNET (SA-1B), the paper's": {"Pick-a-Pic": 27.0547, "coco": 26.2318, "SA-1B": 28.4476},
-           "SD3 + MAGNET (COCO), the paper's": {"Pick-a-Pic": 27.0409, "coco": 26.2319, "SA-1B": 28.5553}}
 # Options of segmentation, which generation does not read, and their defaults
 NOT_READ = {"dataset": "scenes", "limit": None, "prompt": "present", "resize": "squash", "draws": 1, "reading": None,
             "regions": None, "threshold": None, "scaling": None, "batch_size": None}
-
-
-def beside_table_3(row: str, source: str, mean: float) -> str:
-    """Our mean below Table 3's rows, in the column of its prompts, or in one of their own."""
-    rows = TABLE_3 | {row: {source: mean}}
-    columns = dict.fromkeys(["Pick-a-Pic", "coco", "SA-1B", source])
-    width = max(map(len, rows))
-    lines = [f"{'Table 3, CLIPScore':{width}s}" + "".join(f"{column:>12.11s}" for column in columns)]
-    for name, values in rows.items():
-        numbers = [f"{values[column]:.4f}" if column in values else "-" for column in columns]
-        lines.append(f"{name:{width}s}" + "".join(f"{number:>12s}" for number in numbers))
-    return "\n".join(lines)
 
 
 def arm_of(args, preset: Preset) -> Arm:
@@ -280,15 +264,29 @@ def main(args) -> None:
     prompts = prompts_of(source, args.images or 100, args.data_root)
     seeds = range(args.seed, args.seed + (args.seeds or 1))
     judge = pick_judge(args.judge, model)                # one that is missing is named before the work
+    compared = {"prompts": prompts, "seeds": list(seeds), "judge": [judge.name, judge.fingerprint]}
+    base = {} if args.against is None else scores_of(args.against, compared, judge.columns)
     source = Path(source).stem
     folder = (args.out or Path("out") / f"quality-{source}-{model.name}") / arm.name
     generate_missing(model, arm, prompts, seeds, folder)
     if rank == 0:
-        report(args, model, arm, judge, source, prompts, seeds, folder, start)
+        report(args, model, arm, judge, source, compared, base, folder, start)
 
 
-def report(args, model, arm, judge, source, prompts, seeds, folder, start):
+def scores_of(path: Path, compared: dict, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """The scores, (prompts, seeds) for each column, of another run's results.json.  files.Broken: not comparable."""
+    found = read_json(path)
+    with reading(path, "result of --task quality to compare with"):
+        for key, value in compared.items():
+            if found[key] != value:
+                raise ValueError(f"its {key!r} is {found[key]!s:.60}, this run's is {value!s:.60}")
+        return {column: np.array(found["scores"][column], float) for column in columns}      # None becomes nan
+
+
+def report(args, model, arm, judge, source, compared, base, folder, start):
     """Judges what a folder holds; results.json and a sheet of pictures, then the table."""
+    prompts = compared["prompts"]
+    seeds = compared["seeds"]
     scores = judged(judge, prompts, seeds, folder)
     rows = {}
     for column, x in scores.items():
@@ -300,7 +298,7 @@ def report(args, model, arm, judge, source, prompts, seeds, folder, start):
     seconds = time.time() - start
     write_json(folder / "results.json", {
         "facts": facts, "arguments": {k: str(v) for k, v in vars(args).items()}, "options": arm.options,
-        "rows": rows, "prompts": prompts, "seconds": seconds,
+        "rows": rows, "seconds": seconds, **compared,
         "scores": {column: listed(x) for column, x in scores.items()}})
     shown = range(min(12, len(prompts)))
     images = [open_stored(path_of(folder, i, seeds[0])) for i in shown]
@@ -312,6 +310,10 @@ def report(args, model, arm, judge, source, prompts, seeds, folder, start):
         mean, error, n = mean_and_error(x)
         show(f"{column:14s}{mean:9.4f}{error:9.4f}{n:9d}")
     show("error: standard error over the prompts; the seeds of a prompt are averaged first")
+    for column, x in base.items():
+        found = compare(scores[column], x)
+        show(f"{column}, against {args.against}: {found.difference:+.4f} (95 % interval {found.low:+.4f} to "
+             f"{found.high:+.4f}): {found.verdict}")
     if "CLIPScore" in scores:
         show(beside_table_3(f"{model.name}, ours", source, mean_and_error(scores["CLIPScore"])[0]))
     show(f"{seconds:.0f} s; wrote {folder}/results.json and sheet.png")

@@ -16,7 +16,7 @@ import quality
 import seg4diff
 from loading import image_seed
 from quality import Arm
-from support import effects
+from support import effects, report
 from support.effects import by_prompt, compare, holm, mean_and_error
 from support.files import Broken
 from tools import experiments
@@ -252,11 +252,11 @@ def test_prompts(tmp_path):
 def test_table_3():
     """Each mean of the paper's table is that of its three columns; ours stands in one of them, or in its own."""
     means = [27.1437, 27.2447, 27.2760]
-    assert [np.mean(list(row.values())) for row in quality.TABLE_3.values()] == pytest.approx(means, abs=2e-4)
-    head, *rows, ours = quality.beside_table_3("sd3, ours", "coco", 26.1).splitlines()
+    assert [np.mean(list(row.values())) for row in report.TABLE_3.values()] == pytest.approx(means, abs=2e-4)
+    head, *rows, ours = report.beside_table_3("sd3, ours", "coco", 26.1).splitlines()
     assert head.split()[-3:] == ["Pick-a-Pic", "coco", "SA-1B"] and ours.split()[-3:] == ["-", "26.1000", "-"]
     assert rows[0].split()[-3:] == ["27.0252", "26.0638", "28.3422"] and all("the paper's" in row for row in rows)
-    head, *_, ours = quality.beside_table_3("sd3, ours", "mine", 26.1).splitlines()
+    head, *_, ours = report.beside_table_3("sd3, ours", "mine", 26.1).splitlines()
     assert head.split()[-1] == "mine" and ours.split()[-4:] == ["-", "-", "-", "26.1000"]
 
 
@@ -280,6 +280,23 @@ def test_evaluate_quality(command, quick_file, tmp_path):
     assert other["options"] == {"cfg": 1.0, "pag": 2.0, "blocks": [0], "perturb": [1], "steps": None}
     assert set(pictures(folder.with_name("cfg1-s2-block0-blurred1"))) >= {"00001_2.png"}
     assert other["rows"]["light"]["mean"] != mean
+
+
+def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
+    options = ("--task", "quality", "--model", quick_file, "--device", "cpu", "--images", 2)
+    assert command("evaluate.py", *options)[0] == 0
+    base = tmp_path / "out/quality-scenes-dev-tiny/cfg3/results.json"
+    code, out, err = command("evaluate.py", *options, "--cfg", 1, "--against", base)
+    assert code == 0, err
+    scores = [json.loads((tmp_path / f"out/quality-scenes-dev-tiny/{arm}/results.json").read_text())["scores"]["light"]
+              for arm in ("cfg1", "cfg3")]
+    found = compare(np.array(scores[0]), np.array(scores[1]))
+    assert f"light, against {base}: {found.difference:+.4f} (95 % interval {found.low:+.4f} to " in out
+    for says, content in (("its 'seeds' is [1], this run's is [0]", {"seeds": [1]}), ("its 'prompts' is []", {"prompts": []}),
+                          ("its 'judge' is ['own', '0'], this run's is ['fake', '0']", {"judge": ["own", "0"]}), ("KeyError", {"scores": {}})):
+        (tmp_path / "r.json").write_text(json.dumps(json.loads(base.read_text()) | content))
+        code, _, err = command("evaluate.py", *options, "--against", tmp_path / "r.json")
+        assert code == 2 and says in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("options, says", [
