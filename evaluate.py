@@ -206,7 +206,8 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
 
 # ---------------------------------------------------------------------------- command line
 
-QUALITY = ("prompts", "images", "seeds", "cfg", "pag", "blocks", "perturb", "judge", "against")          # its own
+# Options that --task quality alone reads
+QUALITY = ("prompts", "images", "seeds", "cfg", "pag", "blocks", "perturb", "judge", "against")
 
 
 def check(args):

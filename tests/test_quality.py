@@ -292,8 +292,9 @@ def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
               for arm in ("cfg1", "cfg3")]
     found = compare(np.array(scores[0]), np.array(scores[1]))
     assert f"light, against {base}: {found.difference:+.4f} (95 % interval {found.low:+.4f} to " in out
-    for says, content in (("its 'seeds' is [1], this run's is [0]", {"seeds": [1]}), ("its 'prompts' is []", {"prompts": []}),
-                          ("its 'judge' is ['own', '0'], this run's is ['fake', '0']", {"judge": ["own", "0"]}), ("KeyError", {"scores": {}})):
+    for says, content in (("its 'seeds' is [1], this run's is [0]", {"seeds": [1]}),
+                          ("its 'prompts' is []", {"prompts": []}), ("KeyError", {"scores": {}}),
+                          ("its 'judge' is ['own', '0'], this run's is ['fake', '0']", {"judge": ["own", "0"]})):
         (tmp_path / "r.json").write_text(json.dumps(json.loads(base.read_text()) | content))
         code, _, err = command("evaluate.py", *options, "--against", tmp_path / "r.json")
         assert code == 2 and says in err and err.count("\n") == 1
