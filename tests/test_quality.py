@@ -348,6 +348,13 @@ def test_arms_of_the_experiments(tmp_path):
     assert list(magnet.seeds) == [0, 1, 2] and experiments.LORA.is_file()
 
 
+def test_a_flux_is_blurred_and_guided_at_cfg_1(tiny_flux):
+    """Its two double and two single blocks: half as many arms for as many blocks."""
+    model = replace(tiny_flux, preset=tiny_flux.preset.changed(cfg=3.0))
+    arms = experiments.blocks(model, Path("none")).arms
+    assert len(arms) == 1 + 2 * 4 and {arm.cfg for arm in arms} == {1.0}
+
+
 def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
     """Each arm's pictures in a colour of their own; what draws them is tested above."""
     monkeypatch.setattr(quality, "draw", lambda model, arm, prompt, i, seed: Image.new(
