@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t
 
 DRAWS = 2000                            # of the bootstrap
 SEEN = 2.8                              # standard errors: 1.96 of a 5 % test and 0.84 of 80 % power
+LEAST = 20                              # prompts: of fewer, neither bootstrap nor standard error can be trusted
 
 
 def by_prompt(scores: np.ndarray) -> np.ndarray:
@@ -39,7 +41,7 @@ class Comparison(NamedTuple):
     low: float                          # of the 95 % interval
     high: float
     error: float                        # standard error of the difference
-    p: float                            # two-sided, of a difference of 0, normal approximation
+    p: float                            # two-sided, of a difference of 0, by Student's t
 
     @property
     def seen(self):
@@ -48,8 +50,8 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self):
-        if self.n < 2:
-            return "cannot be told (fewer than two prompts have this score)"
+        if self.n < LEAST:
+            return f"cannot be told (fewer than {LEAST} prompts have this score)"
         if self.low > 0:
             return "better"
         if self.high < 0:
@@ -60,17 +62,18 @@ class Comparison(NamedTuple):
 def compare(arm: np.ndarray, base: np.ndarray) -> Comparison:
     """Scores (prompts, seeds) of two arms, paired picture by picture.
 
-    The interval is the bootstrap's: prompts are drawn again with replacement, each with all of its seeds.
+    The interval is the bootstrap's: prompts are drawn again with replacement, each with all of its seeds.  Below LEAST
+    prompts low, high and p are nan.
     """
     difference, error, n = mean_and_error(arm - base)
-    if n < 2:
-        return Comparison(n, difference, math.nan, math.nan, math.nan, math.nan)
+    if n < LEAST:
+        return Comparison(n, difference, math.nan, math.nan, error, math.nan)
     x = by_prompt(arm - base)                                                # (n,)
     again = np.random.default_rng(0).integers(n, size=(DRAWS, n))            # which prompts, (DRAWS, n)
     low, high = np.percentile(x[again].mean(1), [2.5, 97.5])
     p = float(difference == 0)                           # where all differ by the same there is no chance
     if error > 0:
-        p = math.erfc(abs(difference) / error / math.sqrt(2))
+        p = float(2 * t.sf(abs(difference) / error, n - 1))
     return Comparison(n, difference, float(low), float(high), error, p)
 
 

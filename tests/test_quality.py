@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scipy.stats import ttest_1samp
 from test_design import reachable
 
 import quality
@@ -177,13 +178,14 @@ def test_means_by_hand():
     assert effects.listed(scores[:2]) == [[1, 3], [None, 6]]
 
 
-def test_pairing_by_hand():
+def test_pairing_by_hand(monkeypatch):
     """Prompts that differ widely hide nothing if each changes by about the same."""
+    monkeypatch.setattr(effects, "LEAST", 2)
     base = np.array([[0.0], [100.0], [1000.0], [5000.0]])
     found = compare(base + [[1.0], [2.0], [1.0], [2.0]], base)
     assert (found.n, found.difference) == (4, 1.5) and found.error == pytest.approx(math.sqrt(1 / 3) / 2)
     assert 1 <= found.low < 1.5 < found.high <= 2 and found.verdict == "better"
-    assert found.p == pytest.approx(math.erfc(1.5 / found.error / math.sqrt(2)))
+    assert found.p == pytest.approx(ttest_1samp([1, 2, 1, 2], 0).pvalue)
     assert found.seen == pytest.approx(2.8 * found.error)
     assert compare(base, base + [[1.0], [2.0], [1.0], [2.0]]).verdict == "worse"
     unclear = compare(base + [[1.0], [-1.0], [2.0], [-2.0]], base)
@@ -191,7 +193,10 @@ def test_pairing_by_hand():
     same = compare(base, base)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1) and "an effect of 0.000" in same.verdict
     assert compare(base + 1, base).p == 0 and compare(base + 1, base)[2:4] == (1, 1)
-    assert compare(base[:1] + 1, base[:1]).verdict == "cannot be told (fewer than two prompts have this score)"
+    monkeypatch.undo()
+    few = compare(base + 1, base)                        # four prompts, however alike, make nothing sure
+    assert few.verdict == "cannot be told (fewer than 20 prompts have this score)" and few.difference == 1
+    assert np.isnan([few.low, few.high, few.p]).all()
 
 
 def test_pairing_leaves_out_what_one_arm_lacks():
@@ -348,6 +353,14 @@ def test_arms_of_the_experiments(tmp_path):
     assert list(magnet.seeds) == [0, 1, 2] and experiments.LORA.is_file()
 
 
+def test_names_that_a_reader_understands():
+    named = quality.named
+    names = [named(1.5, 3.0, [5]).name, named(3, perturb=[1, 2]).name, named(1).name]
+    assert names == ["cfg1.5-s3-block5", "cfg3-blurred1+2", "cfg1"]
+    said = ["cfg 1.5, s 3, guided by block 5", "cfg 3, blurred block 1+2", "cfg 1"]
+    assert list(map(experiments.readable, names)) == said
+
+
 def test_a_flux_is_blurred_and_guided_at_cfg_1(tiny_flux):
     """Its two double and two single blocks: half as many arms for as many blocks."""
     model = replace(tiny_flux, preset=tiny_flux.preset.changed(cfg=3.0))
@@ -357,6 +370,7 @@ def test_a_flux_is_blurred_and_guided_at_cfg_1(tiny_flux):
 
 def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
     """Each arm's pictures in a colour of their own; what draws them is tested above."""
+    monkeypatch.setattr(effects, "LEAST", 2)
     monkeypatch.setattr(quality, "draw", lambda model, arm, prompt, i, seed: Image.new(
         "RGB", (128, 128), (int(10 * arm.cfg + 40 * arm.pag), 9 * i, 7 * len(arm.perturb))))
     options = ("--model", quick_file, "--device", "cpu", "--limit", 2)

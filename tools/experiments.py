@@ -3,7 +3,6 @@
     python tools/experiments.py blocks                   # Fig. 5, 6, 18: each block blurred throughout, and as guidance
     python tools/experiments.py guidance                 # Eq. 7, Fig. 6: the best of these, on other captions
     python tools/experiments.py magnet                   # Tables 3, 4: with MAGNET's LoRA against without
-    python tools/experiments.py blocks --model nano-flux
 
 Each picture is generated once and kept (quality.py), so a killed experiment goes on where it stopped, and torchrun
 shares the pictures out.  Captions are those of scenes-dev and of the scenes after it, so the choice of blocks and its
@@ -149,17 +148,25 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         x = row.found
         interval = f"{x.low:+.3f} to {x.high:+.3f}"
-        mark = " *" if row.survives else ""
         lines.append(f"{row.arm:{width}s}{row.base:14s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
-                     f"{x.difference:+12.3f}  {interval:18s} {x.verdict}{mark}")
+                     f"{x.difference:+12.3f}  {interval:18s} {x.verdict}{' *' * row.survives}")
     return "\n".join(lines)
+
+
+def readable(arm: str) -> str:
+    """cfg1-s1-block5 -> cfg 1, s 1, guided by block 5"""
+    words = {"cfg": "cfg ", "-s": ", s ", "-block": ", guided by block ", "-blurred": ", blurred block ", "-M": ", M"}
+    for short, long in words.items():
+        arm = arm.replace(short, long)
+    return arm
 
 
 def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
     """A panel for each column: every arm's difference to its base, with its interval; filled: it survives Holm."""
     arms = len(rows) // len(columns)
-    fig = Figure((2 + 3 * len(columns), 1.6 + 0.24 * arms), dpi=90, layout="constrained")
-    fig.suptitle(textwrap.fill(title, 45 * (1 + len(columns))))
+    width = 4 + 3 * len(columns)                         # inches
+    fig = Figure((width, 1.6 + 0.24 * arms), dpi=90, layout="constrained")
+    fig.suptitle(textwrap.fill(title, 9 * width))
     for ax, column in zip(fig.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
         chosen = [row for row in rows if row.column == column]
         for y, row in enumerate(chosen):
@@ -169,7 +176,7 @@ def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> Non
             ax.plot(x.difference, y, "o", color=colour, markerfacecolor=colour if row.survives else "white")
         ax.axvline(0, color="black", lw=0.8)
         ax.set(title=column, xlabel="difference", yticks=range(arms), ylim=(arms - 0.5, -0.5))
-        ax.set_yticklabels([f"{row.arm} against {row.base}" for row in chosen])
+        ax.set_yticklabels([readable(row.arm) for row in chosen])
     write_figure(path, fig)
 
 
@@ -229,9 +236,8 @@ def main(args):
     experiment = EXPERIMENTS[args.experiment](model, out)
     if len(experiment.arms) > MOST:
         raise ValueError(f"{len(experiment.arms)} arms are more than {MOST}: {args.model} has too many blocks for this")
-    models = {None: model}
-    for lora in {arm.lora for arm in experiment.arms} - {None}:
-        models[lora] = seg4diff.load(args.model, args.device, args.dtype, lora=lora)
+    loras = {arm.lora for arm in experiment.arms} - {None}
+    models = {lora: seg4diff.load(args.model, args.device, args.dtype, lora=lora) for lora in loras} | {None: model}
     run(experiment, args.experiment, args, models, quality.pick_judge(args.judge, model), out)
 
 
