@@ -5,8 +5,8 @@
     python tools/experiments.py magnet                   # Tables 3, 4: with MAGNET's LoRA against without
 
 Each picture is generated once and kept (quality.py), so a killed experiment goes on where it stopped, and torchrun
-shares the pictures out.  Captions are those of scenes-dev and of the scenes after it, so the choice of blocks and its
-check never share one.  Each experiment writes EXPERIMENT.json (scores of every picture, too), a plot and some pictures.
+shares the pictures out.  Captions are those of scenes-dev and of the scenes after it: the choice of blocks and its
+check share none.  Each experiment writes EXPERIMENT.json, with every picture's scores, a plot and some pictures.
 """
 import sys
 import textwrap
@@ -67,9 +67,7 @@ def blocks(model: Seg4Diff, out: Path) -> Experiment:
 
 
 def best_blocks(path: Path, model: Seg4Diff) -> tuple[list[int], int]:
-    """The two blocks whose guidance raised the judge's last column most in `blocks`, and the expert block.
-
-    And on how many captions they were chosen.
+    """The two blocks whose guidance raised the judge's last column most, and the expert; from how many captions.
 
     ValueError: that experiment is not there, or another model's.
     """
