@@ -312,8 +312,8 @@ def report(args, model, arm, judge, source, compared, base, folder, start):
     show("error: standard error over the prompts; the seeds of a prompt are averaged first")
     for column, x in base.items():
         found = compare(scores[column], x)
-        show(f"{column}, against {args.against}: {found.difference:+.4f} (95 % interval {found.low:+.4f} to "
-             f"{found.high:+.4f}): {found.verdict}")
+        show(f"{column}, against {args.against}: {found.difference:+.3f} (95 % interval: {found.interval}), "
+             f"{found.verdict}")
     if "CLIPScore" in scores:
         show(beside_table_3(f"{model.name}, ours", source, mean_and_error(scores["CLIPScore"])[0]))
     show(f"{seconds:.0f} s; wrote {folder}/results.json and sheet.png")

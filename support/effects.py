@@ -49,6 +49,11 @@ class Comparison(NamedTuple):
         return SEEN * self.error
 
     @property
+    def interval(self):
+        """The 95 % interval as a text."""
+        return "none" if self.n < LEAST else f"{self.low:+.3f} to {self.high:+.3f}"
+
+    @property
     def verdict(self):
         if self.n < LEAST:
             return f"cannot be told (fewer than {LEAST} prompts have this score)"

@@ -145,9 +145,8 @@ def table(rows: list[Row]) -> str:
     lines = [f"{title}  95 % interval      verdict"]
     for row in rows:
         x = row.found
-        interval = f"{x.low:+.3f} to {x.high:+.3f}"
         lines.append(f"{row.arm:{width}s}{row.base:14s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
-                     f"{x.difference:+12.3f}  {interval:18s} {x.verdict}{' *' * row.survives}")
+                     f"{x.difference:+12.3f}  {x.interval:18s} {x.verdict}{' *' * row.survives}")
     return "\n".join(lines)
 
 
