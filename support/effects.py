@@ -57,6 +57,8 @@ class Comparison(NamedTuple):
     def verdict(self):
         if self.n < LEAST:
             return f"cannot be told (fewer than {LEAST} prompts have this score)"
+        if self.difference == 0 == self.error:
+            return "cannot be told (no prompt's score changed)"
         if self.low > 0:
             return "better"
         if self.high < 0:
