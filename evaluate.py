@@ -12,6 +12,7 @@
                                                          # (the paper: with --dataset voc21)
     python evaluate.py --task timesteps                  # Fig. 15 / supplement Fig. 2: against the noise level
     python evaluate.py --task normalization              # Table 5 / supplement Table 1: what is compared
+    python evaluate.py --task quality                    # Table 3: generated pictures, judged (quality.py)
     torchrun --nproc-per-node=4 evaluate.py --dataset ade20k                     # the pictures shared out
 
 Every run prints floor and ceiling beside the score: random maps, and the ground truth itself reduced to the
@@ -205,9 +206,15 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
 
 # ---------------------------------------------------------------------------- command line
 
+# Options that --task quality alone reads
+QUALITY = ("prompts", "images", "seeds", "cfg", "pag", "blocks", "perturb", "judge", "against")
+
 
 def check(args):
     """ValueError: options that do not go together, one sentence each."""
+    for option in QUALITY:
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} belongs to --task quality")
     if (args.threshold is not None or args.scaling is not None) and args.task != "unsup":
         raise ValueError("--threshold and --scaling belong to --task unsup")
     if args.regions is not None and args.task != "unsup":
@@ -241,6 +248,10 @@ def find_sets(args):
 
 
 def main(args):
+    if args.task == "quality":
+        import quality  # not above: no other task needs it
+        quality.main(args)
+        return
     check(args)
     world()                                              # what is wrong with it is said before the work
     sets, missing = find_sets(args)
@@ -275,7 +286,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("--task", default="ovss", choices=TASKS)
+    parser.add_argument("--task", default="ovss", choices=[*TASKS, "quality"])
     own_pictures = renamed("python seg4diff.py segment IMAGE CLASS...", "folder")
     parser.add_argument("--dataset", default="scenes", type=own_pictures, choices=[*DATASETS, "all"],
                         help="or all of the paper's table")
@@ -290,6 +301,16 @@ if __name__ == "__main__":
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
     parser.add_argument("--batch-size", type=at_least(1, most=1024),
                         help="pictures at once (default: the model's preset)")
+    gen = parser.add_argument_group("quality", "--task quality: generated pictures, judged")
+    gen.add_argument("--prompts", help="scenes-dev, coco, or a file, a prompt a line (scenes-dev for nano, else coco)")
+    gen.add_argument("--images", type=at_least(1), help="prompts, the first of them (default: 100)")
+    gen.add_argument("--seeds", type=at_least(1, most=1000), help="pictures of each prompt (default: 1)")
+    gen.add_argument("--cfg", type=float, help="classifier-free guidance scale (default: the model's preset)")
+    gen.add_argument("--pag", type=float, help="scale s of the perturbed guidance, Eq. 7 (default: 0)")
+    gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag (default: the expert block)")
+    gen.add_argument("--perturb", type=int, nargs="+", help="blocks whose I2T is blurred throughout, Fig. 5")
+    gen.add_argument("--judge", help="nano, clip, a CLIP's folder, or own: the model's flow loss (nano; else clip)")
+    gen.add_argument("--against", type=Path, help="results.json of another arm, to be compared picture by picture")
     parser.add_argument("--out", type=Path, help="folder for ledger and results (default: out/TASK-DATASET-MODEL)")
     add_model_options(parser, default=None, default_help="nano for scenes, sd3 for real pictures")
     command(main, parser)

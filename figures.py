@@ -5,7 +5,7 @@
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
     python figures.py perturb guide                     # Fig. 5, 31 and 18, 20, 23 (--judge); Fig. 6, 32
     python figures.py expert text                       # which block is the expert? at which noise do words matter?
-    python figures.py magnet --lora nano/magnet.safetensors      # Fig. 12, 33: maps and pictures without and with
+    python figures.py magnet compare --lora nano/magnet.safetensors      # Fig. 12, 33: maps without and with; Fig. 13
 
 Pictures are generated from prompts; attention is that of a second pass at t = 8 of 28 steps left (shares: 28, too).
 Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 import analysis
 import protocol
+import quality
 import seg4diff
-from generated_figures import gallery, guide, load_judges, new_figure, perturb, toy
+from generated_figures import gallery, guide, load_judges, new_figure, perturb
 from loading import Seg4Diff, image_seed
 from nano import scenes
+from quality import toy
 from support.cli import Parser, add_model_options, at_least, command, show
 from support.data import DATASETS, ROOT, subset
 from support.files import make_folder, read_text, write_figure, write_json, write_picture
@@ -275,17 +277,17 @@ def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[s
 
 FIGURES = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads, "pads": pads,
            "gallery": gallery, "perturb": perturb, "guide": guide, "strip": strip, "expert": expert,
-           "text": text_matters, "magnet": magnet_maps}
+           "text": text_matters, "magnet": magnet_maps, "compare": quality.compare_lora}
 
 
 def main(args):
-    if "magnet" in args.figures and args.lora is None:
-        raise ValueError("magnet shows a model without and with a LoRA; name one with --lora")
+    if args.lora is None and not {"magnet", "compare"}.isdisjoint(args.figures):
+        raise ValueError("magnet and compare show a model without and with a LoRA; name one with --lora")
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     prompts = prompts_for(model, args.limit, args.prompts)
     out = args.out or Path("out") / f"figures-{model.name}"
     if "all" in args.figures:                            # by default
-        args.figures = [figure for figure in FIGURES if figure != "magnet" or args.lora]
+        args.figures = [figure for figure in FIGURES if figure not in ("magnet", "compare") or args.lora]
     judge = load_judges(args.judge, model) if "perturb" in args.figures else None
     make_folder(out)
     for figure in args.figures:
@@ -296,7 +298,7 @@ def main(args):
             inputs.append(2 * args.limit)
         if figure == "perturb":
             inputs.append(judge)
-        if figure == "magnet":
+        if figure in ("magnet", "compare"):
             inputs.append(seg4diff.load(args.model, args.device, args.dtype))
         if figure in ("strip", "magnet"):
             inputs.append(args.reading)
@@ -310,7 +312,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "all"], default="all", help="magnet needs --lora")
+    parser.add_argument("figures", nargs="*", default="all", choices=[*FIGURES, "all"], help="magnet, compare: --lora")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt to a line")
     parser.add_argument("--limit", type=at_least(1), default=50, help="prompts; data set's pictures: twice that")
     parser.add_argument("--dataset", choices=DATASETS, help="of strip, expert, text, magnet (scenes-dev; else voc)")

@@ -19,6 +19,7 @@ import judges
 import seg4diff
 from loading import Seg4Diff
 from nano import scenes
+from quality import toy
 from support.files import write_figure, write_picture
 from support.pictures import sheet
 
@@ -28,11 +29,6 @@ def new_figure(rows, columns, title, width=5, height=3.4):
     fig = Figure((columns * width, rows * height), dpi=90, layout="constrained")
     fig.suptitle(textwrap.fill(title, int(9 * columns * width)))
     return fig, fig.subplots(rows, columns, squeeze=False)
-
-
-def toy(model):
-    """Whether a model makes pictures of the toy world's size: nano, or one that was trained like it."""
-    return model.preset.size == scenes.SIDE
 
 
 def gallery(model, prompts, out):

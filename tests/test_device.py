@@ -351,7 +351,7 @@ def test_figures(near, loaded, tmp_path, monkeypatch, name):
         inputs.append(data)
     if name in ("expert", "text"):
         inputs.append(1)
-    if name == "magnet":
+    if name in ("magnet", "compare"):
         inputs.append(near)
     here = figures.FIGURES[name](near, *inputs)
     card, far = loaded["cuda"]

@@ -1,0 +1,418 @@
+"""Generated pictures: each once, whatever was killed or shared out; effects by hand; the commands on a tiny model."""
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scipy.stats import ttest_1samp
+from test_design import reachable
+
+import quality
+import seg4diff
+from loading import image_seed
+from quality import Arm
+from support import effects, report
+from support.effects import by_prompt, compare, holm, mean_and_error
+from support.files import Broken
+from tools import experiments
+
+PROMPTS = ["a red car", "snow and sand", "a boat"]
+QUICK = Arm("quick", cfg=2.0, steps=1)
+
+
+class Fake:
+    """A judge that looks at pixels; what is red is asked for by some prompts only."""
+    name = "fake"
+    fingerprint = "0"
+    columns = ("red", "light")
+
+    def score(self, images, prompts):
+        pixels = np.array([np.asarray(image, float).mean((0, 1)) for image in images])       # (n, 3)
+        red = [x if "red" in prompt else math.nan for x, prompt in zip(pixels[:, 0], prompts)]
+        return {"red": np.array(red), "light": pixels.mean(1)}
+
+
+@pytest.fixture
+def quick_file(tiny_file, tmp_path, monkeypatch) -> Path:
+    """The tiny model with a sampler of one step, and the fake judge for whoever asks."""
+    monkeypatch.setattr(quality, "pick_judge", lambda name, model: Fake())
+    with safe_open(tiny_file, "pt") as f:
+        header = f.metadata()
+    presets = {**json.loads(header["presets"]), "steps": 1, "noise_steps": 1}
+    save_file(load_file(tiny_file), tmp_path / "tiny.safetensors", {**header, "presets": json.dumps(presets)})
+    return tmp_path / "tiny.safetensors"
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*_*.png")}
+
+
+# ---------------------------------------------------------------------------- each picture once
+
+
+def test_the_noise_of_a_picture_is_fixed(tiny):
+    """quality.py is not part of a folder's identity, so its rule must stay."""
+    (image,) = seg4diff.generate(tiny, "snow", cfg=2.0, steps=1, seed=image_seed("3", 2))
+    assert quality.draw(tiny, QUICK, "snow", 3, 2).tobytes() == image.tobytes()
+
+
+def test_resumed_and_shared_pictures_are_the_same(tiny, tmp_path, monkeypatch):
+    quality.generate_missing(tiny, QUICK, PROMPTS, [0, 1], tmp_path / "whole")
+    whole = pictures(tmp_path / "whole")
+    assert sorted(whole) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png", "00002_0.png", "00002_1.png"]
+    assert len(set(whole.values())) == 6
+
+    killed = tmp_path / "killed"                         # after one prompt, and once more later
+    quality.generate_missing(tiny, QUICK, PROMPTS[:1], [1], killed)
+    kept = (killed / "00000_1.png").stat().st_mtime_ns
+    quality.generate_missing(tiny, QUICK, PROMPTS, [0, 1], killed)
+    (killed / "00001_1.png").unlink()
+    quality.generate_missing(tiny, QUICK, PROMPTS, [0, 1], killed)
+    assert pictures(killed) == whole and (killed / "00000_1.png").stat().st_mtime_ns == kept
+    monkeypatch.setattr(seg4diff, "generate", None)      # nothing is left to do
+    quality.generate_missing(tiny, QUICK, PROMPTS[:2], [1], killed)
+    monkeypatch.undo()
+
+    shared = tmp_path / "shared"                         # of two processes; the second finds what the first has made
+    monkeypatch.setattr(quality, "wait_for_all", lambda: None)
+    for rank in range(2):
+        monkeypatch.setattr(quality, "world", lambda rank=rank: (rank, 2))
+        quality.generate_missing(tiny, QUICK, PROMPTS, [0, 1], shared)
+        assert len(pictures(shared)) == 3 * (rank + 1)
+    assert pictures(shared) == whole
+
+
+def test_arms_share_noise_and_differ_in_options(tiny, tmp_path):
+    arms = [QUICK, QUICK._replace(name="cfg", cfg=1.0), QUICK._replace(name="perturb", perturb=(0, 1, 2)),
+            QUICK._replace(name="pag", pag=5.0), QUICK._replace(name="blocks", pag=5.0, blocks=(0,)),
+            QUICK._replace(name="steps", steps=2)]
+    found = []
+    for arm in arms:
+        quality.generate_missing(tiny, arm, PROMPTS[:1], [7], tmp_path / arm.name)
+        found += pictures(tmp_path / arm.name).values()
+        options = {name: x for name, x in arm._asdict().items() if name not in ("name", "lora")}
+        (image,) = seg4diff.generate(tiny, PROMPTS[0], seed=image_seed("0", 7), **options)
+        stored = Image.open(tmp_path / arm.name / "00000_7.png")
+        assert stored.tobytes() == image.tobytes()
+    assert len(set(found)) == len(arms)
+
+
+def test_a_folder_keeps_its_identity(tiny, tmp_path):
+    folder = tmp_path / "arm"
+
+    def claim(prompts=PROMPTS, model=tiny, **options):
+        quality.claim(folder, quality.identity_of(model, QUICK._replace(**options), prompts))
+
+    claim(PROMPTS[:2])
+    claim(PROMPTS)                                       # more prompts, fewer prompts, another name: no change
+    claim(PROMPTS[:1], name="other")
+    assert json.loads((folder / "identity.json").read_text())["prompts"] == PROMPTS
+    claim(blocks=(1,))                                   # nothing reads them without pag
+    claim(model=replace(tiny, preset=tiny.preset.changed(batch=3)))          # each picture is drawn alone
+    other = replace(tiny, fingerprint="abc")
+    for says, change in (("cfg 2.0 instead of 3.0", {"cfg": 3.0}), ("steps 1 instead of 2", {"steps": 2}),
+                         ("pag 0.0 instead of 1.0; blocks None instead of [1]", {"pag": 1.0, "blocks": (1,)}),
+                         ("perturb [] instead of [0]", {"perturb": (0,)}), ("other prompts", {"prompts": ["a tree"]}),
+                         (f"fingerprint {tiny.fingerprint} instead of abc", {"model": other})):
+        with pytest.raises(ValueError) as e:
+            claim(**change)
+        assert str(e.value) == f"{folder} holds pictures with {says}; name another --out, or remove it"
+    (folder / "00000_0.png").touch()
+    for damage in ("{", '{"cfg": 2.0}', '{"prompts": 3}'):
+        (folder / "identity.json").write_text(damage)
+        with pytest.raises(Broken, match="identity.json' cannot be read as a "):
+            claim()
+    (folder / "identity.json").unlink()
+    with pytest.raises(ValueError, match="holds pictures without the identity.json"):
+        claim()
+
+
+def test_the_code_of_a_picture_is_complete_and_exact():
+    assert len(set(quality.CODE)) == len(quality.CODE)
+    assert set(quality.CODE) == reachable("sampling.py")
+
+
+def test_scores_stand_where_their_pictures_do(tmp_path, monkeypatch):
+    for i in range(3):
+        for seed in (4, 9):
+            Image.new("RGB", (8, 8), (10 * i + seed, 0, 0)).save(quality.path_of(tmp_path, i, seed))
+    whole = quality.judged(Fake(), PROMPTS, [4, 9], tmp_path)
+    assert whole["light"] * 3 == pytest.approx(np.array([[4, 9], [14, 19], [24, 29]]))
+    assert whole["red"][0].tolist() == [4, 9] and np.isnan(whole["red"][1:]).all()
+    monkeypatch.setattr(quality, "JUDGED", 4)
+    assert np.array_equal(quality.judged(Fake(), PROMPTS, [4, 9], tmp_path)["light"], whole["light"])
+    (tmp_path / "00001_9.png").write_text("no picture")
+    with pytest.raises(Broken, match="00001_9.png"):
+        quality.judged(Fake(), PROMPTS, [4, 9], tmp_path)
+
+
+def test_the_own_judge(tiny, monkeypatch):
+    """It is analysis.caption_losses against the empty prompt; no other judge has to be there for it."""
+    monkeypatch.setattr(quality.analysis, "CAPTION_DRAWS", 1)
+    judge = quality.pick_judge("own", tiny)
+    assert (judge.name, judge.fingerprint, judge.columns) == ("own", tiny.fingerprint, ("loss saved",))
+    image = Image.effect_noise((128, 128), 50).convert("RGB")
+    losses = quality.analysis.caption_losses(tiny, [image], [["a red car", ""]])
+    (saved,) = judge.score([image], ["a red car"])["loss saved"]
+    assert saved == pytest.approx(100 * (losses[0, 1] - losses[0, 0]) / losses[0, 1])
+
+
+# ---------------------------------------------------------------------------- effects
+
+
+def test_means_by_hand():
+    """Seeds of a prompt count as one; a prompt without scores does not count."""
+    scores = np.array([[1.0, 3.0], [math.nan, 6.0], [math.nan, math.nan], [4.0, 4.0]])
+    assert by_prompt(scores).tolist() == [2, 6, 4]
+    mean, error, n = mean_and_error(scores)
+    assert (mean, n) == (4, 3) and error == pytest.approx(2 / math.sqrt(3))              # deviations -2, 2, 0
+    assert mean_and_error(np.repeat(scores, 3, axis=1)) == pytest.approx((mean, error, n))
+    assert mean_and_error(scores[:1])[::2] == (2, 1) and math.isnan(mean_and_error(scores[:1])[1])
+    assert mean_and_error(scores[2:3])[2] == 0 and math.isnan(mean_and_error(scores[2:3])[0])
+    assert effects.listed(scores[:2]) == [[1, 3], [None, 6]]
+
+
+def test_pairing_by_hand(monkeypatch):
+    """Prompts that differ widely hide nothing if each changes by about the same."""
+    monkeypatch.setattr(effects, "LEAST", 2)
+    base = np.array([[0.0], [100.0], [1000.0], [5000.0]])
+    found = compare(base + [[1.0], [2.0], [1.0], [2.0]], base)
+    assert (found.n, found.difference) == (4, 1.5) and found.error == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert 1 <= found.low < 1.5 < found.high <= 2 and found.verdict == "better"
+    assert found.interval == f"{found.low:+.3f} to {found.high:+.3f}"
+    assert found.p == pytest.approx(ttest_1samp([1, 2, 1, 2], 0).pvalue)
+    assert found.seen == pytest.approx(2.8 * found.error)
+    assert compare(base, base + [[1.0], [2.0], [1.0], [2.0]]).verdict == "worse"
+    unclear = compare(base + [[1.0], [-1.0], [2.0], [-2.0]], base)
+    assert unclear.verdict == f"cannot be told (an effect of {unclear.seen:.3f} could have been seen)"
+    same = compare(base, base)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert same.verdict == "cannot be told (no prompt's score changed)"
+    assert compare(base + 1, base).p == 0 and compare(base + 1, base)[2:4] == (1, 1)
+    monkeypatch.undo()
+    few = compare(base + 1, base)                        # four prompts, however alike, make nothing sure
+    assert few.verdict == "cannot be told (fewer than 20 prompts have this score)" and few.difference == 1
+    assert np.isnan([few.low, few.high, few.p]).all()
+
+
+def test_pairing_leaves_out_what_one_arm_lacks():
+    arm = np.array([[1.0, math.nan], [2.0, 2.0], [math.nan, math.nan], [3.0, 3.0]])
+    base = np.array([[0.0, 0.0], [math.nan, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    found = compare(arm, base)
+    assert found.n == 3 and found.difference == pytest.approx((1 + 2 + 2.5) / 3)
+
+
+def test_the_bootstrap_is_clustered_and_repeatable():
+    """About 1.96 standard errors on each side; seeds that repeat a prompt's answer make nothing surer."""
+    base = np.random.default_rng(0).normal(size=(200, 1))
+    arm = base + np.random.default_rng(1).normal(0.1, 1, (200, 1))
+    found = compare(arm, base)
+    assert found.low == pytest.approx(found.difference - 1.96 * found.error, abs=0.2 * found.error)
+    assert found.high == pytest.approx(found.difference + 1.96 * found.error, abs=0.2 * found.error)
+    assert compare(arm, base) == found
+    assert compare(np.repeat(arm, 5, axis=1), np.repeat(base, 5, axis=1)) == pytest.approx(found)
+
+
+def test_holm_by_hand():
+    """0.01 passes 0.05 / 3, 0.03 fails 0.05 / 2, and 0.04 is not asked any more."""
+    assert holm([0.04, 0.01, math.nan, 0.03]) == [False, True, False, False]
+    assert holm([0.02, 0.04, 0.01]) == [True, True, True]
+    assert holm([0.03, 0.03]) == [False, False] and holm([]) == [] and holm([math.nan]) == [False]
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+def test_captions_of_the_two_stages_share_no_scene():
+    first = quality.captions(0, 4)
+    assert quality.captions(2, 2) == first[2:] and len(first) == 4
+    stages = [range(e.first, e.first + e.captions) for e in (experiment("blocks"), experiment("magnet"))]
+    assert not set(stages[0]) & set(stages[1])
+
+
+def test_prompts(tmp_path):
+    root = tmp_path / "data"
+    with pytest.raises(ValueError, match="captions_val2017.json"):
+        quality.prompts_of("coco", 1, root)
+    file = root / "coco/annotations/captions_val2017.json"
+    file.parent.mkdir(parents=True)
+    entries = [(7, " A cat. "), (3, "A dog."), (7, "Another cat."), (5, "A bus.")]
+    file.write_text(json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in entries]}))
+    assert quality.prompts_of("coco", 3, root) == ["A cat.", "A dog.", "A bus."]
+    with pytest.raises(ValueError, match="coco holds 3 prompts, not 4; choose fewer with --images"):
+        quality.prompts_of("coco", 4, root)
+    for damage in ({"annotations": [{"image_id": 7}]}, {"annotations": [{"image_id": "7", "caption": "x"}]}, {}):
+        file.write_text(json.dumps(damage))
+        with pytest.raises(Broken, match="captions_val2017.json"):
+            quality.prompts_of("coco", 1, root)
+    (tmp_path / "mine.txt").write_text("a tree\n\n  a boat \n")
+    assert quality.prompts_of(str(tmp_path / "mine.txt"), 2, root) == ["a tree", "a boat"]
+    assert quality.prompts_of("scenes-dev", 2, root) == quality.captions(0, 2)
+
+
+def test_table_3():
+    """Each mean of the paper's table is that of its three columns; ours stands in one of them, or in its own."""
+    means = [27.1437, 27.2447, 27.2760]
+    assert [np.mean(list(row.values())) for row in report.TABLE_3.values()] == pytest.approx(means, abs=2e-4)
+    head, *rows, ours = report.beside_table_3("sd3, ours", "coco", 26.1).splitlines()
+    assert head.split()[-3:] == ["Pick-a-Pic", "coco", "SA-1B"] and ours.split()[-3:] == ["-", "26.1000", "-"]
+    assert rows[0].split()[-3:] == ["27.0252", "26.0638", "28.3422"] and all("the paper's" in row for row in rows)
+    head, *_, ours = report.beside_table_3("sd3, ours", "mine", 26.1).splitlines()
+    assert head.split()[-1] == "mine" and ours.split()[-4:] == ["-", "-", "-", "26.1000"]
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def test_evaluate_quality(command, quick_file, tmp_path):
+    options = ("--task", "quality", "--model", quick_file, "--device", "cpu", "--images", 2, "--seeds", 2)
+    code, out, err = command("evaluate.py", *options)
+    assert code == 0, err
+    folder = tmp_path / "out/quality-scenes-dev-tiny/cfg3"
+    result = json.loads((folder / "results.json").read_text())
+    assert len(pictures(folder)) == 4 and min(Image.open(folder / "sheet.png").size) > 200
+    mean = result["rows"]["light"]["mean"]
+    assert mean == pytest.approx(np.mean(result["scores"]["light"])) and f"{mean:.4f}" in out
+    assert "seeds:   0 1\n" in out and "Table 3" not in out and result["prompts"] == quality.captions(0, 2)
+    options += ("--cfg", 1, "--pag", 2, "--blocks", 0, "--perturb", 1, "--seed", 1)
+    code, out, err = command("evaluate.py", *options)
+    assert code == 0, err
+    other = json.loads((folder.with_name("cfg1-s2-block0-blurred1") / "results.json").read_text())
+    assert other["options"] == {"cfg": 1.0, "pag": 2.0, "blocks": [0], "perturb": [1], "steps": None}
+    assert set(pictures(folder.with_name("cfg1-s2-block0-blurred1"))) >= {"00001_2.png"}
+    assert other["rows"]["light"]["mean"] != mean
+
+
+def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
+    options = ("--task", "quality", "--model", quick_file, "--device", "cpu", "--images", 2)
+    assert command("evaluate.py", *options)[0] == 0
+    base = tmp_path / "out/quality-scenes-dev-tiny/cfg3/results.json"
+    code, out, err = command("evaluate.py", *options, "--cfg", 1, "--against", base)
+    assert code == 0, err
+    scores = [json.loads((tmp_path / f"out/quality-scenes-dev-tiny/{arm}/results.json").read_text())["scores"]["light"]
+              for arm in ("cfg1", "cfg3")]
+    found = compare(np.array(scores[0]), np.array(scores[1]))
+    assert f"light, against {base}: {found.difference:+.3f} (95 % interval: none), cannot be told (" in out
+    for says, content in (("its 'seeds' is [1], this run's is [0]", {"seeds": [1]}),
+                          ("its 'prompts' is []", {"prompts": []}), ("KeyError", {"scores": {}}),
+                          ("its 'judge' is ['own', '0'], this run's is ['fake', '0']", {"judge": ["own", "0"]})):
+        (tmp_path / "r.json").write_text(json.dumps(json.loads(base.read_text()) | content))
+        code, _, err = command("evaluate.py", *options, "--against", tmp_path / "r.json")
+        assert code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--dataset", "voc"], "--dataset belongs to segmentation"), (["--limit", "3"], "--limit belongs to segmentation"),
+    (["--blocks", "1"], "whose scale is 0; give --pag"), (["--cfg", "nan"], "cfg must be a number"),
+    (["--prompts", "none.txt"], "no such file"), (["--perturb", "3"], "blocks are 0 to 2"),
+    (["--images", "0"], "least 1"), (["--batch-size", "2"], "--batch-size belongs to segmentation"),
+    (["--task", "ovss"], "--images belongs to --task quality")])
+def test_bad_options(command, quick_file, options, says):
+    code, out, err = command("evaluate.py", "--task", "quality", "--images", 1, "--model", quick_file, *options)
+    assert code == 2 and out == "" and err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
+def experiment(name: str, depth: int = 8, out: Path = Path("none")) -> experiments.Experiment:
+    """One of an MM-DiT of so many blocks, whose preset is nano's."""
+    preset = SimpleNamespace(cfg=3.0, block=5)
+    transformer = SimpleNamespace(config=SimpleNamespace(depth=depth))
+    model = SimpleNamespace(transformer=transformer, preset=preset, name="nano", fingerprint="0")
+    return experiments.EXPERIMENTS[name](model, out)
+
+
+def test_arms_of_the_experiments(tmp_path):
+    blocks = experiment("blocks")
+    assert len(blocks.arms) == 2 + 3 * 8 <= experiments.MOST
+    for arm, base in blocks.pairs:
+        assert (base.pag, base.perturb, base.cfg) == (0, (), arm.cfg) and (arm.pag == 1) != (len(arm.perturb) == 1)
+    rows = []
+    for block, difference in enumerate((0.1, 0.4, 0.0, 0.3, 0.2)):
+        for column in ("first", "last"):
+            sign = 1 if column == "last" else -1
+            rows.append({"arm": f"b{block}", "column": column, "difference": sign * difference})
+    arms = {f"b{block}": {"pag": 1.0, "blocks": [block]} for block in range(5)}
+    content = {"model": ["nano", "0"], "columns": ["first", "last"], "comparisons": rows, "arms": arms,
+               "prompts": [""] * 9}
+    (tmp_path / "blocks.json").write_text(json.dumps(content))
+    guidance = experiment("guidance", out=tmp_path)
+    assert {arm.blocks for arm, _ in guidance.pairs} == {(1,), (3,), (5,)} and "on 9 other captions" in guidance.title
+    assert len(guidance.arms) == 4 + 4 * 3 * 2 <= experiments.MOST
+    (tmp_path / "blocks.json").write_text(json.dumps(content | {"model": ["other", "0"]}))
+    with pytest.raises(ValueError, match="another model"):
+        experiment("guidance", out=tmp_path)
+    (tmp_path / "blocks.json").write_text(json.dumps({"model": ["nano", "0"]}))
+    with pytest.raises(Broken, match="result of the experiment blocks"):
+        experiment("guidance", out=tmp_path)
+    magnet = experiment("magnet")
+    assert [(arm.cfg, arm.lora, base.lora) for arm, base in magnet.pairs] == [(1.0, experiments.LORA, None),
+                                                                             (3.0, experiments.LORA, None)]
+    assert list(magnet.seeds) == [0, 1, 2] and experiments.LORA.is_file()
+
+
+def test_names_that_a_reader_understands():
+    named = quality.named
+    names = [named(1.5, 3.0, [5]).name, named(3, perturb=[1, 2]).name, named(1).name]
+    assert names == ["cfg1.5-s3-block5", "cfg3-blurred1+2", "cfg1"]
+    said = ["cfg 1.5, s 3, guided by block 5", "cfg 3, blurred block 1+2", "cfg 1"]
+    assert list(map(experiments.readable, names)) == said
+
+
+def test_a_flux_is_blurred_and_guided_at_cfg_1(tiny_flux):
+    """Its two double and two single blocks: half as many arms for as many blocks."""
+    model = replace(tiny_flux, preset=tiny_flux.preset.changed(cfg=3.0))
+    arms = experiments.blocks(model, Path("none")).arms
+    assert len(arms) == 1 + 2 * 4 and {arm.cfg for arm in arms} == {1.0}
+
+
+def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
+    """Each arm's pictures in a colour of their own; what draws them is tested above."""
+    monkeypatch.setattr(effects, "LEAST", 2)
+    monkeypatch.setattr(quality, "draw", lambda model, arm, prompt, i, seed: Image.new(
+        "RGB", (128, 128), (int(10 * arm.cfg + 40 * arm.pag), 9 * i, 7 * len(arm.perturb))))
+    options = ("--model", quick_file, "--device", "cpu", "--limit", 2)
+    code, _, err = command("tools/experiments.py", "guidance", *options)
+    assert code == 2 and "run the experiment blocks first" in err
+    code, out, err = command("tools/experiments.py", "blocks", *options)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out/experiments-tiny/blocks.json").read_text())
+    assert len(result["comparisons"]) == 2 * 3 * 3 and "18 comparisons; *: survives Holm" in out
+    for row in result["comparisons"]:
+        arm = np.array(result["scores"][row["arm"]][row["column"]], float)
+        base = np.array(result["scores"][row["base"]][row["column"]], float)
+        found = compare(arm, base)
+        assert row["verdict"] == found.verdict and row["verdict"] in out
+        assert row["difference"] == (None if found.n == 0 else pytest.approx(found.difference))
+    for name in ("blocks.png", "blocks_pictures.png"):
+        assert min(Image.open(tmp_path / "out/experiments-tiny" / name).size) > 200
+
+
+def test_what_is_no_experiment(quick_file, tmp_path, monkeypatch):
+    args = SimpleNamespace(experiment="blocks", model=quick_file, device="cpu", dtype="auto", out=tmp_path / "out")
+    monkeypatch.setattr(experiments, "MOST", 10)
+    with pytest.raises(ValueError, match="11 arms are more than 10"):
+        experiments.main(args)
+    monkeypatch.setattr(quality, "toy", lambda model: False)
+    with pytest.raises(ValueError, match="python evaluate.py --task quality"):
+        experiments.main(args)
+    assert not args.out.exists()
+
+
+# ---------------------------------------------------------------------------- Fig. 13
+
+
+def test_pictures_without_and_with_a_lora(tiny, tmp_path, monkeypatch):
+    """From the same noise: the same model changes nothing; at most twelve prompts are shown."""
+    change = "change of generated pictures [grey levels of 255]"
+    quick = replace(tiny, preset=tiny.preset.changed(steps=1, noise_steps=1))
+    other = replace(quick, preset=quick.preset.changed(cfg=1.0))
+    assert quality.compare_lora(quick, ["a car", "snow"], tmp_path, quick) == {"prompts": 2, change: 0}
+    assert Image.open(tmp_path / "compare.png").width > 4 * 256 - 20
+    assert quality.compare_lora(quick, ["a car"], tmp_path, other)[change] > 0
+    monkeypatch.setattr(quality, "draw", lambda model, arm, prompt, i, seed: Image.new("RGB", (9, 9), (i, seed, 0)))
+    assert quality.compare_lora(quick, ["a car"] * 13, tmp_path, other)["prompts"] == 12

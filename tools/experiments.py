@@ -1,0 +1,248 @@
+"""Are nano's pictures better?  Arms of generation on the same captions and noise, compared caption by caption.
+
+    python tools/experiments.py blocks                   # Fig. 5, 6, 18: each block blurred throughout, and as guidance
+    python tools/experiments.py guidance                 # Eq. 7, Fig. 6: the best of these, on other captions
+    python tools/experiments.py magnet                   # Tables 3, 4: with MAGNET's LoRA against without
+
+Each picture is generated once and kept (quality.py), so a killed experiment goes on where it stopped, and torchrun
+shares the pictures out.  Captions are those of scenes-dev and of the scenes after it: the choice of blocks and its
+check share none.  Each experiment writes EXPERIMENT.json, with every picture's scores, a plot and some pictures.
+"""
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import quality  # noqa: E402
+import seg4diff  # noqa: E402
+from flux import Flux  # noqa: E402
+from loading import Seg4Diff  # noqa: E402
+from quality import Arm, named  # noqa: E402
+from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
+from support.effects import Comparison, compare, holm, known, listed, mean_and_error  # noqa: E402
+from support.files import open_stored, read_json, reading, write_figure, write_json, write_picture  # noqa: E402
+from support.ledger import world  # noqa: E402
+from support.pictures import sheet  # noqa: E402
+
+MOST = 40                               # arms of an experiment: more would take more than a night
+LORA = Path(__file__).parent.parent / "nano/magnet.safetensors"
+
+
+class Experiment(NamedTuple):
+    title: str
+    first: int                          # of its captions, counted from the first of scenes-dev
+    captions: int                       # how many
+    seeds: range
+    pairs: list[tuple[Arm, Arm]]        # an arm, and what it is compared with
+
+    @property
+    def arms(self):
+        """Each once, a base before what is compared with it."""
+        arms = {}
+        for arm, base in self.pairs:
+            arms.setdefault(base.name, base)
+            arms.setdefault(arm.name, arm)
+        return list(arms.values())
+
+
+# ---------------------------------------------------------------------------- experiments
+
+
+def blocks(model: Seg4Diff, out: Path) -> Experiment:
+    """Every block: guidance by it at cfg 1 (Fig. 6), and its blur at cfg 1 and at the preset's cfg (Fig. 5, 18)."""
+    depth = range(model.transformer.config.depth)
+    usual = model.preset.cfg
+    pairs = [(named(1.0, 1.0, [block]), named(1.0)) for block in depth]
+    pairs += [(named(1.0, perturb=[block]), named(1.0)) for block in depth]
+    if usual != 1 and not isinstance(model.transformer, Flux):               # a Flux has more blocks: at most 20 arms
+        pairs += [(named(usual, perturb=[block]), named(usual)) for block in depth]
+    return Experiment("Each block as guidance (s) and blurred", 0, 128, range(1), pairs)
+
+
+def best_blocks(path: Path, model: Seg4Diff) -> tuple[list[int], int]:
+    """The two blocks whose guidance raised the judge's last column most, and the expert; from how many captions.
+
+    ValueError: that experiment is not there, or another model's.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no {path}, which the blocks are chosen from; run the experiment blocks first")
+    found = read_json(path)
+    if found.get("model") != [model.name, model.fingerprint]:
+        raise ValueError(f"{path} is of another model: {found.get('model')}")
+    with reading(path, "result of the experiment blocks"):
+        last = found["columns"][-1]
+        guidance = [row for row in found["comparisons"] if row["column"] == last and found["arms"][row["arm"]]["pag"]]
+        guidance.sort(key=lambda row: row["difference"], reverse=True)
+        best = [found["arms"][row["arm"]]["blocks"][0] for row in guidance[:2]]
+        chosen = list(dict.fromkeys([*best, model.preset.block]))            # once, if the expert is among the best
+        return chosen, len(found["prompts"])
+
+
+def guidance(model: Seg4Diff, out: Path) -> Experiment:
+    """Eq. 7 by the best blocks of `blocks` and by the expert, s 1 and 3, over four scales of cfg; other captions."""
+    chosen, n = best_blocks(out / "blocks.json", model)
+    pairs = []
+    for cfg in (1.0, 1.5, 2.0, 3.0):
+        for block in chosen:
+            pairs += [(named(cfg, pag, [block]), named(cfg)) for pag in (1.0, 3.0)]
+    title = f"Guidance by a blurred branch (Eq. 7), blocks chosen on {n} other captions"
+    return Experiment(title, 128, 256, range(1), pairs)
+
+
+def magnet(model: Seg4Diff, out: Path) -> Experiment:
+    """MAGNET's LoRA against none, at cfg 1 and at the preset's, three seeds."""
+    bases = [named(cfg) for cfg in dict.fromkeys([1.0, model.preset.cfg])]
+    pairs = [(base._replace(name=f"{base.name}-MAGNET", lora=LORA), base) for base in bases]
+    return Experiment("With MAGNET's LoRA", 128, 256, range(3), pairs)
+
+
+EXPERIMENTS = {"blocks": blocks, "guidance": guidance, "magnet": magnet}
+
+# ---------------------------------------------------------------------------- results
+
+
+class Row(NamedTuple):
+    """A line of the table: an arm against its base, in one column of the judge; their mean scores."""
+    arm: str
+    base: str
+    column: str
+    with_it: float
+    without: float
+    found: Comparison
+    survives: bool = False              # Holm's correction over all lines
+
+
+def rows_of(experiment: Experiment, scores: dict, columns: Sequence[str]) -> list[Row]:
+    """All comparisons.  scores: arm's name -> column -> (prompts, seeds)."""
+    rows = []
+    for column in columns:
+        for arm, base in experiment.pairs:
+            x = scores[arm.name][column]
+            y = scores[base.name][column]
+            rows.append(Row(arm.name, base.name, column, mean_and_error(x)[0], mean_and_error(y)[0], compare(x, y)))
+    survive = holm([row.found.p for row in rows])
+    return [row._replace(survives=holds) for row, holds in zip(rows, survive)]
+
+
+def entry(row: Row) -> dict:
+    """A line for the JSON file."""
+    numbers = {"with": row.with_it, "without": row.without, **row.found._asdict(), "could be seen": row.found.seen}
+    return {"arm": row.arm, "base": row.base, "column": row.column, "verdict": row.found.verdict,
+            "survives Holm": row.survives, **{key: known(x) for key, x in numbers.items()}}
+
+
+def table(rows: list[Row]) -> str:
+    """The lines, a column of the judge after the other."""
+    width = max(len(row.arm) for row in rows) + 2
+    title = f"{'arm':{width}s}{'against':14s}{'score':14s}{'n':>4s}{'without':>9s}{'with':>9s}{'difference':>12s}"
+    lines = [f"{title}  95 % interval      verdict"]
+    for row in rows:
+        x = row.found
+        lines.append(f"{row.arm:{width}s}{row.base:14s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
+                     f"{x.difference:+12.3f}  {x.interval:18s} {x.verdict}{' *' * row.survives}")
+    return "\n".join(lines)
+
+
+def readable(arm: str) -> str:
+    """cfg1-s1-block5 -> cfg 1, s 1, guided by block 5"""
+    words = {"cfg": "cfg ", "-s": ", s ", "-block": ", guided by block ", "-blurred": ", blurred block ", "-M": ", M"}
+    for short, long in words.items():
+        arm = arm.replace(short, long)
+    return arm
+
+
+def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
+    """A panel for each column: every arm's difference to its base, with its interval; filled: it survives Holm."""
+    arms = len(rows) // len(columns)
+    width = 4 + 3 * len(columns)                         # inches
+    fig = Figure((width, 1.6 + 0.24 * arms), dpi=90, layout="constrained")
+    fig.suptitle(textwrap.fill(title, 9 * width))
+    for ax, column in zip(fig.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
+        chosen = [row for row in rows if row.column == column]
+        for y, row in enumerate(chosen):
+            x = row.found
+            colour = {"better": "C2", "worse": "C3"}.get(x.verdict, "grey")
+            ax.plot([x.low, x.high], [y, y], color=colour)
+            ax.plot(x.difference, y, "o", color=colour, markerfacecolor=colour if row.survives else "white")
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(title=column, xlabel="difference", yticks=range(arms), ylim=(arms - 0.5, -0.5))
+        ax.set_yticklabels([readable(row.arm) for row in chosen])
+    write_figure(path, fig)
+
+
+def some_pictures(experiment: Experiment, columns: int, folder: Path) -> Image.Image:
+    """A row for each arm, a column for each of the first captions."""
+    images = []
+    titles = []
+    for arm in experiment.arms:
+        for i in range(columns):
+            images.append(open_stored(quality.path_of(folder / arm.name, i, experiment.seeds[0])))
+            titles.append(arm.name)
+    return sheet(images, titles, columns, side=128)
+
+
+def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path) -> None:
+    """Generate what is missing, judge, compare; EXPERIMENT.json, a plot and a sheet, then the table."""
+    start = time.time()
+    model = models[None]
+    prompts = quality.captions(experiment.first, min(experiment.captions, args.limit or experiment.captions))
+    scores = {}
+    rank, _ = world()
+    arms = {}                                            # what each of them is, for the JSON file
+    for arm in tqdm(experiment.arms, desc=name, unit="arm", disable=True if rank > 0 else None):
+        folder = out / name / arm.name
+        quality.generate_missing(models[arm.lora], arm, prompts, experiment.seeds, folder)
+        if rank == 0:
+            scores[arm.name] = quality.judged(judge, prompts, experiment.seeds, folder)
+            arms[arm.name] = arm.options | {"lora": None if arm.lora is None else arm.lora.name}
+    if rank > 0:
+        return
+    rows = rows_of(experiment, scores, judge.columns)
+    what = (f"{model.name}, {len(prompts)} captions, seeds {' '.join(map(str, experiment.seeds))}, "
+            f"judge {judge.name} ({judge.fingerprint})")
+    seconds = time.time() - start
+    write_json(out / f"{name}.json", {
+        "experiment": experiment.title, "model": [model.name, model.fingerprint],
+        "judge": [judge.name, judge.fingerprint], "columns": list(judge.columns), "prompts": prompts,
+        "seeds": list(experiment.seeds), "arms": arms,
+        "comparisons": [entry(row) for row in rows], "seconds": seconds,
+        "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
+    plot(rows, judge.columns, f"{experiment.title}: {what}. Difference to the same captions and noise without it, with "
+         "95 % interval; filled: survives Holm's correction", out / f"{name}.png")
+    write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
+    show(f"{experiment.title}: {what}")
+    show(table(rows))
+    show(f"{len(rows)} comparisons; *: survives Holm's correction for so many. Interval: bootstrap over captions, a "
+         "caption's seeds together. Could have been seen: 2.8 standard errors, 80 % power.")
+    show(f"{seconds:.0f} s; wrote {out}/{name}.json, {name}.png and {name}_pictures.png")
+
+
+def main(args):
+    model = seg4diff.load(args.model, args.device, args.dtype)
+    if not quality.toy(model):
+        raise ValueError(f"the captions are the toy world's, which {args.model} does not draw; for other models: "
+                         "python evaluate.py --task quality")
+    out = args.out or Path("out") / f"experiments-{model.name}"
+    experiment = EXPERIMENTS[args.experiment](model, out)
+    if len(experiment.arms) > MOST:
+        raise ValueError(f"{len(experiment.arms)} arms are more than {MOST}: {args.model} has too many blocks for this")
+    loras = {arm.lora for arm in experiment.arms} - {None}
+    models = {lora: seg4diff.load(args.model, args.device, args.dtype, lora=lora) for lora in loras} | {None: model}
+    run(experiment, args.experiment, args, models, quality.pick_judge(args.judge, model), out)
+
+
+if __name__ == "__main__":
+    parser = Parser(description=__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--limit", type=at_least(1), help="only so many captions; a larger limit keeps their pictures")
+    parser.add_argument("--judge", help="nano, clip, a CLIP's folder, or own: the model's flow loss (default: nano)")
+    parser.add_argument("--out", type=Path, help="folder for pictures and results (default: out/experiments-MODEL)")
+    add_model_options(parser, lora=False, seed=False)
+    command(main, parser)
