@@ -248,8 +248,8 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     """Attention maps of tokens (L, h, w) -> proposals (P, h, w), and which tokens each gathers (Table 2).
 
     Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a "map",
-    over the tokens at each position, "token", or "none"). One greedy pass in token order: a map not yet taken gathers
-    all maps, taken ones too, whose symmetric KL to it is below the threshold, and their mean is a proposal.
+    over the tokens at each position, "token", or "none"). They are merged in token order (readings.merge_greedy), and
+    the mean of a group is a proposal.
     NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
     ValueError: a scaling that does not exist, a threshold that is not positive.
     """
@@ -259,14 +259,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
         x = rescale(x, 1 if scaling == "map" else 0)
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
-    kl = readings.symmetric_kl(log_p)                                        # (L, L)
-    taken = torch.zeros(len(p), dtype=torch.bool)
-    members = []
-    for i, near in enumerate((kl < threshold).cpu()):
-        if not taken[i]:
-            near[i] = True
-            taken |= near
-            members.append(near.nonzero()[:, 0].tolist())
+    members = readings.merge_greedy(log_p, threshold)
     gathered = p[sum(members, [])].split([len(group) for group in members])  # P x (tokens of the group, N)
     proposals = torch.stack([group.mean(0) for group in gathered])           # (P, N)
     return proposals.unflatten(1, maps.shape[1:]), members                   # (P, h, w)

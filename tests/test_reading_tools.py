@@ -42,15 +42,6 @@ def test_variants_of_one_pass(tiny):
     assert (refined["20 rounds, reach 8"].argmax(0).numpy() == found["pixels"].labels).mean() > 0.999
 
 
-def test_greedy_merging_by_hand():
-    """The first takes the second, the third takes the second again: as in seg4diff.merge_maps."""
-    line = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [1.0, 0, 0, 0]]).softmax(1)
-    kl = readings.symmetric_kl(line.log())
-    threshold = float((kl[0, 1] + kl[0, 2]) / 2)
-    assert ablate_readings.greedy(line, threshold) == [[0, 1], [1, 2]]
-    assert ablate_readings.greedy(line, 1e-9) == [[0], [1], [2]]
-
-
 def test_the_chosen_regions_are_those_of_propose(tiny):
     item = DATA.read(DATA.names[0])
     z0 = seg4diff.encode_image(tiny, item.image)
