@@ -92,7 +92,7 @@ def read_tensors(path: str | Path, kind: str) -> object:
             raise ValueError(said) from None
 
 
-def decoded(path, kind, size=None):
+def decoded(path: str | Path, kind: str, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture file as it is stored.  size: (width, height) that it should have, compared before it is decoded.
 
     files.Broken: no such file, a pipe, no format that PIL reads, another size, infinite or undefined values.
@@ -110,12 +110,12 @@ def decoded(path, kind, size=None):
         return image
 
 
-def open_stored(path):
+def open_stored(path: str | Path) -> Image.Image:
     """A picture file -> RGB as it is stored, not turned: label maps are drawn on it so.  files.Broken: see decoded."""
     return decoded(path, "picture").convert("RGB")
 
 
-def open_labels(path, size):
+def open_labels(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """A label map file, grey or with a palette -> numbers of classes from 0 to 65535, (height, width).
 
     size: (width, height) of its picture.  files.Broken: see decoded; it holds something else.
