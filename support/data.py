@@ -89,22 +89,35 @@ def read_ahead(read, names, ahead=8):
             yield future.result()
 
 
-def measurable(data, names):
-    """Those pictures that can be read, the others named once, and that have a labelled pixel.  ValueError: none."""
+def usable(data: Dataset, names: Sequence[str], most: int | None = None) -> tuple[list[str], dict[str, str]]:
+    """The first `most` of those pictures that can be read and have a labelled pixel; {name: why} of what cannot be.
+
+    None: all of them.  ValueError: there is none.
+    """
     if not data.files:                                   # drawn scenes are never broken
-        return names
+        return names[:most], {}
     found = []
-    broken = 0
+    broken = {}
     for name, item in read_ahead(data.read, names):
         if isinstance(item, Broken):
-            broken += 1
-            if world()[0] == 0:
-                tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {item}", file=sys.stderr)
+            broken[name] = str(item)
         elif len(classes_in(item.labels)):
             found.append(name)
+        if len(found) == most:
+            break
     if not found:
-        raise ValueError(f"nothing can be measured: {broken} of the {len(names)} pictures of {data.name} cannot be "
-                         "read, and no other has a labelled pixel")
+        first = "".join(f"; {why}" for why in list(broken.values())[:1])
+        raise ValueError(f"nothing can be measured: {len(broken)} of the {len(names)} pictures of {data.name} cannot "
+                         f"be read, and no other has a labelled pixel{first}")
+    return found, broken
+
+
+def measurable(data, names):
+    """The same of all pictures, those that cannot be read named once on stderr.  ValueError: there is none."""
+    found, broken = usable(data, names)
+    for name, why in broken.items():
+        if world()[0] == 0:
+            tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {why}", file=sys.stderr)
     return found
 
 
