@@ -18,6 +18,10 @@ Every run prints floor and ceiling beside the score: random maps, and the ground
 patch grid, through the same protocol on the same pictures.  Results go to --out as results.json and PNGs; a run
 that is killed goes on where it stopped (support/ledger.py).
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import argparse
 import platform
 import time

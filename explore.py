@@ -8,6 +8,10 @@ where it is heard, slide through blocks, heads and noise levels (Sec. 3.3, 3.4, 
 The file holds its data, asks no other address for anything and opens by a double click. Here is what is computed for
 it; the page itself is support/explorer.html, with the scripts beside it.
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,6 +10,10 @@
 Pictures are generated from prompts; attention is that of a second pass at t = 8 of 28 steps left (shares: 28, too).
 Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import json
 import textwrap
 from itertools import combinations

@@ -6,6 +6,10 @@
     model = seg4diff.load("sd3")                         # the default is the embedded nano, which knows drawn scenes
     seg = seg4diff.segment(model, Image.open("photo.png"), ["cat", "sofa", "wall"])
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import math
 from collections.abc import Sequence
 from numbers import Integral

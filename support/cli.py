@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support import weights
+from support import ctrl_c, weights
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,13 +107,14 @@ def command(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
         sys.stderr = io.StringIO()
     code = 2
     try:
+        ctrl_c.answer_by_exception()
         main(parser.parse_args())
         return
     except (ValueError, OSError) as e:
         problem = f"error: {e}"
     except KeyboardInterrupt:
-        problem = "stopped; the same command goes on from here, or begins anew where nothing was written"
-        code = 130
+        problem = ctrl_c.STOPPED
+        code = ctrl_c.CODE
     except (MemoryError, RuntimeError) as e:             # torch.OutOfMemoryError is a RuntimeError
         if isinstance(e, RuntimeError) and not any(words in str(e) for words in NO_MEMORY):
             raise                                        # a mistake of ours

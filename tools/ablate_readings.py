@@ -12,13 +12,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import readings  # noqa: E402
 import seg4diff  # noqa: E402
 from loading import image_seed  # noqa: E402

@@ -11,12 +11,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import readings  # noqa: E402
 import seg4diff  # noqa: E402
 from loading import image_seed  # noqa: E402
