@@ -4,7 +4,8 @@
         from support import ctrl_c
         ctrl_c.answer_early()
 
-support.cli.command takes over as soon as it runs.  Who imports such a file as a library never comes here.
+support.cli.command takes over as soon as it runs.  Who imports such a file as a library never comes here.  While
+Python itself starts, Ctrl-C is still Python's traceback: no line of ours has run by then.
 """
 import os
 import signal
