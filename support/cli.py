@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise ValueError(" ".join(message.split()))      # it repeats what was typed, line ends too
+        raise ValueError(message)
 
 
 def at_least(least, kind=int, most=math.inf):
@@ -98,6 +98,11 @@ def show(*parts: object) -> None:
             raise OSError(f"the standard output cannot be written ({e}); files that were written are there") from None
 
 
+def one_line(text: str) -> str:
+    """Text whose line ends and other characters that a terminal does not show stand as Python escapes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run a script: bad input and too little memory end in one sentence and exit code 2, Ctrl-C in one and 130."""
     for stream in (sys.stdout, sys.stderr):
@@ -120,5 +125,5 @@ def command(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
             raise                                        # a mistake of ours
         problem = ("error: the device has too little memory for this; smaller batches or pictures, or --device cpu, "
                    "need less of it")
-    print(problem, file=sys.stderr)
+    print(one_line(problem), file=sys.stderr)            # what it repeats can hold anything: a path, a file's content
     sys.exit(code)

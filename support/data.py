@@ -137,14 +137,14 @@ def lookup(key, background=False, ids=None):
 def need(name, root, folder, *tree):
     """root / folder.  Each line of the tree begins with a pattern of files below it.
 
-    ValueError that draws the expected tree and says what is there instead, unless each pattern fits a file.
+    ValueError that says which tree is expected and what is there instead, unless each pattern fits a file.
     """
     missing = [line for line in tree if not any((root / folder).glob(line.split()[0]))]
     if missing:
         content = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else "no such folder"
-        drawn = "".join(f"\n  {folder}/{line}" for line in tree)
+        expected = "; ".join(f"{folder}/{line}" for line in tree)
         raise ValueError(f"data set {name!r} was not found: there is no {root / folder / missing[0]}. Expected below "
-                         f"{root} (--data-root or SEG4DIFF_DATA):{drawn}\nFound in {root}: {content or 'nothing'}")
+                         f"{root} (--data-root or SEG4DIFF_DATA): {expected}. Found there: {content or 'nothing'}")
     return root / folder
 
 

@@ -223,9 +223,25 @@ def test_what_no_command_understands(command, folder, script, args, sentence):
 
 
 def test_a_data_set_that_is_not_there(command, folder):
-    """More than one line: its tree is drawn."""
     code, _, err = command("evaluate.py", "--dataset", "voc", "--data-root", "nowhere")
-    assert code == 2 and err.startswith("error: data set 'voc'") and "nowhere" in err and "Traceback" not in err
+    assert code == 2 and err.startswith("error: data set 'voc'") and "nowhere" in err and err.count("\n") == 1
+    assert "VOCdevkit/VOC2012/JPEGImages/*.jpg; VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt; " in err
+
+
+ODD = "no\nsuch\r\x1b[2J\u2028.png"   # line ends of all kinds, and what clears a terminal
+
+
+@pytest.mark.parametrize("script, args", [
+    ("seg4diff.py", ["segment", ODD, "car"]), ("seg4diff.py", ["segment", "photo.png", "car", "--model", ODD]),
+    ("seg4diff.py", ["segment", "photo.png", "car", "--out", f"{ODD}/o.png"]),
+    ("evaluate.py", ["--dataset", "voc", "--data-root", ODD]), ("evaluate.py", ["--limit", ODD]),
+    ("evaluate.py", ["--limit", "1", "--out", f"words.png/{ODD}"])])
+def test_the_sentence_is_one_line_whatever_it_holds(command, folder, tiny_file, script, args):
+    model = [] if "--model" in args else ["--model", tiny_file]
+    code, _, err = command(script, *args, *model)
+    shown = r"no\nsuch\r\x1b[2J\u2028.png"
+    assert code == 2 and len(err.splitlines()) == 1 and "\x1b" not in err, err
+    assert err.startswith("error: ") and shown in err, err
 
 
 @pytest.mark.parametrize("script, args, sentence", [
