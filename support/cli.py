@@ -59,6 +59,9 @@ def renamed(new, old=None):
     return parse
 
 
+LAST_SEED = 2 ** 128 - 1                # state.pt, which keeps it, could not be read again with one of 256 bytes
+
+
 def add_model_options(parser: Parser, default: str | None = "nano", default_help: str = "nano", lora: bool = True,
                       seed: bool = True) -> None:
     """--model, --lora, --seed, --device, --dtype, as seg4diff.load and the functions of the method take them."""
@@ -67,7 +70,7 @@ def add_model_options(parser: Parser, default: str | None = "nano", default_help
     if lora:
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     if seed:
-        parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
+        parser.add_argument("--seed", type=at_least(0, most=LAST_SEED), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto",
                         help="float32, bfloat16, float16 or auto: bfloat16 on CUDA (old cards float16), else float32")

@@ -163,7 +163,7 @@ SEGMENT = [
     (["photo.png", "car", "--sigma", "nan"], "not nan"), (["photo.png", "car", "--block", "99"], "blocks are 0 to 2"),
     (["photo.png", "car", "--block", "-1"], "not -1"), (["photo.png", "car", "--model", ""], "no model ''"),
     (["photo.png", "car", "--device", "gpu"], "cpu or cuda"),
-    (["photo.png", "car", "--seed", "-1"], "at least 0"), (["photo.png", "car", "--dtype", "int8"], "dtype must be"),
+    (["photo.png", "car", "--seed", "-1"], "from 0 to"), (["photo.png", "car", "--dtype", "int8"], "dtype must be"),
     (["photo.png", "car", "--out", "words.png/o.png"], "words.png/o.png"),
     (["photo.png", "car", "--out", "none/o.png"], "none/o.png"),
     (["photo.png", "car", "--out", "o.picture"], ".picture"), (["photo.png", "car", "--out", "o.psd"], ".psd"),
@@ -178,6 +178,7 @@ GENERATE = [
     (["car", "--perturb", "7"], "no block 7"),
     (["car", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
 EVALUATE = [
+    (["--seed", "9" * 640], "argument --seed: must be from 0 to 340282366920938463463374607431768211455, not 9999"),
     (["--task", "layer"], "invalid choice: 'layer'"), (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     (["--limit", "0"], "at least 1"), (["--limit", "-3"], "at least 1"), (["--batch-size", "0"], "from 1 to 1024"),
     (["--device", "gpu"], "cpu or cuda"), (["--limit", "1", "--out", "words.png"], "words.png"),

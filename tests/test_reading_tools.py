@@ -1,5 +1,6 @@
 """tools/ablate_readings.py, why_readings.py and bench_readings.py: their own pieces, and each once as a command."""
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 import readings
 import seg4diff
 from mmdit import joint_probs
-from support.data import DATASETS
+from support.data import DATASETS, toy_scenes
 from tools import ablate_readings, bench_readings
 
 DATA = DATASETS["scenes-dev"]()
@@ -70,6 +71,13 @@ def test_why(command, tiny_file, tmp_path):
     assert "by chance" in out and len(json.loads((tmp_path / "o/why.json").read_text())["pictures"]) == 3
     for name in ("typical.png", "bleeding.png", "rows.png", "failures.png"):
         assert min(Image.open(tmp_path / "o" / name).size) > 150
+
+
+def test_why_with_too_few_pictures(command, tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "scenes-dev", partial(toy_scenes, name="scenes-dev", seeds=range(5000, 5002)))
+    code, out, err = command("tools/why_readings.py", "--model", tiny_file, "--out", "o")
+    assert (code, out) == (2, "") and not (tmp_path / "o").exists()
+    assert err == "error: each figure shows 3 pictures; scenes-dev has 2 that can be measured\n"
 
 
 def test_bench(command):
