@@ -106,6 +106,20 @@ def taps_of(model, prompts, at, seed=0):
     return images, cond, taps
 
 
+def expert_maps(model, prompt):
+    """A picture generated from a prompt; the prompt's L tokens and their I2T and T2I maps in the expert block.
+
+    Maps are (H, L, h, w), on the CPU.
+    """
+    t = model.preset.noise_steps
+    images, cond, taps = taps_of(model, [prompt], [t])
+    names = cond.tokens[0]
+    qkv = taps[t][model.preset.block]
+    i2t = token_maps(qkv, range(len(names)))[0].cpu()                        # (H, L, h, w)
+    t2i = token_maps(qkv, range(len(names)), "t2i")[0].cpu()                 # (H, L, h, w)
+    return images[0], names, i2t, t2i
+
+
 def captured(model, prompts, at, desc):
     """taps_of one batch of prompts after the other, under a progress bar: encoded prompts, t, block, its q, k, v."""
     size = model.preset.batch

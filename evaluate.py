@@ -19,9 +19,14 @@ Every run prints floor and ceiling beside the score: random maps, and the ground
 patch grid, through the same protocol on the same pictures.  Results go to --out as results.json and PNGs; a run
 that is killed goes on where it stopped (support/ledger.py).
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import argparse
 import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +79,13 @@ def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
         what = f"maps scaled over: {first.scaling}" if first.regions == "pad" else "I2I of anchors, beyond the paper"
         facts["merging"] = f"{what}, merged below KL {first.threshold:g}"
     return facts
+
+
+def truth_of(ev: Evaluation, counts: np.ndarray) -> np.ndarray:
+    """How many pixels of each class the truth has, (K,), by the counts of any row, which all see the same truth."""
+    K = len(ev.data.classes)
+    columns = [0, 2] if ev.scoring is UNNAMED else range(K)                  # TP and FN, or a class's predictions
+    return counts[:, columns].sum(1)
 
 
 def count_into(ledger, ev, names, silent):
@@ -191,7 +203,7 @@ def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> 
         ev = ev._replace(variants=[ev.variants[0]._replace(name=row, reading=args.reading)])
     names = subset(data.names, args.limit)
     K = len(data.classes)
-    ledger = Ledger(out, identity_of(ev), ev.rows, (K, ev.scoring.columns(K)), rank)
+    ledger = Ledger(out, identity_of(ev), ev.rows, (K, ev.scoring.columns(K)), partial(truth_of, ev), rank)
     count_into(ledger, ev, names[rank::processes], silent=rank > 0)
     wait_for_all()
     if rank > 0:

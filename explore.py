@@ -8,6 +8,10 @@ where it is heard, slide through blocks, heads and noise levels (Sec. 3.3, 3.4, 
 The file holds its data, asks no other address for anything and opens by a double click. Here is what is computed for
 it; the page itself is support/explorer.html, with the scripts beside it.
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import readings
 import seg4diff
 from loading import Preset, Seg4Diff
 from mmdit import JointQKV, t2i_attention
@@ -32,6 +37,7 @@ from text import TextCond, split_classes
 SIDE = 32                               # of a larger grid, as SD3's, maps are kept at so many patches a side
 HEAD_SIDE = 16                          # the same for maps of single heads, of which there are many
 PADS = 3                                # <pad> tokens that keep a map of their own; the others share one
+ROWS = 128                              # of I2I that are formed at once
 MASKED = 256                            # longer side of the page's masks, pixels
 STEPS = {"i2i": 63}                     # of a stored value: 6 bits for I2I, the largest part, 8 for all else
 # words of a prompt that have no mask unless they are named
@@ -172,15 +178,13 @@ def column_maps(qkv: JointQKV, columns: Sequence[slice], patches: Tensor) -> Ten
 def image_attention(qkv: JointQKV, side: int) -> Tensor:
     """I2I: softmax over the image keys alone, mean over heads, (n, n); queries and keys averaged down to side x side.
 
-    Each query's row of A_I2I divided by its sum.  Head by head: all of them at SD3's size would take 1.6 GB.
+    Each query's row of A_I2I divided by its sum.  ROWS at a time: all of them at SD3's size would take 1.6 GB.
     """
-    N = qkv.n_img
-    total = 0
-    for q, k in zip(qkv.q[0, :, :N].float(), qkv.k[0, :, :N].float()):       # (N, d) of each head
-        probs = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)                  # Eq. 4 without the text keys, (N, N)
-        total = total + shrunk(probs, qkv.grid, side)                        # (N, n)
-    mean = total / qkv.q.shape[1]
-    return shrunk(mean.mT, qkv.grid, side).mT                                # (n, n)
+    rows = []
+    for part in torch.arange(qkv.n_img, device=qkv.q.device).split(ROWS):
+        whole = readings.image_rows(qkv, part)           # Eq. 4 without the text keys, (ROWS, N)
+        rows.append(shrunk(whole, qkv.grid, side))                           # (ROWS, n)
+    return shrunk(torch.cat(rows).mT, qkv.grid, side).mT                     # (n, n)
 
 
 @torch.inference_mode()

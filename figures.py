@@ -10,6 +10,10 @@
 Pictures are generated from prompts; attention is that of a second pass at t = 8 of 28 steps left (shares: 28, too).
 Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import json
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +33,7 @@ from loading import Seg4Diff, image_seed
 from nano import scenes
 from quality import toy
 from support.cli import Parser, add_model_options, at_least, command, show
-from support.data import DATASETS, ROOT, subset
+from support.data import DATASETS, ROOT, subset, usable
 from support.files import make_folder, read_text, write_figure, write_json, write_picture
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
@@ -114,20 +118,9 @@ def pca(model, prompts, out):
     return {"prompt": prompts[0], "t": t}
 
 
-def expert_maps(model, prompt):
-    """A picture generated from a prompt; the prompt's L tokens and their I2T and T2I maps in the expert block."""
-    t = model.preset.noise_steps
-    images, cond, taps = analysis.taps_of(model, [prompt], [t])
-    names = cond.tokens[0]
-    qkv = taps[t][model.preset.block]
-    i2t = analysis.token_maps(qkv, range(len(names)))[0].cpu()               # (H, L, h, w)
-    t2i = analysis.token_maps(qkv, range(len(names)), "t2i")[0].cpu()        # (H, L, h, w)
-    return images[0], names, i2t, t2i
-
-
 def tokens(model, prompts, out):
     """Fig. 16, 25: I2T and T2I maps of <sos> and every word of a prompt in the expert block, mean over heads."""
-    image, names, i2t, t2i = expert_maps(model, prompts[0])
+    image, names, i2t, t2i = analysis.expert_maps(model, prompts[0])
     names = names[:min(16, names.index("<eos>"))]
     rows = [[image, *maps.mean(0)[:len(names)]] for maps in (i2t, t2i)]      # maps (h, w)
     title = f"Block {model.preset.block} at t = {model.preset.noise_steps} (Fig. 16, 25): {prompts[0]}"
@@ -137,7 +130,7 @@ def tokens(model, prompts, out):
 
 def heads(model, prompts, out):
     """Fig. 9 (a), 26, 27: every head's I2T map of each word of a prompt in the expert block."""
-    image, names, i2t, _ = expert_maps(model, prompts[0])
+    image, names, i2t, _ = analysis.expert_maps(model, prompts[0])
     names = names[1:min(11, names.index("<eos>"))]
     rows = [[image, i2t[:, i].mean(0), *i2t[:, i]] for i in range(1, len(names) + 1)]        # maps (h, w)
     title = f"Each head of block {model.preset.block} at t = {model.preset.noise_steps} (Fig. 9 a, 26): {prompts[0]}"
@@ -148,7 +141,7 @@ def heads(model, prompts, out):
 
 def pads(model, prompts, out):
     """Fig. 9 (b), 30: a picture generated from the empty prompt, and the I2T maps of all its text tokens."""
-    image, names, i2t, _ = expert_maps(model, "")
+    image, names, i2t, _ = analysis.expert_maps(model, "")
     pictures = [image, *i2t.mean(0)]
     titles = ["generated", *(f"{name} {i}" for i, name in enumerate(names))]
     starts = range(0, len(pictures), 10)                 # ten to a row
@@ -162,13 +155,12 @@ def pads(model, prompts, out):
 
 def expert(model, prompts, out, data, limit=100):
     """mIoU, value norms and sensitivity to perturbation of every block, side by side; do they name the same block?"""
-    names = subset(data.names, limit)
+    names, broken = usable(data, subset(data.names, limit))
     evaluation = protocol.evaluation(model, data, "layers")
     variants = [v for v in evaluation.variants if v.kind == "softmax"]       # I2T
     counts = []
     for _, rows in tqdm(evaluation._replace(variants=variants).count(names), total=len(names), desc="mIoU of blocks"):
-        if isinstance(rows, dict) and rows:              # else it cannot be read, or has no labels
-            counts.append([rows[v.name] for v in variants])
+        counts.append([rows[v.name] for v in variants])
     counts = np.array(counts)                                                # (n, depth, K, K)
     miou, best = analysis.bootstrap(counts)                                  # (draws, depth), (depth,)
     low, high = np.percentile(miou, [2.5, 97.5], axis=0)                     # (depth,) each
@@ -186,7 +178,7 @@ def expert(model, prompts, out, data, limit=100):
         ax.locator_params("x", integer=True)
     axes[0, 0].vlines(blocks, low, high, color="black")
     write_figure(out / "expert.png", fig)
-    return {"n": len(counts), "prompts": len(prompts), "rows": rows,
+    return {"n": len(counts), "broken": broken, "prompts": len(prompts), "rows": rows,
             "best": {label: int(np.argmax(y)) for label, y in rows.items()}, "95% of mIoU": [list(low), list(high)],
             "share of bootstrap draws in which a block has the best mIoU": list(best),
             "rank correlation": {f"{a} ~ {b}": spearmanr(rows[a], rows[b]).statistic for a, b in combinations(rows, 2)}}
@@ -194,7 +186,8 @@ def expert(model, prompts, out, data, limit=100):
 
 def text_matters(model, prompts, out, data, limit=100):
     """How much of a picture's flow loss its class names save, and those of the next picture, at each noise level."""
-    items = [data.read(name) for name in subset(data.names, min(limit, 32))]
+    names, broken = usable(data, subset(data.names, min(limit, 32)))
+    items = [data.read(name) for name in names]
     named = [protocol.names_of(model, item, data.classes) for item in items]
     captions = [[names, "", others] for names, others in zip(named, named[1:] + named[:1])]
     rows = {}
@@ -214,7 +207,7 @@ def text_matters(model, prompts, out, data, limit=100):
     ax.set(xlabel="sigma", ylabel="flow loss saved [%]")
     ax.legend()
     write_figure(out / "text.png", fig)
-    return {"n": len(items), "flow loss saved by class names [%]": rows}
+    return {"n": len(items), "broken": broken, "flow loss saved by class names [%]": rows}
 
 
 def class_shares(model, item, data, reading):
@@ -228,17 +221,19 @@ def class_shares(model, item, data, reading):
 
 def strip(model, prompts, out, data, reading="paper"):
     """Fig. 7: a picture, a heat map for each class name, and the argmax over them."""
-    item = data.read(data.names[0])
+    (name,), broken = usable(data, data.names, 1)
+    item = data.read(name)
     names, argmax, maps = class_shares(model, item, data, reading)
     title = f"Block {model.preset.block} of {model.name} (Fig. 7), {reading}; each class's share, dark 0, bright 1"
     picture_rows(out / "strip.png", title, [], [[item.image, *maps, argmax]], [["picture", *names, "argmax"]],
                  vmin=0, vmax=1)
-    return {"picture": item.name, "reading": reading}
+    return {"picture": name, "broken": broken, "reading": reading}
 
 
 def magnet_maps(model, prompts, out, data, base, reading="paper"):
     """Fig. 12, 33: class maps of noised pictures, and pictures from the same noise, without (base) and with a LoRA."""
-    items = [data.read(name) for name in data.names[:3]]
+    shown, broken = usable(data, data.names, 3)
+    items = [data.read(name) for name in shown]
     rows = []
     titles = []
     for item in items:
@@ -255,7 +250,7 @@ def magnet_maps(model, prompts, out, data, base, reading="paper"):
     captions = [f"without: {prompt}" for prompt in prompts[:4]] + ["with, from the same noise"] * len(after)
     write_picture(out / "magnet_pictures.png", sheet(before + after, captions, columns=len(after)))
     change = np.abs(np.stack(before).astype(float) - np.stack(after)).mean()
-    return {"pictures": [item.name for item in items], "change of generated pictures [grey levels of 255]": change}
+    return {"pictures": shown, "broken": broken, "change of generated pictures [grey levels of 255]": change}
 
 
 # ---------------------------------------------------------------------------- command line
@@ -305,8 +300,12 @@ def main(args):
         numbers = {"model": [model.name, model.fingerprint], **FIGURES[figure](*inputs)}
         write_json(out / f"{figure}.json", numbers)
         for key, value in numbers.items():
-            if key not in ("heads", "model"):
+            if key not in ("heads", "model", "broken"):
                 show(f"{figure}: {key}: {json.dumps(value)}")
+        for name, why in numbers.get("broken", {}).items():
+            show(f"{figure}: picture {name} is left out: {why}")
+        if numbers.get("broken"):
+            show(f"{figure}: {len(numbers['broken'])} pictures cannot be read and are left out")
         show(f"wrote {out}/{figure}.json and {figure}.png")
 
 

@@ -189,6 +189,22 @@ def symmetric_kl(log_p: Tensor) -> Tensor:
     return 0.5 * (self_cross[:, None] - cross + self_cross[None] - cross.mT)                 # (n, n)
 
 
+def merge_greedy(log_p: Tensor, threshold: float) -> list[list[int]]:
+    """Distributions as logarithms (n, N) -> groups of them, in one pass in order.
+
+    One that is not yet taken gathers all, taken ones too, whose symmetric KL to it is below the threshold.
+    """
+    near = (symmetric_kl(log_p) < threshold).cpu()                           # (n, n)
+    near.fill_diagonal_(True)
+    taken = torch.zeros(len(near), dtype=torch.bool)                         # (n,)
+    groups = []
+    for i in range(len(near)):
+        if not taken[i]:
+            taken |= near[i]
+            groups.append(near[i].nonzero()[:, 0].tolist())
+    return groups
+
+
 def merge_nearest(p: Tensor, threshold: float) -> list[list[int]]:
     """Distributions (n, N) -> groups of them: the two nearest groups become one, until none are below the threshold.
 

@@ -6,6 +6,10 @@
     model = seg4diff.load("sd3")                         # the default is the embedded nano, which knows drawn scenes
     seg = seg4diff.segment(model, Image.open("photo.png"), ["cat", "sofa", "wall"])
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -128,6 +132,42 @@ def joined(kind: str, prompts: Sequence[Tensor], taps: Sequence[JointQKV]) -> Te
 
 
 @torch.inference_mode()
+def one_draw(model: Seg4Diff, z0: Tensor, prompts: Sequence[tuple[int, Sequence[str]]], *, blocks: Sequence[int],
+             sigma: float, seeds: Sequence[int], kinds: Sequence[str]) -> list[dict[tuple[int, str], Tensor]]:
+    """One draw of noise through the model: {(block, kind): (H, K, h, w)} for each picture, see `attend`.
+
+    z0 (B, C, ., .); prompts: pictures' numbers, 0 to B-1, and the names of one prompt each; a prompt without names is
+    the empty one, in which every CLIP column is a class.
+    """
+    B = len(z0)
+    eps = noise(z0.shape[1:], seeds).to(z0.device)                           # (B, C, ., .)
+    z = add_noise(z0.float(), eps, sigma).to(model.dtype)                    # Eq. 8
+    columns = [slice(i, i + 1) for i in range(model.text.length)]
+    source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
+    scores = [{(i, kind): [] for i in blocks for kind in source.values()} for _ in range(B)]         # of each prompt
+    tapped = [{i: [] for i in blocks} for _ in range(B)]                     # q, k, v of each, where a kind needs them
+    for start in range(0, len(prompts), B):              # never more than B rows at once
+        pictures, names = zip(*prompts[start:start + B])
+        cond = model.text.encode(list(names))                                # Eq. 9
+        levels = torch.full((len(pictures),), sigma, device=z.device)
+        _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
+                                    stop_at=max(blocks))
+        spans = [found if words else columns for found, words in zip(cond.spans, names)]
+        for i, kind in scores[0]:
+            for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
+                scores[b][i, kind].append(attn)                              # (H, K_p, h, w)
+        if not {"i2i", "anchors"}.isdisjoint(kinds):
+            for i in blocks:
+                for b, qkv in zip(pictures, taps[i].each()):
+                    tapped[b][i].append(qkv)
+    keys = [(i, kind) for i in blocks for kind in kinds]
+    out = []
+    for b in range(B):
+        out.append({(i, kind): joined(kind, scores[b][i, source[kind]], tapped[b][i]) for i, kind in keys})
+    return out                                                               # B x {key: (H, K, h, w)}
+
+
+@torch.inference_mode()
 def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None, *, blocks: Sequence[int], sigma: float,
            seeds: Sequence[int], kinds: Sequence[str] = ("softmax",), draws: int = 1
            ) -> list[dict[tuple[int, str], Tensor]]:
@@ -149,36 +189,18 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     for what, values in (("seeds", seeds), ("lists of class names", classes)):
         if values is not None and len(values) != B:
             raise ValueError(f"{B} pictures and {len(values)} {what} are not equal lists")
-    rows = []                                            # (picture, names of one of its prompts)
+    prompts = []
     for b in range(B):
-        prompts = [[]] if classes is None else split_classes(model.text, classes[b])
-        rows += [(b, names) for names in prompts]
-    columns = [slice(i, i + 1) for i in range(model.text.length)]
-    source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
-    drawn = [{(i, kind): [] for i in blocks for kind in kinds} for _ in range(B)]
+        parts = [[]] if classes is None else split_classes(model.text, classes[b])
+        prompts += [(b, names) for names in parts]
+    drawn = []
     for draw in range(draws):
-        eps = noise(z0.shape[1:], [seed + draw for seed in seeds]).to(z0.device)             # (B, C, ., .)
-        z = add_noise(z0.float(), eps, sigma).to(model.dtype)                # Eq. 8
-        scores = [{(i, kind): [] for i in blocks for kind in source.values()} for _ in range(B)]
-        tapped = [{i: [] for i in blocks} for _ in range(B)]                 # of each prompt, where a kind needs them
-        for start in range(0, len(rows), B):             # never more than B rows at once
-            pictures, prompts = zip(*rows[start:start + B])
-            cond = model.text.encode(list(prompts))                          # Eq. 9
-            levels = torch.full((len(pictures),), sigma, device=z.device)
-            _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
-                                        stop_at=max(blocks))
-            spans = [columns] * len(pictures) if classes is None else cond.spans
-            for i, kind in scores[0]:
-                for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
-                    scores[b][i, kind].append(attn)
-            if not {"i2i", "anchors"}.isdisjoint(kinds):
-                for i in blocks:
-                    for b, qkv in zip(pictures, taps[i].each()):
-                        tapped[b][i].append(qkv)
-        for b in range(B):
-            for i, kind in drawn[b]:
-                drawn[b][i, kind].append(joined(kind, scores[b][i, source[kind]], tapped[b][i]))
-    return [{key: torch.stack(maps).mean(0) for key, maps in picture.items()} for picture in drawn]
+        drawn.append(one_draw(model, z0, prompts, blocks=blocks, sigma=sigma, seeds=[seed + draw for seed in seeds],
+                              kinds=kinds))
+    out = []
+    for b in range(B):
+        out.append({key: torch.stack([maps[b][key] for maps in drawn]).mean(0) for key in drawn[0][b]})
+    return out                                                               # B x {key: (H, K, h, w)}
 
 
 @torch.inference_mode()
@@ -248,8 +270,8 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     """Attention maps of tokens (L, h, w) -> proposals (P, h, w), and which tokens each gathers (Table 2).
 
     Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a "map",
-    over the tokens at each position, "token", or "none"). One greedy pass in token order: a map not yet taken gathers
-    all maps, taken ones too, whose symmetric KL to it is below the threshold, and their mean is a proposal.
+    over the tokens at each position, "token", or "none"). They are merged in token order (readings.merge_greedy), and
+    the mean of a group is a proposal.
     NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
     ValueError: a scaling that does not exist, a threshold that is not positive.
     """
@@ -259,14 +281,7 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
         x = rescale(x, 1 if scaling == "map" else 0)
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
-    kl = readings.symmetric_kl(log_p)                                        # (L, L)
-    taken = torch.zeros(len(p), dtype=torch.bool)
-    members = []
-    for i, near in enumerate((kl < threshold).cpu()):
-        if not taken[i]:
-            near[i] = True
-            taken |= near
-            members.append(near.nonzero()[:, 0].tolist())
+    members = readings.merge_greedy(log_p, threshold)
     gathered = p[sum(members, [])].split([len(group) for group in members])  # P x (tokens of the group, N)
     proposals = torch.stack([group.mean(0) for group in gathered])           # (P, N)
     return proposals.unflatten(1, maps.shape[1:]), members                   # (P, h, w)

@@ -9,6 +9,10 @@ A run writes lora.safetensors, log.json and loss.png to --out. After a kill the 
 and ends with the same weights (on a GPU nearly the same: its sums are not always in one order).  The losses and the
 meaning of each setting stand in magnet.py.
 """
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import argparse
 import math
 import sys

@@ -26,6 +26,11 @@ from itertools import pairwise
 from multiprocessing import Pool
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,7 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import protocol  # noqa: E402
 import seg4diff  # noqa: E402
 from flux import Flux  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support import weights
+from support import ctrl_c, weights
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise ValueError(" ".join(message.split()))      # it repeats what was typed, line ends too
+        raise ValueError(message)
 
 
 def at_least(least, kind=int, most=math.inf):
@@ -59,6 +59,9 @@ def renamed(new, old=None):
     return parse
 
 
+LAST_SEED = 2 ** 128 - 1                # state.pt, which keeps it, could not be read again with one of 256 bytes
+
+
 def add_model_options(parser: Parser, default: str | None = "nano", default_help: str = "nano", lora: bool = True,
                       seed: bool = True) -> None:
     """--model, --lora, --seed, --device, --dtype, as seg4diff.load and the functions of the method take them."""
@@ -67,7 +70,7 @@ def add_model_options(parser: Parser, default: str | None = "nano", default_help
     if lora:
         parser.add_argument("--lora", type=Path, help="a LoRA of that model, as train_magnet.py writes")
     if seed:
-        parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise")
+        parser.add_argument("--seed", type=at_least(0, most=LAST_SEED), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto",
                         help="float32, bfloat16, float16 or auto: bfloat16 on CUDA (old cards float16), else float32")
@@ -98,6 +101,11 @@ def show(*parts: object) -> None:
             raise OSError(f"the standard output cannot be written ({e}); files that were written are there") from None
 
 
+def one_line(text: str) -> str:
+    """Text whose line ends and other characters that a terminal does not show stand as Python escapes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run a script: bad input and too little memory end in one sentence and exit code 2, Ctrl-C in one and 130."""
     for stream in (sys.stdout, sys.stderr):
@@ -107,17 +115,18 @@ def command(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
         sys.stderr = io.StringIO()
     code = 2
     try:
+        ctrl_c.answer_by_exception()
         main(parser.parse_args())
         return
     except (ValueError, OSError) as e:
         problem = f"error: {e}"
     except KeyboardInterrupt:
-        problem = "stopped; the same command goes on from here, or begins anew where nothing was written"
-        code = 130
+        problem = ctrl_c.STOPPED
+        code = ctrl_c.CODE
     except (MemoryError, RuntimeError) as e:             # torch.OutOfMemoryError is a RuntimeError
         if isinstance(e, RuntimeError) and not any(words in str(e) for words in NO_MEMORY):
             raise                                        # a mistake of ours
         problem = ("error: the device has too little memory for this; smaller batches or pictures, or --device cpu, "
                    "need less of it")
-    print(problem, file=sys.stderr)
+    print(one_line(problem), file=sys.stderr)            # what it repeats can hold anything: a path, a file's content
     sys.exit(code)

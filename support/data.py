@@ -89,22 +89,35 @@ def read_ahead(read, names, ahead=8):
             yield future.result()
 
 
-def measurable(data, names):
-    """Those pictures that can be read, the others named once, and that have a labelled pixel.  ValueError: none."""
+def usable(data: Dataset, names: Sequence[str], most: int | None = None) -> tuple[list[str], dict[str, str]]:
+    """The first `most` of those pictures that can be read and have a labelled pixel; {name: why} of what cannot be.
+
+    None: all of them.  ValueError: there is none.
+    """
     if not data.files:                                   # drawn scenes are never broken
-        return names
+        return names[:most], {}
     found = []
-    broken = 0
+    broken = {}
     for name, item in read_ahead(data.read, names):
         if isinstance(item, Broken):
-            broken += 1
-            if world()[0] == 0:
-                tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {item}", file=sys.stderr)
+            broken[name] = str(item)
         elif len(classes_in(item.labels)):
             found.append(name)
+        if len(found) == most:
+            break
     if not found:
-        raise ValueError(f"nothing can be measured: {broken} of the {len(names)} pictures of {data.name} cannot be "
-                         "read, and no other has a labelled pixel")
+        first = "".join(f"; {why}" for why in list(broken.values())[:1])
+        raise ValueError(f"nothing can be measured: {len(broken)} of the {len(names)} pictures of {data.name} cannot "
+                         f"be read, and no other has a labelled pixel{first}")
+    return found, broken
+
+
+def measurable(data, names):
+    """The same of all pictures, those that cannot be read named once on stderr.  ValueError: there is none."""
+    found, broken = usable(data, names)
+    for name, why in broken.items():
+        if world()[0] == 0:
+            tqdm.write(f"picture {name} of {data.name} cannot be read, not measured: {why}", file=sys.stderr)
     return found
 
 
@@ -124,14 +137,14 @@ def lookup(key, background=False, ids=None):
 def need(name, root, folder, *tree):
     """root / folder.  Each line of the tree begins with a pattern of files below it.
 
-    ValueError that draws the expected tree and says what is there instead, unless each pattern fits a file.
+    ValueError that says which tree is expected and what is there instead, unless each pattern fits a file.
     """
     missing = [line for line in tree if not any((root / folder).glob(line.split()[0]))]
     if missing:
         content = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else "no such folder"
-        drawn = "".join(f"\n  {folder}/{line}" for line in tree)
+        expected = "; ".join(f"{folder}/{line}" for line in tree)
         raise ValueError(f"data set {name!r} was not found: there is no {root / folder / missing[0]}. Expected below "
-                         f"{root} (--data-root or SEG4DIFF_DATA):{drawn}\nFound in {root}: {content or 'nothing'}")
+                         f"{root} (--data-root or SEG4DIFF_DATA): {expected}. Found there: {content or 'nothing'}")
     return root / folder
 
 

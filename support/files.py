@@ -8,6 +8,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -92,7 +93,7 @@ def read_tensors(path: str | Path, kind: str) -> object:
             raise ValueError(said) from None
 
 
-def decoded(path, kind, size=None):
+def decoded(path: str | Path, kind: str, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture file as it is stored.  size: (width, height) that it should have, compared before it is decoded.
 
     files.Broken: no such file, a pipe, no format that PIL reads, another size, infinite or undefined values.
@@ -110,12 +111,12 @@ def decoded(path, kind, size=None):
         return image
 
 
-def open_stored(path):
+def open_stored(path: str | Path) -> Image.Image:
     """A picture file -> RGB as it is stored, not turned: label maps are drawn on it so.  files.Broken: see decoded."""
     return decoded(path, "picture").convert("RGB")
 
 
-def open_labels(path, size):
+def open_labels(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """A label map file, grey or with a palette -> numbers of classes from 0 to 65535, (height, width).
 
     size: (width, height) of its picture.  files.Broken: see decoded; it holds something else.
@@ -159,13 +160,42 @@ def make_folder(path: str | Path) -> None:
         raise ValueError(f"{path} cannot be a folder for results ({e.strerror}); name another one with --out") from None
 
 
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number on this computer, of whatever user; True where nobody knows."""
+    if os.name != "posix":                               # elsewhere os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)                                  # sends nothing, but says whether it could be sent
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):             # another user's; no number of a process
+        return True
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """The `.NAME.PID.tmp` beside a path that `replacing` left there when its process was killed (`kill -9`).
+
+    Only of processes that are no more.  They are taken for processes of this computer: if another one writes the same
+    file in a shared folder just now, it loses its new file, and says so.
+    """
+    left = re.compile(rf"\.{re.escape(path.name)}\.([0-9]+)\.tmp")
+    with suppress(OSError):                              # a folder that is not there; another process was faster
+        for found in os.listdir(path.parent):
+            match = left.fullmatch(found)
+            if match and not alive(int(match[1])):
+                (path.parent / found).unlink()
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A new file beside `path`, which takes its place when the block ends, and is removed when the block fails.
 
+    What a killed process left of such a file is removed, too.
     ValueError: it cannot be written; what was there before is still there.
     """
     path = Path(path)
+    remove_leftovers(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield new

@@ -1,17 +1,24 @@
 """A ledger of finished pictures: one line each, so that a killed run goes on where it stopped and loses nothing.
 
-    ledger = Ledger(folder, identity, rows, (K, K))      # .done: what was written under this very identity
+    ledger = Ledger(folder, identity, rows, (K, K), truth)       # .done: what was written under this very identity
     ledger.add(name, {"nano": counts, ...}, seed)        # on the disk before the next picture is begun
     total = ledger.sum(names)                            # exact: whole numbers, whichever process counted them
 
 Several processes (torchrun) write a file each in one folder; whoever reads a ledger reads them all.  Each record begins
 a line of its own, and a line that is not whole is passed over: neither a kill nor a full disk nor a second run on the
 same file can damage another line.
+
+All rows of a picture see the same truth.  So a line is believed if each of them counts the same labelled pixels of each
+class, and as many as the line says; else the picture is counted again.  What no line can tell is whether its pixels
+were predicted as it says: who moves counts from one prediction to another, or multiplies all counts of all rows and the
+number of pixels alike, is believed.  Nor is there a check of what is no share of the truth: pixels that a region has
+outside its class, numbers of regions, borders.
 """
 import atexit
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
@@ -54,6 +61,14 @@ def sparse(counts):
     return [[int(i), int(j), int(counts[i, j])] for i, j in zip(*counts.nonzero())]
 
 
+def dense(cells, shape):
+    """What `sparse` was made of, int64."""
+    counts = np.zeros(shape, np.int64)                                       # (rows, columns)
+    for i, j, n in cells:
+        counts[i, j] += n
+    return counts
+
+
 def possible(cells, shape):
     """Whether this is what `sparse` makes of a picture's counts of this shape."""
     if not isinstance(cells, list) or not cells:
@@ -70,8 +85,9 @@ def possible(cells, shape):
 class Ledger:
     """`done` {name: {row: [[i, j, count], ...]}}, `broken` {name: why it could not be read}."""
 
-    def __init__(self, folder, identity, rows, shape, rank=0):
-        """rows: of the table; shape: (rows, columns) of the counts of each.
+    def __init__(self, folder, identity, rows, shape, truth: Callable[[np.ndarray], np.ndarray], rank=0):
+        """rows: of the table; shape: (rows, columns) of the counts of each; truth: such counts -> how many pixels of
+        each class the truth has, (K,).
 
         ValueError: the folder cannot be made, or its ledgers not be read.
         """
@@ -79,6 +95,7 @@ class Ledger:
         self.hash = digest(identity)
         self.rows = set(rows)
         self.shape = shape
+        self.truth = truth
         self.done = {}
         self.broken = {}
         self.path = folder / f"ledger-{self.hash}-{rank}.jsonl"
@@ -100,7 +117,10 @@ class Ledger:
                     self.take(line)
 
     def valid(self, line):
-        """Whether this can be a record of this ledger: of all rows, or of none, where no pixel has a label."""
+        """Whether this can be a record of this ledger: of all rows, or of none, where no pixel has a label.
+
+        The rows agree with each other, and with the line's number of labelled pixels.
+        """
         if not isinstance(line, dict) or line.get("hash") != self.hash or not isinstance(line.get("name"), str):
             return False
         if "broken" in line:
@@ -108,7 +128,18 @@ class Ledger:
         counts = line.get("counts")
         if not isinstance(counts, dict) or counts.keys() not in (set(), self.rows):
             return False
-        return all(possible(cells, self.shape) for cells in counts.values())
+        if not all(possible(cells, self.shape) for cells in counts.values()):
+            return False
+        pixels = self.pixels({row: dense(cells, self.shape) for row, cells in counts.items()})
+        return pixels is not None and line.get("pixels") == pixels
+
+    def pixels(self, counts: Counts) -> int | None:
+        """How many labelled pixels a picture has, by the counts of its rows; None: by one row other ones than by the
+        next."""
+        if not counts:
+            return 0
+        truths = np.stack([self.truth(c) for c in counts.values()])          # (rows of the table, K)
+        return int(truths[0].sum()) if (truths == truths[0]).all() else None
 
     def take(self, line):
         if "broken" in line:
@@ -132,7 +163,15 @@ class Ledger:
                              "command goes on from there once it can be") from None
 
     def add(self, name, counts, seed):
-        self.record({"name": name, "seed": seed, "counts": {row: sparse(c) for row, c in counts.items()}})
+        """A picture's counts of all rows, or of none where no pixel has a label.
+
+        RuntimeError: the rows disagree about its truth, which is a mistake of ours.
+        """
+        pixels = self.pixels(counts)
+        if pixels is None:
+            raise RuntimeError(f"the rows of {name} were counted over different pixels")
+        self.record({"name": name, "seed": seed, "pixels": pixels,
+                     "counts": {row: sparse(c) for row, c in counts.items()}})
 
     def skip(self, name, why):
         """A picture that could not be read; it is tried again when the run is."""
@@ -148,6 +187,5 @@ class Ledger:
         for name in names:
             for row, counts in self.done.get(name, {}).items():
                 total.setdefault(row, np.zeros(self.shape, np.int64))
-                for i, j, n in counts:
-                    total[row][i, j] += n
+                total[row] += dense(counts, self.shape)
         return total

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from support.checkpoint import check_finite
 from support.files import replacing
 
 HERE = Path(__file__).parent
@@ -29,8 +30,7 @@ def quantised(maps: Tensor, steps: int) -> dict:
 
     By the square root small values, of which there are most, keep more digits.  ValueError: maps not finite.
     """
-    if not maps.isfinite().all():
-        raise ValueError("the attention maps are not finite numbers; float16 can overflow: try bfloat16 or float32")
+    check_finite(maps, "the attention maps")
     top = maps.amax(-1, keepdim=True).clamp_min(1e-30)                       # (..., 1)
     codes = (steps * (maps / top).sqrt()).round().byte()                     # (..., n)
     return {"shape": list(maps.shape), "steps": steps, "top": packed(top.numpy()), "codes": packed(codes.numpy())}

@@ -6,6 +6,7 @@ import colorsys
 import io
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -162,7 +163,7 @@ def check_out(path):
 # ---------------------------------------------------------------------------- files from outside
 
 
-def open_image(path):
+def open_image(path: str | Path) -> Image.Image:
     """A picture file -> RGB, the way a person sees it: turned upright, transparency on white.
 
     files.Broken: see decoded.

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_data import put
 from torch import Tensor
 
 import analysis
@@ -251,19 +252,48 @@ def test_words_matter_where_segmentation_reads(tmp_path, monkeypatch):
     assert rows[0.515]["others"] < rows[0.515]["own"] and abs(rows[0.1]["own"]) < rows[0.515]["own"] < rows[0.9]["own"]
 
 
-def test_a_lora_changes_what_is_read(command, quick_file, tmp_path):
+@pytest.fixture
+def own_lora(quick_file, tmp_path) -> Path:
+    """A LoRA of the quick model that changes much."""
     model = seg4diff.load(quick_file, device="cpu")
     for p in lora_module.add_lora(model.transformer, generator=torch.Generator().manual_seed(0)):
         torch.nn.init.normal_(p, std=0.2)
     lora_module.save_lora(model.transformer, tmp_path / "own.safetensors")
-    lora = ["--lora", tmp_path / "own.safetensors"]
-    for out, options in (("a", ["shares"]), ("b", ["shares", "magnet", *lora])):
+    return tmp_path / "own.safetensors"
+
+
+def test_a_lora_changes_what_is_read(command, quick_file, own_lora, tmp_path):
+    for out, options in (("a", ["shares"]), ("b", ["shares", "magnet", "--lora", own_lora])):
         assert command("figures.py", *options, "--model", quick_file, "--limit", 1, "--out", tmp_path / out)[0] == 0
     a, b = (json.loads((tmp_path / out / "shares.json").read_text()) for out in "ab")
     assert b["model"][0] == a["model"][0] + "+own" and b["model"] != a["model"] and b["shares"] != a["shares"]
     found = json.loads((tmp_path / "b" / "magnet.json").read_text())
     assert found["change of generated pictures [grey levels of 255]"] > 1 and len(found["pictures"]) == 3
     assert all(Image.open(tmp_path / "b" / f).height > 300 for f in ("magnet.png", "magnet_pictures.png"))
+
+
+def test_broken_pictures_are_named_counted_and_left_out(command, quick_file, own_lora, tmp_path):
+    """The first is cut off, the third has no label map, the last has nothing labelled; two are left."""
+    base = tmp_path / "data/VOCdevkit/VOC2012"
+    names = [f"p{i}" for i in range(5)]
+    labels = np.repeat([[7] * 20 + [8] * 40], 40, axis=0)
+    for i, name in enumerate(names):
+        put(base / f"JPEGImages/{name}.jpg", np.random.default_rng(i).integers(0, 255, (40, 60, 3)))
+        put(base / f"SegmentationClass/{name}.png", 0 * labels if name == "p4" else labels, palette=True)
+    (base / "ImageSets/Segmentation").mkdir(parents=True)
+    (base / "ImageSets/Segmentation/val.txt").write_text("\n".join(names))
+    (base / "JPEGImages/p0.jpg").write_bytes((base / "JPEGImages/p0.jpg").read_bytes()[:500])
+    (base / "SegmentationClass/p2.png").unlink()
+    options = ("--model", quick_file, "--lora", own_lora, "--dataset", "voc", "--data-root", tmp_path / "data")
+    shown = {"expert": {"n": 2}, "text": {"n": 2}, "strip": {"picture": "p1"}, "magnet": {"pictures": ["p1", "p3"]}}
+    code, out, err = command("figures.py", *shown, *options, "--limit", 3, "--out", "o")
+    assert code == 0, err
+    for figure, facts in shown.items():
+        found = json.loads((tmp_path / f"o/{figure}.json").read_text())
+        broken = ["p0"] if figure == "strip" else ["p0", "p2"]
+        assert list(found["broken"]) == broken and found | facts == found
+        assert all(f"{figure}: picture {name} is left out: '" in out for name in broken)
+        assert f"{figure}: {len(broken)} pictures cannot be read and are left out\n" in out
 
 
 def test_prompts_of_ones_own(command, quick_file, tmp_path):

@@ -163,7 +163,7 @@ SEGMENT = [
     (["photo.png", "car", "--sigma", "nan"], "not nan"), (["photo.png", "car", "--block", "99"], "blocks are 0 to 2"),
     (["photo.png", "car", "--block", "-1"], "not -1"), (["photo.png", "car", "--model", ""], "no model ''"),
     (["photo.png", "car", "--device", "gpu"], "cpu or cuda"),
-    (["photo.png", "car", "--seed", "-1"], "at least 0"), (["photo.png", "car", "--dtype", "int8"], "dtype must be"),
+    (["photo.png", "car", "--seed", "-1"], "from 0 to"), (["photo.png", "car", "--dtype", "int8"], "dtype must be"),
     (["photo.png", "car", "--out", "words.png/o.png"], "words.png/o.png"),
     (["photo.png", "car", "--out", "none/o.png"], "none/o.png"),
     (["photo.png", "car", "--out", "o.picture"], ".picture"), (["photo.png", "car", "--out", "o.psd"], ".psd"),
@@ -178,6 +178,7 @@ GENERATE = [
     (["car", "--perturb", "7"], "no block 7"),
     (["car", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
 EVALUATE = [
+    (["--seed", "9" * 640], "argument --seed: must be from 0 to 340282366920938463463374607431768211455, not 9999"),
     (["--task", "layer"], "invalid choice: 'layer'"), (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     (["--limit", "0"], "at least 1"), (["--limit", "-3"], "at least 1"), (["--batch-size", "0"], "from 1 to 1024"),
     (["--device", "gpu"], "cpu or cuda"), (["--limit", "1", "--out", "words.png"], "words.png"),
@@ -223,9 +224,25 @@ def test_what_no_command_understands(command, folder, script, args, sentence):
 
 
 def test_a_data_set_that_is_not_there(command, folder):
-    """More than one line: its tree is drawn."""
     code, _, err = command("evaluate.py", "--dataset", "voc", "--data-root", "nowhere")
-    assert code == 2 and err.startswith("error: data set 'voc'") and "nowhere" in err and "Traceback" not in err
+    assert code == 2 and err.startswith("error: data set 'voc'") and "nowhere" in err and err.count("\n") == 1
+    assert "VOCdevkit/VOC2012/JPEGImages/*.jpg; VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt; " in err
+
+
+ODD = "no\nsuch\r\x1b[2J\u2028.png"   # line ends of all kinds, and what clears a terminal
+
+
+@pytest.mark.parametrize("script, args", [
+    ("seg4diff.py", ["segment", ODD, "car"]), ("seg4diff.py", ["segment", "photo.png", "car", "--model", ODD]),
+    ("seg4diff.py", ["segment", "photo.png", "car", "--out", f"{ODD}/o.png"]),
+    ("evaluate.py", ["--dataset", "voc", "--data-root", ODD]), ("evaluate.py", ["--limit", ODD]),
+    ("evaluate.py", ["--limit", "1", "--out", f"words.png/{ODD}"])])
+def test_the_sentence_is_one_line_whatever_it_holds(command, folder, tiny_file, script, args):
+    model = [] if "--model" in args else ["--model", tiny_file]
+    code, _, err = command(script, *args, *model)
+    shown = r"no\nsuch\r\x1b[2J\u2028.png"
+    assert code == 2 and len(err.splitlines()) == 1 and "\x1b" not in err, err
+    assert err.startswith("error: ") and shown in err, err
 
 
 @pytest.mark.parametrize("script, args, sentence", [

@@ -64,6 +64,7 @@ def packages(files: set[str]) -> set[str]:
 
 # Imported by what counts, but no count depends on them.
 COUNT_NOTHING = {"support/cli.py": "options of command lines and the sentence of an error",
+                 "support/ctrl_c.py": "the same sentence before a command has begun",
                  "support/pictures.py": "draws; evaluations read their pictures by support/files.py"}
 # Nor do the weights of MAGNET depend on this one, which only train_magnet.py imports.
 TRAIN_NOTHING = {"support/report.py": "draws the log"}
@@ -117,8 +118,10 @@ def test_what_an_import_loads():
     lines = ["import sys, mmdit, flux, vae, text, judges",
              "print({'huggingface_hub', 'pycocotools', 'nano'} & sys.modules.keys())",
              "import seg4diff", "print({'pycocotools', 'nano.scenes'} & sys.modules.keys())"]
+    # Nor does it change how the program that imports it answers Ctrl-C.
+    lines += ["import signal", "from support import ctrl_c", "print(signal.getsignal(signal.SIGINT) is ctrl_c.stop)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, text=True, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "set()\nset()\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "set()\nset()\nFalse\n", "")
 
 
 # ---------------------------------------------------------------------------- sizes

@@ -26,12 +26,18 @@ STOPPED = "stopped; the same command goes on from here"
 
 
 def opened(folder: Path, identity: dict = PROTOCOL, rank: int = 0) -> Ledger:
-    return Ledger(folder, identity, ["tiny", "floor"], (4, 4), rank)
+    return Ledger(folder, identity, ["tiny", "floor"], (4, 4), truth, rank)
+
+
+def truth(counts: np.ndarray) -> np.ndarray:
+    """Of a confusion matrix."""
+    return counts.sum(1)
 
 
 def some(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {row: rng.integers(0, 3, (4, 4)) * rng.integers(0, 10**11) for row in ("tiny", "floor")}
+    counts = rng.integers(0, 3, (4, 4)) * rng.integers(0, 10**11)
+    return {"tiny": counts, "floor": rng.permuted(counts, axis=1)}           # other predictions, the same truth
 
 
 def lines(folder: Path) -> list[dict]:
@@ -121,13 +127,14 @@ def test_an_impossible_line_is_counted_again(tmp_path):
     """Damaged, another run's, or counts that no picture has: none of it is summed, and none hides its neighbours."""
     ledger = opened(tmp_path)
     ledger.add("first", some(0), seed=0)
-    good = {"name": "bad", "seed": 0, "hash": ledger.hash, "counts": {"tiny": [[0, 0, 7]], "floor": [[1, 1, 7]]}}
-    counts = [good["counts"] | {"tiny": [[2, 2, 1], cell]} for cell in CELLS]
+    good = {"name": "bad", "seed": 0, "pixels": 7, "hash": ledger.hash,
+            "counts": {"tiny": [[0, 0, 7]], "floor": [[0, 1, 7]]}}
+    counts = [{"tiny": [[0, 0, 7], cell], "floor": [[0, 1, 7], cell]} for cell in CELLS]
     counts += [good["counts"] | {"tiny": cells} for cells in ([], {}, None, 5, "[]", [[]])]
     counts += [{"tiny": [[0, 0, 7]]}, good["counts"] | {"more": [[0, 0, 7]]}, [], None, 5, [["tiny", []]]]
     bad = [good | {"counts": c} for c in counts]
     bad += [good | {"hash": "0" * 12}, good | {"name": 5}, good | {"name": ["bad"]}, good | {"broken": {}}, [], 3, None]
-    bad += [{key: value for key, value in good.items() if key != left_out} for left_out in ("name", "hash", "counts")]
+    bad += [{key: value for key, value in good.items() if key != left_out} for left_out in good if left_out != "seed"]
     texts = [json.dumps(line).encode() for line in bad]
     texts += [b"not json", b"\x00\x00", b"\xff\xfe{}", b"[" * 100_000, texts[0][1:], b'{"a": NaN', b"9" * 5000]
     with open(ledger.path, "ab") as f:
@@ -346,7 +353,7 @@ def test_broken_files_are_named_counted_and_skipped(run, voc, tmp_path):
     assert result["facts"]["data"] == "voc, 4 pictures, 20 classes"
     (sentence,) = [line for line in out.splitlines() if "4 of 8 pictures could not be read" in line]
     assert all(f"{name} (" in sentence for name in BROKEN) and "(50, 40)" in sentence and "p4.png" in sentence
-    ledger = Ledger(tmp_path / "out", result["identity"], result["rows"], (20, 20))
+    ledger = Ledger(tmp_path / "out", result["identity"], result["rows"], (20, 20), truth)
     assert ledger.sum([f"p{i}" for i in range(8)])["tiny"].sum() == 4 * 40 * 60
 
     put(voc / "SegmentationClass/p4.png", np.full((40, 60), 8), palette=True)          # mended: it is tried again

@@ -9,7 +9,7 @@ from PIL import Image
 
 import train_magnet
 from nano import scenes
-from support.data import DATASETS, Dataset
+from support.data import DATASETS, Dataset, usable
 
 FAST = ("--device", "cpu", "--batch", 1, "--accumulate", 1, "--warmup", 1, "--limit", 2, "--steps", 2)
 VAL = ("--val", "ade20k", "--data-root", "d")
@@ -54,7 +54,11 @@ def test_a_broken_picture_is_left_out_of_all_that_is_measured(run, ade, tmp_path
     numbers = [float(line.split()[0]) for line in out.splitlines()[1:3]]
     measured = [entry["val"]["mIoU"] for entry in log if "val" in entry]
     assert numbers == pytest.approx([measured[0], measured[-1]], abs=1e-3)   # of the same pictures
-    assert train_magnet.measurable(DATASETS["ade20k"](tmp_path / "d"), [*"abcd"]) == ["a", "d"]
+    data = DATASETS["ade20k"](tmp_path / "d")
+    found, broken = usable(data, data.names)
+    assert found == train_magnet.measurable(data, data.names) == ["a", "d"]
+    assert broken.keys() == {"b"} and "b.jpg" in broken["b"]
+    assert usable(data, data.names, 1) == (["a"], {})                        # what follows is not looked at
 
 
 def test_nothing_that_could_be_measured_is_a_sentence(run, ade, tmp_path):
@@ -64,14 +68,14 @@ def test_nothing_that_could_be_measured_is_a_sentence(run, ade, tmp_path):
         code, out, err = run(*VAL, *args, "--out", "run")
         last = err.splitlines()[-1]
         assert code == 2 and out == "", err
-        assert last == ("error: nothing can be measured: 3 of the 4 pictures of ade20k cannot be read, and no other "
-                        "has a labelled pixel")
+        assert last.startswith("error: nothing can be measured: 3 of the 4 pictures of ade20k cannot be read, and no "
+                               "other has a labelled pixel; '") and "a.jpg' cannot be read as a picture" in last
     assert not (tmp_path / "run").exists()
 
 
 def test_drawn_scenes_are_not_read_for_it():
     data = Dataset("drawn", ["1", "2"], lambda name: 1 / 0)
-    assert train_magnet.measurable(data, data.names) == ["1", "2"]
+    assert train_magnet.measurable(data, data.names) == ["1", "2"] and usable(data, data.names, 1) == (["1"], {})
 
 
 def test_a_seed_of_any_size(run):

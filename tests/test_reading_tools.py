@@ -1,5 +1,6 @@
 """tools/ablate_readings.py, why_readings.py and bench_readings.py: their own pieces, and each once as a command."""
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 import readings
 import seg4diff
 from mmdit import joint_probs
-from support.data import DATASETS
+from support.data import DATASETS, toy_scenes
 from tools import ablate_readings, bench_readings
 
 DATA = DATASETS["scenes-dev"]()
@@ -42,15 +43,6 @@ def test_variants_of_one_pass(tiny):
     assert (refined["20 rounds, reach 8"].argmax(0).numpy() == found["pixels"].labels).mean() > 0.999
 
 
-def test_greedy_merging_by_hand():
-    """The first takes the second, the third takes the second again: as in seg4diff.merge_maps."""
-    line = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [1.0, 0, 0, 0]]).softmax(1)
-    kl = readings.symmetric_kl(line.log())
-    threshold = float((kl[0, 1] + kl[0, 2]) / 2)
-    assert ablate_readings.greedy(line, threshold) == [[0, 1], [1, 2]]
-    assert ablate_readings.greedy(line, 1e-9) == [[0], [1], [2]]
-
-
 def test_the_chosen_regions_are_those_of_propose(tiny):
     item = DATA.read(DATA.names[0])
     z0 = seg4diff.encode_image(tiny, item.image)
@@ -79,6 +71,13 @@ def test_why(command, tiny_file, tmp_path):
     assert "by chance" in out and len(json.loads((tmp_path / "o/why.json").read_text())["pictures"]) == 3
     for name in ("typical.png", "bleeding.png", "rows.png", "failures.png"):
         assert min(Image.open(tmp_path / "o" / name).size) > 150
+
+
+def test_why_with_too_few_pictures(command, tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "scenes-dev", partial(toy_scenes, name="scenes-dev", seeds=range(5000, 5002)))
+    code, out, err = command("tools/why_readings.py", "--model", tiny_file, "--out", "o")
+    assert (code, out) == (2, "") and not (tmp_path / "o").exists()
+    assert err == "error: each figure shows 3 pictures; scenes-dev has 2 that can be measured\n"
 
 
 def test_bench(command):

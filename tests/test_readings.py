@@ -260,6 +260,15 @@ def test_merging_in_loops():
     assert {1, 9} < numbers
 
 
+def test_greedy_merging_by_hand():
+    """The first takes the second, the third takes the second again."""
+    line = torch.tensor([[0.0, 0, 0, 0], [0.5, 0, 0, 0], [1.0, 0, 0, 0]]).log_softmax(1)
+    kl = readings.symmetric_kl(line)
+    threshold = float((kl[0, 1] + kl[0, 2]) / 2)
+    assert readings.merge_greedy(line, threshold) == [[0, 1], [1, 2]]
+    assert readings.merge_greedy(line, 1e-9) == [[0], [1], [2]]
+
+
 def test_propose_by_hand(tiny, picture):
     """Two draws, from the picture to the labels; regions share every patch."""
     image = picture.resize((90, 61))

@@ -243,6 +243,22 @@ def test_attend_noises_the_latent(tiny):
     assert torch.equal(maps(a, 1, 1), maps(b, 1, 1)) and not torch.equal(maps(a, 1, 1), maps(a, 1, 2))
 
 
+def test_attend_is_the_mean_of_single_draws(tiny):
+    """Each by seg4diff.one_draw, on its own noise; a prompt without names has every CLIP column for a class."""
+    z0 = seg4diff.noise((16, 8, 8), [50, 51])
+    prompts = [(0, ["car", "sky"]), (1, ["teddy bear"]), (1, ["snow"])]
+    args = {"blocks": [1], "sigma": 0.4, "kinds": ["softmax", "i2i"]}
+    one, other = (seg4diff.one_draw(tiny, z0, prompts, seeds=seeds, **args) for seeds in ([1, 2], [2, 3]))
+    assert one[1][1, "softmax"].shape == (2, 2, 8, 8) and one[1][1, "i2i"].shape == (1, 2, 8, 8)
+    both = seg4diff.attend(tiny, z0[:1], [["car", "sky"]], seeds=[1], draws=2, **args)[0]
+    for key, maps in both.items():
+        torch.testing.assert_close(maps, (one[0][key] + other[0][key]) / 2, atol=1e-6, rtol=1e-4)
+    args = args | {"kinds": ["softmax"]}
+    (empty,) = seg4diff.one_draw(tiny, z0[:1], [(0, [])], seeds=[1], **args)
+    assert torch.equal(empty[1, "softmax"], seg4diff.attend(tiny, z0[:1], None, seeds=[1], **args)[0][1, "softmax"])
+    assert empty[1, "softmax"].shape == (2, tiny.text.length, 8, 8)
+
+
 def test_segment_by_hand(tiny, picture):
     """Every step of Sec. 3.4 with the pieces alone: sigma 0.515, block 1, the names' own columns, mean over heads."""
     seg = seg4diff.segment(tiny, picture, ["car", "teddy bear", "sky"], seed=4)

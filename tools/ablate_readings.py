@@ -12,13 +12,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import readings  # noqa: E402
 import seg4diff  # noqa: E402
 from loading import image_seed  # noqa: E402
@@ -100,18 +104,6 @@ def refined_variants(maps: Tensor, image: Image.Image) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------- variants without names
 
 
-def greedy(p: Tensor, threshold: float) -> list[list[int]]:
-    """One pass in order, as seg4diff.merge_maps has it: an anchor not yet taken gathers all that are near."""
-    near = readings.symmetric_kl(p.clamp_min(1e-30).log()) < threshold       # (anchors, anchors)
-    taken = set()
-    groups = []
-    for i in range(len(p)):
-        if i not in taken:
-            groups.append(sorted({i, *near[i].nonzero()[:, 0].tolist()}))
-            taken |= set(groups[-1])
-    return groups
-
-
 def region_variants(qkv: JointQKV) -> dict[str, Tensor]:
     """{row: maps (P, h, w)}: how anchors are placed, stepped, merged and read."""
     out = {}
@@ -129,11 +121,11 @@ def region_variants(qkv: JointQKV) -> dict[str, Tensor]:
                 if (side, steps) == (8, 2):
                     means = torch.stack([p[group].mean(0) for group in groups]).unflatten(1, qkv.grid)
                     out[f"{name}, means of the groups"] = means              # as DiffSeg reads them
-                    groups = greedy(p, threshold)
+                    groups = readings.merge_greedy(p.clamp_min(1e-30).log(), threshold)
                     out[f"{name}, greedy"] = torch.stack([members[group].sum(0) for group in groups])
             p = p @ all_rows                                                 # (anchors, N)
     means = all_rows[readings.anchors(qkv.grid)] @ all_rows                  # (anchors, N)
-    groups = greedy(means, 1.0)
+    groups = readings.merge_greedy(means.clamp_min(1e-30).log(), 1.0)
     out["8 x 8 anchors, 2 steps, KL 1, greedy, means of the groups"] = torch.stack(
         [means[group].mean(0) for group in groups]).unflatten(1, qkv.grid)   # (P, h, w)
     return out

@@ -16,12 +16,16 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import seg4diff  # noqa: E402
 from loading import check_fit  # noqa: E402
 from mmdit import i2t, i2t_attention, joint_probs  # noqa: E402

@@ -13,12 +13,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 import readings  # noqa: E402
 import seg4diff  # noqa: E402
 from loading import Preset  # noqa: E402
@@ -27,6 +30,7 @@ from nano import scenes  # noqa: E402
 from support.cli import Parser, at_least, command, show  # noqa: E402
 from tools.bench import megabytes, seconds  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CLASSES = ["car", "sky", "grass"]
 

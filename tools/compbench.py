@@ -13,10 +13,14 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import seg4diff  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 from support.files import check_kind, make_folder, read_json, read_text, reading, write_json, write_picture  # noqa: E402

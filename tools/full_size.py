@@ -23,13 +23,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 import magnet  # noqa: E402
 import seg4diff  # noqa: E402
 import text  # noqa: E402
@@ -42,6 +45,7 @@ from support.files import read_json, replacing  # noqa: E402
 from tools import full_flux  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 LAYOUTS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
 
 

@@ -11,12 +11,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import readings  # noqa: E402
 import seg4diff  # noqa: E402
 from loading import image_seed  # noqa: E402
@@ -26,6 +30,8 @@ from support.data import DATASETS, ROOT, measurable, subset  # noqa: E402
 from support.files import make_folder, write_figure, write_json  # noqa: E402
 from support.metrics import classes_in  # noqa: E402
 from support.pictures import overlay, palette  # noqa: E402
+
+SHOWN = 3                               # pictures in a figure
 
 
 def draw(path, title, rows):
@@ -134,22 +140,26 @@ def attention_rows(look, path):
 
 def main(args):
     data = DATASETS[args.dataset](args.data_root)
+    names = measurable(data, subset(data.names, args.limit))
+    if len(names) < SHOWN:
+        raise ValueError(f"each figure shows {SHOWN} pictures; {data.name} has {len(names)} that can be measured")
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
     out = args.out or Path("out") / f"why-{model.name}"
     make_folder(out)
     with torch.inference_mode():
-        names = measurable(data, subset(data.names, args.limit))
         looks = [Look(model, data, name) for name in tqdm(names, desc="why", unit="image")]
         looks = sorted(looks, key=lambda look: look.right["shares"] - look.right["paper"], reverse=True)
-        bleeding(looks[:3], out / "bleeding.png")
+        bleeding(looks[:SHOWN], out / "bleeding.png")
         attention_rows(looks[0], out / "rows.png")
         own, chance = zip(*[look.own_class() for look in looks])
         ratios = [text_mass(look)[1] for look in looks]
         whole = [float(i2t_attention(look.qkv).sum(-1).mean()) for look in looks]
     looks = sorted(looks, key=lambda look: look.right["i2i"] - look.right["shares"])
-    middle = len(looks) // 2
-    for name, title, some in (("failures", "Where the step through I2I costs most pixels, or gains least", looks[:3]),
-                              ("typical", "Readings of the same pass", looks[middle - 1:middle + 2])):
+    middle = len(looks) // 2 - SHOWN // 2
+    worst = looks[:SHOWN]
+    typical = looks[middle:middle + SHOWN]
+    for name, title, some in (("failures", "Where the step through I2I costs most pixels, or gains least", worst),
+                              ("typical", "Readings of the same pass", typical)):
         rows = [[(look.item.image, "picture"), *map(look.shown, readings.READINGS), look.truth()] for look in some]
         draw(out / f"{name}.png", title, rows)
     numbers = {"pictures": [look.item.name for look in looks], "mass on all text": whole,
@@ -169,7 +179,7 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="scenes-dev")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
-    parser.add_argument("--limit", type=at_least(3), help="only so many pictures, always the same ones")
+    parser.add_argument("--limit", type=at_least(SHOWN), help="only so many pictures, always the same ones")
     parser.add_argument("--out", type=Path, help="folder (default: out/why-MODEL)")
     add_model_options(parser, seed=False)
     command(main, parser)
