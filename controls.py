@@ -1,0 +1,59 @@
+"""Negative controls: what must not segment.  If it does, the score does not come from where it should.
+
+    python evaluate.py --control swapped                 # wrong names: is it the words that segment?
+    python evaluate.py --control block                   # the block's queries shuffled: are it the block's weights?
+
+Both leave the protocol as it is: the same pictures, as many names, the same matching of maps with classes. So what a
+control scores is what maps that know nothing score here, and should lie near the floor.
+"""
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux import Flux
+from loading import Seg4Diff
+
+CONTROLS = ("swapped", "block")
+
+
+def swapped(ids: np.ndarray, classes: list[str], seed: int) -> list[str]:
+    """For each class of a picture (K,) the name of another class, in random order; no name twice.
+
+    Names of classes that the picture does not hold, as a caption of another picture has them. Where the data set has
+    too few of those, the rest get names of this picture, never their own.  ValueError: the data set has one class.
+    """
+    if len(classes) < 2:
+        raise ValueError("--control swapped needs a data set of two classes or more")
+    absent = np.setdiff1d(np.arange(len(classes)), ids)                      # (K',)
+    absent = np.random.default_rng(seed).permutation(absent)
+    names = []
+    for i in range(len(ids)):
+        other = absent[i] if i < len(absent) else ids[i - 1]
+        names.append(classes[other])
+    return names
+
+
+def shuffle(rows: Tensor, seed: int) -> None:
+    """Permute a tensor's rows where it lies."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    rows.copy_(rows[order.to(rows.device)])
+
+
+@torch.no_grad()
+def shuffle_block(model: Seg4Diff, seed: int = 0) -> Seg4Diff:
+    """The model with the channels of its expert block's image queries in another order; its weights are changed.
+
+    Each patch then asks for something that no word answers. All before the block, and the words' keys, stay right.
+    """
+    block = model.preset.block
+    if isinstance(model.transformer, Flux):
+        queries = model.transformer.double_blocks[block].img_attn.qkv
+    else:
+        queries = model.transformer.joint_blocks[block].x_block.attn.qkv
+    D = queries.in_features
+    for part in (queries.weight, queries.bias):
+        if part is not None:
+            shuffle(part[:D], seed)                                          # the rows of q, then come k and v
+    return replace(model, fingerprint=f"{model.fingerprint}, block {block} shuffled")
