@@ -1,10 +1,10 @@
 """Negative controls: what must not segment.  If it does, the score does not come from where it should.
 
     python evaluate.py --control swapped                 # wrong names: is it the words that segment?
-    python evaluate.py --control block                   # the block's queries shuffled: are it the block's weights?
+    python evaluate.py --control block                   # its queries shuffled: is it this block's trained weights?
 
-Both leave the protocol as it is: the same pictures, as many names, the same matching of maps with classes. So what a
-control scores is what maps that know nothing score here, and should lie near the floor.
+Both leave all else as it is: the same pictures, as many names, maps as smooth as before. Only what links a patch to its
+word is gone, so the score should fall to the floor or near it, on either side.
 """
 from dataclasses import replace
 

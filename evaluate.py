@@ -64,9 +64,9 @@ def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     if ev.protocol.control != "none":
         facts["control"] = f"{ev.protocol.control}, which must score about as the floor does"
     if any(ev.protocol.choices):
-        facts["released"] = " ".join(released.names_on(ev.protocol.choices))
+        facts["choices"] = "the released code's " + " ".join(released.names_on(ev.protocol.choices))
         if ev.protocol.choices.resize:
-            facts["resize"] = "short side 640, then squash"
+            facts["resize"] = f"short side {int(released.SHORT * model.preset.size)}, then squash"
     first = ev.variants[0]
     if len(ev.variants) == 1 and first.reading != "paper":
         facts["reading"] = f"{first.reading}, beyond the paper"
@@ -165,10 +165,9 @@ def check(args):
     if args.protocol != "ours" and not (defaults and merging):
         raise ValueError("--protocol stands for a choice of prompt, picture and regions; it takes no --prompt, "
                          "--resize, --control, --threshold, --scaling or --regions beside it")
-    if args.control == "swapped" and not TASKS[args.task].scoring.named:
-        raise ValueError(f"--control swapped changes names, but --task {args.task} uses the empty prompt")
-    if args.control != "none" and args.dataset == "all":
-        raise ValueError("--control is for one data set")
+    if args.control != "none" and (args.task != "ovss" or args.dataset == "all"):
+        raise ValueError("--control belongs to --task ovss on one data set: without names there is nothing to swap, "
+                         "and patches that are alike remain so in a shuffled block")
     if (args.threshold is not None or args.scaling is not None) and args.task != "unsup":
         raise ValueError("--threshold and --scaling belong to --task unsup")
     if args.regions is not None and args.task != "unsup":

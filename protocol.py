@@ -301,8 +301,8 @@ class Evaluation(NamedTuple):
         for b, row, labels, P in task.predict(model, batch, self.variants, self.protocol.draws):
             classes = pictures[b].ids if task.scoring.named else np.arange(P, dtype=np.uint8)    # (P,)
             competed[b].setdefault(task.floor.format(row), classes)
-            labels = released.as_scored(labels, pictures[b].item.labels.shape, self.protocol.choices)
-            yield b, row, labels, classes
+            shape = pictures[b].item.labels.shape
+            yield b, row, released.as_scored(labels, shape, model.preset.size, self.protocol.choices), classes
         for b, picture in enumerate(pictures):
             for row, classes in competed[b].items():
                 size = picture.item.labels.shape

@@ -7,6 +7,7 @@
 In code a choice is switched by `protocol.Protocol(choices=Choices(matching=True))`.
 """
 import copy
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,14 +26,14 @@ from support.metrics import IGNORE, Scoring, classes_in, with_regions
 
 class Choices(NamedTuple):
     """Each is ours (False) or the released code's (True)."""
-    resize: bool = False                # to short side 640, then squashed without antialiasing
+    resize: bool = False                # to a short side of 640 pixels, then squashed without antialiasing
     padding: bool = False               # Table 2: with black, to multiples of 32; it is never removed
-    size: bool = False                  # Table 2: scored at short side 640
+    size: bool = False                  # Table 2: scored at the short side of 640
     corner: bool = False                # Table 2: of larger label maps the upper left corner counts for the whole
     matching: bool = False              # Table 2: regions are matched to all classes of the data set
     merging: bool = False               # Table 2: scaled over tokens, merged below KL 0.1
     context: bool = False               # Table 2: Pascal Context with background without its last class
-    present: bool = False               # Table 1: the prompt's classes are those of the truth at short side 640
+    present: bool = False               # Table 1: the prompt's classes are those of the truth at the short side of 640
     background: bool = False            # Table 1: COCO-Object's background is prompted and competes, never scored
     half: bool = False                  # float16
     level: bool = False                 # Flux: noise level of a schedule shifted for 16 image tokens
@@ -135,28 +136,30 @@ def data_of(data: Dataset, choices: Choices) -> Dataset:
 
 # ---------------------------------------------------------------------------- pictures
 
-SHORT = 640                             # pixels of a picture's shorter side (the configuration's MIN_SIZE_TEST)
-LONGEST = 2560                          # and the most of its longer one (MAX_SIZE_TEST)
-MULTIPLE = 32                           # (SIZE_DIVISIBILITY)
+# Shares of the side of the model's square, so that a small model has its own. Of SD3's 1024 pixels they are:
+SHORT = 5 / 8                           # 640, a picture's shorter side (the configuration's MIN_SIZE_TEST)
+LONGEST = 5 / 2                         # 2560, the most that its longer one may be (MAX_SIZE_TEST)
+MULTIPLE = 1 / 32                       # 32 (SIZE_DIVISIBILITY)
 
 
-def short_side(width: int, height: int) -> tuple[int, int]:
-    """A picture's size when its shorter side is SHORT, or its longer one LONGEST."""
-    scale = min(SHORT / min(width, height), LONGEST / max(width, height))
+def short_side(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) of a picture once it is resized for a square of `size` pixels."""
+    scale = min(SHORT * size / min(width, height), LONGEST * size / max(width, height))
     return int(scale * width + 0.5), int(scale * height + 0.5)
 
 
-def at_short_side(item: Item) -> Item:
+def at_short_side(item: Item, size: int) -> Item:
     """A picture bilinearly, and its label map by nearest neighbours, at `short_side`."""
-    size = short_side(*item.image.size)
-    labels = Image.fromarray(item.labels).resize(size, Image.Resampling.NEAREST)
-    return Item(item.image.convert("RGB").resize(size, Image.Resampling.BILINEAR), np.array(labels), item.name)
+    shape = short_side(*item.image.size, size)
+    labels = Image.fromarray(item.labels).resize(shape, Image.Resampling.NEAREST)
+    return Item(item.image.convert("RGB").resize(shape, Image.Resampling.BILINEAR), np.array(labels), item.name)
 
 
-def padded(image: Image.Image) -> Image.Image:
-    """`padding`: black at the right and below, up to the next multiples of 32."""
-    width = -(-image.width // MULTIPLE) * MULTIPLE
-    height = -(-image.height // MULTIPLE) * MULTIPLE
+def padded(image: Image.Image, size: int) -> Image.Image:
+    """`padding`: black at the right and below, up to the next multiples."""
+    multiple = max(1, int(MULTIPLE * size))
+    width = math.ceil(image.width / multiple) * multiple
+    height = math.ceil(image.height / multiple) * multiple
     out = Image.new("RGB", (width, height))
     out.paste(image)
     return out
@@ -183,14 +186,14 @@ def picture(item: Item, size: int, choices: Choices) -> Picture:
     """
     if not any(choices):
         return Picture(item, squash(item.image, size), classes_in(item.labels))
-    small = at_short_side(item)
+    small = at_short_side(item, size)
     scored = small if choices.size else item
     drawn = scored.image
     if choices.corner and item.image.width > small.image.width:
         drawn = item.image
     image = small.image if choices.resize else item.image
     if choices.padding:
-        image = padded(image)
+        image = padded(image, size)
     pixels = squash_plainly(image, size) if choices.resize else squash(image, size).pixels   # (size, size, 3)
     prompted = classes_in(item.labels)                                       # (K,)
     if choices.present and len(classes_in(small.labels)):
@@ -198,18 +201,18 @@ def picture(item: Item, size: int, choices: Choices) -> Picture:
     return Picture(scored, Square(pixels, drawn), prompted)
 
 
-def as_scored(labels: Tensor, size: tuple[int, int], choices: Choices) -> Tensor:
-    """A label map (height, width) as it was drawn -> at the size (height, width) of the truth.
+def as_scored(labels: Tensor, shape: tuple[int, int], size: int, choices: Choices) -> Tensor:
+    """A label map (height, width) as it was drawn -> of the `shape` of the truth; size: of the model's square.
 
-    `corner`.  NOTE(official): maps of the original size are cut as if they were of short side 640 before they are
-    resized to it, so that of a larger picture the upper left corner is scored against the whole truth.
+    `corner`.  NOTE(official): maps of the original size are cut as if their short side were 640 already, before they
+    are resized to it, so that of a larger picture the upper left corner is scored against the whole truth.
     """
     if choices.corner:
-        width, height = short_side(labels.shape[1], labels.shape[0])
+        width, height = short_side(labels.shape[1], labels.shape[0], size)
         labels = labels[:height, :width]                                     # all of a smaller picture
-    height, width = size
-    if labels.shape == size:
+    if labels.shape == shape:
         return labels
+    height, width = shape
     rows = torch.arange(height, device=labels.device) * labels.shape[0] // height
     columns = torch.arange(width, device=labels.device) * labels.shape[1] // width
     return labels[rows][:, columns]                                          # (height, width)
