@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux import Flux
+from flux import Flux, SingleBlock
 from loading import Seg4Diff
 
 CONTROLS = ("swapped", "block")
@@ -43,17 +43,19 @@ def shuffle(rows: Tensor, seed: int) -> None:
 
 @torch.no_grad()
 def shuffle_block(model: Seg4Diff, seed: int = 0) -> Seg4Diff:
-    """The model with the channels of its expert block's image queries in another order; its weights are changed.
+    """The model with the channels of its expert block's queries in another order; its weights are changed.
 
-    Each patch then asks for something that no word answers. All before the block, and the words' keys, stay right.
+    The queries are those of the image (of a single block of Flux, of both modalities). Each patch then asks for
+    something that no word answers. All before the block, and the words' keys, stay right.
     """
-    block = model.preset.block
+    n = model.preset.block
     if isinstance(model.transformer, Flux):
-        queries = model.transformer.double_blocks[block].img_attn.qkv
+        block = model.transformer.blocks[n]
+        qkv = block.linear1 if isinstance(block, SingleBlock) else block.img_attn.qkv
     else:
-        queries = model.transformer.joint_blocks[block].x_block.attn.qkv
-    D = queries.in_features
-    for part in (queries.weight, queries.bias):
+        qkv = model.transformer.joint_blocks[n].x_block.attn.qkv
+    D = qkv.in_features
+    for part in (qkv.weight, qkv.bias):
         if part is not None:
-            shuffle(part[:D], seed)                                          # the rows of q, then come k and v
-    return replace(model, fingerprint=f"{model.fingerprint}, block {block} shuffled")
+            shuffle(part[:D], seed)                      # q's rows are the first
+    return replace(model, fingerprint=f"{model.fingerprint}, block {n} shuffled")

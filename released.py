@@ -77,8 +77,8 @@ def chosen(protocol: str, task: str, dataset: str, model: Seg4Diff) -> Choices:
             names.remove("half")
         return Choices(**dict.fromkeys(names, True))
     if protocol not in names:
-        raise ValueError(f"the released code's {protocol!r} changes nothing for --task {task}, {dataset} and "
-                         f"{model.name}; what does is {', '.join(names)}")
+        raise ValueError(f"the released code's {protocol!r} changes nothing for --task {task} on {dataset} with this "
+                         f"model; what does is {', '.join(names)}")
     return Choices(**{protocol: True})
 
 

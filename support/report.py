@@ -124,7 +124,8 @@ def plot_waterfall(found, path):
         above = np.array([rows[name]["above ours"] for name in names])       # (settings, 3)
         ends = np.abs(above[:, 1:] - above[:, :1]).T                         # (2, settings)
         colours = ["tab:blue" if name == "released" else "tab:grey" for name in names]
-        ax.barh(names, above[:, 0], color=colours, xerr=ends, capsize=3)
+        labels = [f"{name} {difference:+.2f}" for name, difference in zip(names, above[:, 0])]
+        ax.barh(labels, above[:, 0], color=colours, xerr=ends, capsize=3)
         ax.invert_yaxis()
         ax.axvline(0, color="black", lw=0.8)
         ax.set(xlabel="mIoU above ours [points]", title=f"{title}: ours is {rows['ours']['mIoU']:.1f}")
