@@ -1,6 +1,7 @@
 """The released code's choices: each against truths made by hand or the facts, alone and all together, as a command."""
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from test_data import put
 
+import analysis
 import loading
 import released
 import seg4diff
@@ -263,8 +265,9 @@ def test_worth_by_hand():
     assert rows["released"] == {"mIoU": 100, "above ours": pytest.approx([40, 40, 40])}
 
 
-def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root):
+def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root, monkeypatch):
     """A miniature of COCO-Object: what each setting scores is what its own command prints; a second run counts none."""
+    monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=50))
     data = ("--dataset", "coco-object", "--data-root", root, "--model", tiny_file)
     out, result = run(command, tmp_path / "w", "--task", "protocol", *data)
     rows = result["rows"]
