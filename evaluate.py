@@ -36,7 +36,7 @@ import seg4diff
 from counting import VERSIONS, above_first, count, parts_of, scored_rows
 from loading import Seg4Diff
 from protocol import TASKS, Evaluation, Protocol, evaluation, unsup_i2i
-from support.checkpoint import peak_megabytes
+from support.checkpoint import peak_megabytes, pick_device
 from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
 from support.data import DATASETS, ROOT, Dataset
 from support.files import Broken, write_json, write_picture
@@ -209,11 +209,12 @@ def main(args):
         name = "nano" if args.dataset.startswith("scenes") else "sd3"
     segment_only = args.task not in ("layers", "heads")
     load = partial(seg4diff.load, name, args.device, segment_only=segment_only, lora=args.lora)      # of a dtype
+    # the released code's precision, where it is fast or asked for
+    half = args.dtype == "auto" and (pick_device(args.device).type != "cpu" or args.protocol == "half")
     if args.task == "protocol":
-        waterfall(args, load, sets[0], args.out or Path("out") / f"protocol-{args.dataset}-{Path(name).stem}")
+        waterfall(args, load, sets[0], args.out or Path("out") / f"protocol-{args.dataset}-{Path(name).stem}", half)
         return
-    half = args.dtype == "auto" and args.protocol in ("released", "half")
-    model = load("float16" if half else args.dtype)
+    model = load("float16" if half and args.protocol in ("released", "half") else args.dtype)
     if model.name in ("floor", "ceiling", "ceiling pixels"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
     merging = "i2i_threshold" if args.regions == "i2i" else "threshold"

@@ -16,10 +16,10 @@ from support.metrics import proposal_scores
 from support.report import plot_waterfall, waterfall_table
 
 
-def settings_of(args, task, data, model):
+def settings_of(task, data, model, half):
     """{"ours": nothing, name: that choice alone, "released": all together} of the choices that matter."""
     names = released.applicable(task, data.name, model)
-    if args.dtype == "float16":                          # ours has it already
+    if not half:
         names.remove("half")
     alone = {name: released.Choices(**{name: True}) for name in names}
     return {"ours": released.OURS, **alone, "released": released.Choices(**dict.fromkeys(names, True))}
@@ -41,16 +41,6 @@ def parts_of_setting(args, model, task, data, choices, out):
     return parts
 
 
-def count_settings(args, load, dtype, data, out, parts):
-    """The settings of one precision into `parts`, task -> setting -> picture -> (K, 3); what model it was."""
-    model = load(dtype)
-    for task in released.TABLES:
-        for name, choices in settings_of(args, task, data, model).items():
-            if choices.half == (dtype != args.dtype):
-                parts[task][name] = parts_of_setting(args, model, task, data, choices, out / task / name)
-    return f"{model.name} ({model.fingerprint})"
-
-
 def worth(settings):
     """setting -> picture -> (K, 3), ours the first: {setting: its mIoU, and above_first's three numbers}, and n.
 
@@ -64,12 +54,18 @@ def worth(settings):
     return rows, len(common)
 
 
-def waterfall(args, load, data, out):
-    """Table, plot and results.json.  load: dtype -> the model."""
+def waterfall(args, load, data, out, half):
+    """Table, plot and results.json.  load: dtype -> the model; half: whether float16 is a choice, too."""
     start = time.time()
-    parts = {task: {} for task in released.TABLES}
-    for dtype in dict.fromkeys((args.dtype, "float16")):
-        model = count_settings(args, load, dtype, data, out, parts)
+    parts = {task: {} for task in released.TABLES}       # task -> setting -> picture -> (K, 3)
+    dtypes = (args.dtype, "float16") if half else (args.dtype,)
+    for dtype in dtypes:
+        model = None                                     # makes room for the next one
+        model = load(dtype)
+        for task in parts:
+            for name, choices in settings_of(task, data, model, half).items():
+                if choices.half == (dtype != args.dtype):
+                    parts[task][name] = parts_of_setting(args, model, task, data, choices, out / task / name)
     if world()[0] > 0:
         return
     found = {}
@@ -77,10 +73,11 @@ def waterfall(args, load, data, out):
     for task, title in released.TABLES.items():
         found[title], numbers[title] = worth(parts[task])
     seconds = time.time() - start
-    write_json(out / "results.json", {"task": "protocol", "data": data.name, "model": model, "n": numbers,
+    caption = f"{model.name} ({model.fingerprint})"
+    write_json(out / "results.json", {"task": "protocol", "data": data.name, "model": caption, "n": numbers,
                                       "rows": found, "arguments": {k: str(v) for k, v in vars(args).items()},
                                       "versions": VERSIONS, "seconds": seconds})
     plot_waterfall(found, out / "protocol.png")
-    show(f"{data.name}, {max(numbers.values())} pictures; {model}; choices: released.py")
+    show(f"{data.name}, {max(numbers.values())} pictures; {caption}; choices: released.py")
     show(waterfall_table(found))
     show(f"{seconds:.0f} s; wrote {out}/results.json and protocol.png")

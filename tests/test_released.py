@@ -1,5 +1,6 @@
 """The released code's choices: each against truths made by hand or the facts, alone and all together, as a command."""
 import json
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from protocol import Protocol, evaluation
 from released import OURS, Choices
 from support.data import DATASETS, Dataset, Item
 from support.metrics import IGNORE, UNNAMED, overlaps
-from waterfall import worth
+from waterfall import waterfall, worth
 
 # ---------------------------------------------------------------------------- pictures
 
@@ -231,15 +232,14 @@ def test_the_command_says_which_choices_are_on(command, tiny_file, tmp_path):
     model = ("--model", tiny_file, "--task", "unsup")
     _, ours = run(command, tmp_path / "ours", *model)
     out, all_on = run(command, tmp_path / "released", *model, "--protocol", "released")
-    _, size = run(command, tmp_path / "size", *model, "--protocol", "size")
-    names = "resize padding size corner matching merging half"
+    names = "resize padding size corner matching merging"
     assert f"choices: the released code's {names}\n" in out and "choices" not in ours["facts"]
-    assert all_on["facts"]["resize"] == "short side 80, then squash" and all_on["facts"]["model"].endswith("float16")
+    assert all_on["facts"]["resize"] == "short side 80, then squash" and all_on["facts"]["model"].endswith("float32")
     assert all_on["identity"]["protocol"]["choices"] == names.split() and "tiny (released)" in all_on["rows"]
-    assert len({ours["hash"], all_on["hash"], size["hash"]}) == 3
-    assert size["facts"]["choices"].endswith("code's size") and ours["identity"]["protocol"]["choices"] == []
-    _, exact = run(command, tmp_path / "exact", *model, "--protocol", "released", "--dtype", "float32")
-    assert exact["facts"]["choices"].endswith("matching merging") and exact["facts"]["model"].endswith("float32")
+    assert ours["hash"] != all_on["hash"] and ours["identity"]["protocol"]["choices"] == []
+    for options in (("--protocol", "released", "--dtype", "float16"), ("--protocol", "half")):   # where it is asked for
+        _, half = run(command, tmp_path / "half", *model, *options)
+        assert half["facts"]["choices"].endswith(" half") and half["facts"]["model"].endswith("float16")
 
 
 @pytest.mark.parametrize("args, sentence", [
@@ -271,9 +271,8 @@ def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root, mo
     data = ("--dataset", "coco-object", "--data-root", root, "--model", tiny_file)
     out, result = run(command, tmp_path / "w", "--task", "protocol", *data)
     rows = result["rows"]
-    assert list(rows["Table 1"]) == ["ours", "resize", "present", "background", "half", "released"]
-    assert list(rows["Table 2"]) == ["ours", "resize", "padding", "size", "corner", "matching", "merging", "half",
-                                     "released"]
+    assert list(rows["Table 1"]) == ["ours", "resize", "present", "background", "released"]
+    assert list(rows["Table 2"]) == ["ours", "resize", "padding", "size", "corner", "matching", "merging", "released"]
     assert result["n"] == {"Table 1": 2, "Table 2": 2} and min(Image.open(tmp_path / "w/protocol.png").size) > 200
     assert all(f"\n{name} " in out for name in rows["Table 1"] | rows["Table 2"])
     for task, name in (("ovss", "background"), ("unsup", "released")):
@@ -282,7 +281,27 @@ def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root, mo
         assert row["mIoU"] == pytest.approx(alone["rows"][f"tiny ({name})"]["mIoU"])
         assert row["above ours"][1] <= row["above ours"][2]
     before = {path: path.read_bytes() for path in (tmp_path / "w").rglob("*.jsonl")}
-    assert len(before) == 15
+    assert len(before) == 13
     again, _ = run(command, tmp_path / "w", "--task", "protocol", *data)
     assert again.splitlines()[:-1] == out.splitlines()[:-1]
     assert before == {path: path.read_bytes() for path in (tmp_path / "w").rglob("*.jsonl")}
+
+
+def test_the_waterfall_of_a_gpu_has_half_precision(tiny_file, tmp_path, monkeypatch, capsys):
+    """Those settings that have it run on a model of their own."""
+    monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=50))
+    args = Namespace(dtype="float32", seed=0, draws=1, limit=1, batch_size=1)
+    loaded = []
+
+    def load(dtype):
+        loaded.append(dtype)
+        return seg4diff.load(tiny_file, device="cpu", dtype=dtype)
+
+    waterfall(args, load, DATASETS["scenes"](), tmp_path, half=True)
+    assert loaded == ["float32", "float16"]
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert list(rows["Table 1"]) == ["ours", "resize", "present", "half", "released"]
+    for path in tmp_path.glob("*/*/*.jsonl"):
+        identity = json.loads(path.read_text().splitlines()[0])["identity"]
+        assert ("half" in identity["protocol"]["choices"]) == (identity["model"][2] == "torch.float16")
+    assert "released" in capsys.readouterr().out
