@@ -62,7 +62,7 @@ def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     if not ev.scoring.named:
         facts["prompt"] = "empty"
     if ev.protocol.control != "none":
-        facts["control"] = f"{ev.protocol.control}, which must score about as the floor does"
+        facts["control"] = f"{ev.protocol.control}, which must score near the floor"
     if any(ev.protocol.choices):
         facts["choices"] = "the released code's " + " ".join(released.names_on(ev.protocol.choices))
         if ev.protocol.choices.resize:
