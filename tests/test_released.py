@@ -287,6 +287,16 @@ def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root, mo
     assert before == {path: path.read_bytes() for path in (tmp_path / "w").rglob("*.jsonl")}
 
 
+def test_a_whole_table_the_released_way(command, tiny_file, tmp_path, root):
+    """Each data set with the choices that apply to it."""
+    options = ("--dataset", "all", "--data-root", root, "--model", tiny_file, "--device", "cpu")
+    code, out, err = command("evaluate.py", *options, "--protocol", "released")
+    assert code == 0 and "\ntiny (released), ours" in out, err
+    result = json.loads((tmp_path / "out/ovss-all-tiny-released/coco-object/results.json").read_text())
+    assert result["facts"]["choices"] == "the released code's resize present background"
+    assert result["classes"][0] == "background" and result["rows"]["tiny (released)"]["IoU"][0] is None
+
+
 def test_the_waterfall_of_a_gpu_has_half_precision(tiny_file, tmp_path, monkeypatch, capsys):
     """Those settings that have it run on a model of their own."""
     monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=50))
