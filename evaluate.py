@@ -13,6 +13,10 @@
     python evaluate.py --task timesteps                  # Fig. 15 / supplement Fig. 2: against the noise level
     python evaluate.py --task normalization              # Table 5 / supplement Table 1: what is compared
     python evaluate.py --task quality                    # Table 3: generated pictures, judged (quality.py)
+    python evaluate.py --model sd3                       # drawn scenes: are real weights read as they should be?
+    python evaluate.py --model sd3 --control swapped     # wrong names, which must score like random maps
+    python evaluate.py --protocol released               # Tables 1 and 2 the released code's way (released.py)
+    python evaluate.py --task protocol                   # what each of its choices is worth
     torchrun --nproc-per-node=4 evaluate.py --dataset ade20k                     # the pictures shared out
 
 Every run prints floor and ceiling beside the score: random maps, and the ground truth itself reduced to the
@@ -24,40 +28,30 @@ if __name__ == "__main__":                               # Ctrl-C is answered wh
     ctrl_c.answer_early()
 
 import argparse
-import platform
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-import analysis
+import controls
+import released
 import seg4diff
-from loading import Seg4Diff, image_seed
-from protocol import CODE, TASKS, Evaluation, Protocol, add_up, evaluation, unsup_i2i
-from support.checkpoint import peak_megabytes
-from support.cli import BAR, Parser, add_model_options, at_least, command, positive, progress, renamed, show
-from support.data import DATASETS, ROOT, Dataset, subset
-from support.files import Broken, code_stamp, stamp, write_json, write_picture
-from support.ledger import Ledger, wait_for_all, world
-from support.metrics import UNNAMED, match_proposals, proposal_scores, table
+from counting import VERSIONS, above_first, count, parts_of, scored_rows
+from loading import Seg4Diff
+from protocol import TASKS, Evaluation, Protocol, evaluation, unsup_i2i
+from support.checkpoint import peak_megabytes, pick_device
+from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
+from support.data import DATASETS, ROOT, Dataset
+from support.files import Broken, write_json, write_picture
+from support.ledger import Ledger, world
+from support.metrics import match_proposals, table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
+from waterfall import waterfall
 
 # ---------------------------------------------------------------------------- a run: count, then report
-
-
-def identity_of(ev: Evaluation) -> dict:
-    """Everything that the counts depend on; the ledger keeps runs apart by it."""
-    model = ev.model
-    data = ev.data
-    exact = model.device.type == "cpu" and model.dtype == torch.float32      # there the batch size changes no number
-    return {"task": ev.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
-            "always": data.always, "data": stamp(data.files), "variants": ev.variants,
-            "protocol": ev.protocol._asdict(), "code": code_stamp(CODE), "batch": exact or ev.batch,
-            "model": [model.name, model.fingerprint, str(model.dtype), model.device.type]}
 
 
 def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
@@ -68,63 +62,29 @@ def facts_of(ev: Evaluation, n: int) -> dict[str, str]:
     facts = {"task": ev.task, "data": f"{ev.data.name}, {n} pictures, {len(ev.data.classes)} classes",
              "model": f"{model.name} ({model.fingerprint}), {str(model.dtype).removeprefix('torch.')}",
              "block": " ".join(map(str, blocks)), "sigma": " ".join(f"{sigma:.3f}" for sigma in sigmas)}
-    for choice, value in ev.protocol._asdict().items():
-        facts[choice] = str(value)
-    if ev.scoring is UNNAMED:
+    for choice in ("seed", "prompt", "resize", "draws"):
+        facts[choice] = str(getattr(ev.protocol, choice))
+    if not ev.scoring.named:
         facts["prompt"] = "empty"
+    if ev.protocol.control != "none":
+        facts["control"] = f"{ev.protocol.control}, which must score near the floor"
+    if any(ev.protocol.choices):
+        facts["choices"] = "the released code's " + " ".join(released.names_on(ev.protocol.choices))
+        if ev.protocol.choices.resize:
+            facts["resize"] = f"short side {int(released.SHORT * model.preset.size)}, then squash"
     first = ev.variants[0]
     if len(ev.variants) == 1 and first.reading != "paper":
         facts["reading"] = f"{first.reading}, beyond the paper"
-    if ev.task == "unsup":
+    if len(ev.variants) == 1 and first.threshold is not None:
         what = f"maps scaled over: {first.scaling}" if first.regions == "pad" else "I2I of anchors, beyond the paper"
         facts["merging"] = f"{what}, merged below KL {first.threshold:g}"
     return facts
 
 
-def truth_of(ev: Evaluation, counts: np.ndarray) -> np.ndarray:
-    """How many pixels of each class the truth has, (K,), by the counts of any row, which all see the same truth."""
-    K = len(ev.data.classes)
-    columns = [0, 2] if ev.scoring is UNNAMED else range(K)                  # TP and FN, or a class's predictions
-    return counts[:, columns].sum(1)
-
-
-def count_into(ledger, ev, names, silent):
-    """Count the pictures that the ledger lacks, a line each, under a bar that shows the best mIoU so far."""
-    todo = [name for name in names if name not in ledger.done]
-    total = ledger.sum(names)
-    shown = time.time()
-    with progress("evaluating", "image", len(names), len(names) - len(todo), silent) as bar:
-        for name, counts in ev.count(todo):
-            bar.update()
-            if isinstance(counts, Exception):
-                ledger.skip(name, str(counts))
-                continue
-            ledger.add(name, counts, image_seed(name, ev.protocol.seed))
-            add_up(total, counts)
-            if total and not bar.disable and time.time() - shown > BAR:      # a score takes longer than a picture
-                shown = time.time()
-                best, row = max((ev.scoring.score(total[v.name])["mIoU"], v.name) for v in ev.variants)
-                bar.set_postfix({f"mIoU {row}": f"{best:.1f}"})
-
-
 def differences(ev: Evaluation, ledger: Ledger, names: list[str]) -> dict[str, list[float]]:
-    """What each variant's mIoU is above the first one's, and between what limits: [difference, low, high].
-
-    95 % of the differences when the pictures, the same for both, are drawn again with replacement.
-    """
-    K, _ = ledger.shape
-    counts = []
-    for name in names:
-        rows = ledger.sum([name])
-        if rows:                                         # it could be read and has a labelled pixel
-            conf = np.stack([rows[v.name][:, :K] for v in ev.variants])               # (variants, K, K)
-            tp = conf.diagonal(axis1=1, axis2=2)                             # (variants, K)
-            counts.append(np.stack([tp, conf.sum(1) - tp, conf.sum(2) - tp], axis=2))        # TP, FP, FN
-    counts = np.stack(counts)                                                # (n, variants, K, 3)
-    miou, _ = analysis.bootstrap(counts, score=proposal_scores)              # (draws, variants)
-    low, high = np.percentile(miou - miou[:, :1], [2.5, 97.5], axis=0)       # (variants,) each
-    whole = [proposal_scores(c)["mIoU"] for c in counts.sum(0)]
-    return {v.name: [whole[i] - whole[0], low[i], high[i]] for i, v in enumerate(ev.variants)}
+    """`above_first` for each variant."""
+    counts = np.stack(list(parts_of(ev, ledger, names).values()))            # (n, variants, K, 3)
+    return dict(zip((v.name for v in ev.variants), above_first(counts)))
 
 
 def examples(ev: Evaluation, names: list[str]) -> Image.Image:
@@ -134,38 +94,27 @@ def examples(ev: Evaluation, names: list[str]) -> Image.Image:
         item = ev.read(name)
         (rows,) = ev.predict([item])
         labels = rows[ev.variants[0].name]
-        if ev.scoring is UNNAMED:
-            _, labels = match_proposals(item.labels, labels, len(ev.data.classes))
-        shown.append((item.image, item.labels, labels))
+        scored = ev.prepare(item).item
+        if not ev.scoring.named:
+            _, labels = match_proposals(scored.labels, labels, len(ev.data.classes))
+        shown.append((scored.image, scored.labels, labels))
     return overlay_grid(shown, ev.data.classes)
 
 
 def report(args, ev, ledger, names, seconds, out):
-    """What the ledger holds as results.json and a picture, then printed; rows of the table.
-
-    Broken: no picture could be read, or none has a labelled pixel.
-    """
-    broken = {name: ledger.broken[name] for name in names if name not in ledger.done}
+    """What the ledger holds as results.json and a picture, then printed; rows of the table.  Broken: scored_rows."""
+    rows, broken = scored_rows(ev, ledger, names)
+    task = TASKS[ev.task]
     n = len(names) - len(broken)
-    if n == 0:
-        reason = next(iter(broken.values()))
-        raise Broken(f"none of the {len(names)} pictures of {ev.data.name} could be read; the first: {reason}")
-    total = ledger.sum(names)
-    if not total:
-        raise Broken(f"no pixel can be scored: no picture of {ev.data.name} has a labelled pixel")
-    rows = {row: ev.scoring.score(c) for row, c in total.items()}
     facts = facts_of(ev, n)
     megabytes = peak_megabytes(ev.model.device)
-    above = {}
-    if ev.task == "readings":
-        above = differences(ev, ledger, names)
+    above = differences(ev, ledger, names) if task.intervals else {}
     write_json(out / "results.json", {
         "task": ev.task, "n": n, "facts": facts, "identity": ledger.identity, "hash": ledger.hash, "broken": broken,
         "arguments": {k: str(v) for k, v in vars(args).items()}, "classes": ev.data.classes, "rows": rows,
-        "above the first row": above,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "above the first row": above, "versions": VERSIONS,
         "variants": [v._asdict() for v in ev.variants], "seconds": seconds, "peak_MB": megabytes})
-    if ev.task in ("ovss", "unsup"):
+    if task.overlays:
         picture = out / "overlays.png"
         write_picture(picture, examples(ev, [name for name in names if ledger.done.get(name)][:12]))
     else:
@@ -174,17 +123,15 @@ def report(args, ev, ledger, names, seconds, out):
     for fact, value in facts.items():
         show(f"{fact + ':':9s}{value}")
     show(table(rows))
-    if ev.task == "ovss" and len(ev.variants) > 1:
-        paper, beyond = ev.variants
-        show(f"{paper.name}: the paper's reading; {beyond.name}: beyond it, a step through the block's own "
-             "image-to-image attention")
+    if task.note and len(ev.variants) > 1:
+        show(task.note.format(*(v.name for v in ev.variants)))
     for row, (mean, low, high) in list(above.items())[1:]:
         show(f"{row} above {ev.variants[0].name}: {mean:+.1f} mIoU (95 % interval over the pictures: {low:+.1f} to "
              f"{high:+.1f})")
     if broken:
         show(f"{len(broken)} of {len(names)} pictures could not be read and are left out: "
              + "; ".join(f"{name} ({why})" for name, why in broken.items()))
-    if ev.task in ("ovss", "unsup"):
+    if task.overlays:
         iou = zip(ev.data.classes, rows[ev.variants[0].name]["IoU"])
         show("IoU per class:", ", ".join(f"{name} {x:.0f}" for name, x in iou if x is not None))
     show(f"{seconds:.0f} s, {megabytes / 1000:.1f} GB; wrote {out}/results.json and {picture.name}")
@@ -194,26 +141,16 @@ def report(args, ev, ledger, names, seconds, out):
 def run(args: argparse.Namespace, model: Seg4Diff, data: Dataset, out: Path) -> dict[str, dict]:
     """One task on one data set: count what the ledger lacks, then report all that it has; rows of the table."""
     start = time.time()
-    rank, processes = world()
-    ev = evaluation(model, data, args.task, Protocol(args.seed, args.prompt, args.resize, args.draws), args.batch_size)
+    choices = released.chosen(args.protocol, args.task, data.name, model)
+    protocol = Protocol(args.seed, args.prompt, args.resize, args.draws, args.control, choices)
+    ev = evaluation(model, data, args.task, protocol, args.batch_size)
     if args.regions == "i2i":
         ev = ev._replace(variants=unsup_i2i(model))
     if args.reading is not None:
         row = model.name if args.reading == "paper" else f"{model.name} {args.reading}"
         ev = ev._replace(variants=[ev.variants[0]._replace(name=row, reading=args.reading)])
-    names = subset(data.names, args.limit)
-    K = len(data.classes)
-    ledger = Ledger(out, identity_of(ev), ev.rows, (K, ev.scoring.columns(K)), partial(truth_of, ev), rank)
-    count_into(ledger, ev, names[rank::processes], silent=rank > 0)
-    wait_for_all()
-    if rank > 0:
-        return {}
-    ledger.read()                                        # what the other processes wrote
-    lost = [name for name in names if name not in ledger.done and name not in ledger.broken]
-    if lost:
-        raise ValueError(f"{len(lost)} pictures that other processes counted are no longer in {out}: a ledger was "
-                         "removed or damaged meanwhile; the same command counts them again")
-    return report(args, ev, ledger, names, time.time() - start, out)
+    counted = count(ev, args.limit, out)
+    return report(args, ev, *counted, time.time() - start, out) if counted else {}
 
 
 # ---------------------------------------------------------------------------- command line
@@ -227,6 +164,21 @@ def check(args):
     for option in QUALITY:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option} belongs to --task quality")
+    defaults = (args.prompt, args.resize, args.control) == ("present", "squash", "none")
+    merging = (args.threshold, args.scaling, args.regions) == (None, None, None)
+    if args.task == "protocol":
+        if not defaults or not merging or (args.reading, args.protocol) != (None, "ours") or args.dataset == "all":
+            raise ValueError("--task protocol switches the choices of the protocol itself, on one data set; it takes "
+                             "none of them from the command line")
+        return
+    if args.protocol != "ours" and args.task not in released.TABLES:
+        raise ValueError("--protocol belongs to --task ovss and --task unsup, Tables 1 and 2")
+    if args.protocol != "ours" and not (defaults and merging):
+        raise ValueError("--protocol stands for a choice of prompt, picture and regions; it takes no --prompt, "
+                         "--resize, --control, --threshold, --scaling or --regions beside it")
+    if args.control != "none" and (args.task != "ovss" or args.dataset == "all"):
+        raise ValueError("--control belongs to --task ovss on one data set: without names there is nothing to swap, "
+                         "and patches that are alike remain so in a shuffled block")
     if (args.threshold is not None or args.scaling is not None) and args.task != "unsup":
         raise ValueError("--threshold and --scaling belong to --task unsup")
     if args.regions is not None and args.task != "unsup":
@@ -237,7 +189,7 @@ def check(args):
         raise ValueError("--reading belongs to --task ovss; --task readings compares all readings")
     if args.dataset == "all" and (args.reading not in (None, "paper") or args.regions == "i2i"):
         raise ValueError("--dataset all stands beside the paper's numbers; it takes its reading and its regions alone")
-    if args.prompt == "all" and TASKS[args.task].scoring is UNNAMED:
+    if args.prompt == "all" and not TASKS[args.task].scoring.named:
         raise ValueError(f"--prompt all names classes, but --task {args.task} uses the empty prompt")
     if args.dataset == "all" and args.task not in PAPER:
         raise ValueError("--dataset all is for the tables of the paper: --task ovss or unsup")
@@ -271,13 +223,24 @@ def main(args):
     if name is None:
         name = "nano" if args.dataset.startswith("scenes") else "sd3"
     segment_only = args.task not in ("layers", "heads")
-    model = seg4diff.load(name, args.device, args.dtype, segment_only, args.lora)
+    load = partial(seg4diff.load, name, args.device, segment_only=segment_only, lora=args.lora)      # of a dtype
+    # the released code's precision, where it is fast or asked for
+    half = args.dtype == "auto" and (pick_device(args.device).type != "cpu" or args.protocol == "half")
+    if args.task == "protocol":
+        waterfall(args, load, sets[0], args.out or Path("out") / f"protocol-{args.dataset}-{Path(name).stem}", half)
+        return
+    model = load("float16" if half and args.protocol in ("released", "half") else args.dtype)
     if model.name in ("floor", "ceiling", "ceiling pixels"):
         raise ValueError(f"a model called {model.name!r} would share its row with that baseline; rename its file")
     merging = "i2i_threshold" if args.regions == "i2i" else "threshold"
     model.preset = model.preset.changed(scaling=args.scaling, **{merging: args.threshold})
-    choice = "".join(f"-{x}" for x in (args.reading, args.regions) if x is not None)
+    if args.control == "block":
+        model = controls.shuffle_block(model)
+    special = [x for x in (args.control, args.protocol) if x not in ("none", "ours")]
+    choice = "".join(f"-{x}" for x in (*special, args.reading, args.regions) if x is not None)
     out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}{choice}"
+    if special:
+        model.name += f" ({special[0]})"                 # a row that stands for no usual result
     if args.dataset != "all":
         run(args, model, sets[0], out)
         return
@@ -298,7 +261,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    parser.add_argument("--task", default="ovss", choices=[*TASKS, "quality"])
+    parser.add_argument("--task", default="ovss", choices=[*TASKS, "protocol", "quality"])
     own_pictures = renamed("python seg4diff.py segment IMAGE CLASS...", "folder")
     parser.add_argument("--dataset", default="scenes", type=own_pictures, choices=[*DATASETS, "all"],
                         help="or all of the paper's table")
@@ -311,6 +274,10 @@ if __name__ == "__main__":
     parser.add_argument("--regions", choices=seg4diff.REGIONS, help="unsup: <pad> maps, or I2I's (default: pad)")
     parser.add_argument("--threshold", type=positive, help="unsup: KL below which maps merge (default: the model's)")
     parser.add_argument("--scaling", choices=seg4diff.SCALINGS, help="unsup: maps are scaled over it (the model's)")
+    parser.add_argument("--control", default="none", choices=["none", *controls.CONTROLS],
+                        help="what must score like random maps: wrong names, or a block that is shuffled")
+    parser.add_argument("--protocol", default="ours", choices=["ours", "released", *released.Choices._fields],
+                        help="ovss, unsup: the released code's choices, or one of them (docs/protocol.md)")
     parser.add_argument("--batch-size", type=at_least(1, most=1024),
                         help="pictures at once (default: the model's preset)")
     gen = parser.add_argument_group("quality", "--task quality: generated pictures, judged")

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import controls
+import released
 import seg4diff
-from loading import Seg4Diff, Square, image_seed, squash
+from loading import Seg4Diff, Square, image_seed
 from support.checkpoint import Device
 from support.data import Dataset, Item, centre_crop, read_ahead
 from support.metrics import BORDERS, NAMED, UNNAMED, Scoring, border_counts, classes_in, overlaps
@@ -24,9 +26,10 @@ from support.metrics import BORDERS, NAMED, UNNAMED, Scoring, border_counts, cla
 Counts = dict[str, np.ndarray]          # row of the table -> pixel counts (K, .)
 
 # What the counts of a picture depend on. When one of these files changes, a run begins anew.
-CODE = ("protocol.py", "seg4diff.py", "readings.py", "sampling.py", "loading.py", "mmdit.py", "flux.py", "vae.py",
-        "text.py", "t5.py", "lora.py", "support/checkpoint.py", "support/weights.py", "support/data.py",
-        "support/files.py", "support/metrics.py", "support/ledger.py", "support/classes.json", "nano/scenes.py")
+CODE = ("protocol.py", "released.py", "controls.py", "seg4diff.py", "readings.py", "sampling.py", "loading.py",
+        "mmdit.py", "flux.py", "vae.py", "text.py", "t5.py", "lora.py", "support/checkpoint.py", "support/weights.py",
+        "support/data.py", "support/files.py", "support/metrics.py", "support/ledger.py", "support/classes.json",
+        "nano/scenes.py")
 
 # ---------------------------------------------------------------------------- variants: model -> list[Variant]
 
@@ -118,13 +121,16 @@ class Protocol(NamedTuple):
     prompt: str = "present"             # the classes of the picture, as in the paper, or "all" of the data set
     resize: str = "squash"              # the whole picture to a square, or "crop" its centre, truth and all
     draws: int = 1                      # noise draws whose maps are averaged
+    control: str = "none"               # one of controls.CONTROLS: a score that must fall to the floor
+    choices: released.Choices = released.OURS            # what is done the released code's way
 
 
 class Prepared(NamedTuple):
     """A picture with all that needs no model, made by read_ahead's threads while the device works."""
-    item: Item
+    item: Item                          # as it is scored
     square: Square
     ids: np.ndarray                     # the classes that it is prompted with: (K,) uint8
+    names: list[str]                    # that stand in the prompt for them
     present: np.ndarray                 # the classes that are in its truth: (K',) uint8
     ceilings: dict[str, np.ndarray]     # row of the table -> (height, width) uint8: index into present
 
@@ -219,10 +225,15 @@ class Task(NamedTuple):
     predict: Callable                   # one of the four above
     scoring: Scoring
     floor: str = "floor"                # name of a variant's floor: random maps, as many as compete in it
+    overlays: bool = False              # evaluate.py shows label maps and the IoU of each class in place of a plot,
+    intervals: bool = False             # what each variant is above the first one, and how certain that is,
+    note: str = ""                      # and what the rows of several variants mean
 
 
-TASKS = {"ovss": Task(ovss, predict_named, NAMED), "unsup": Task(unsup, predict_unnamed, UNNAMED),
-         "readings": Task(readings, predict_named, BORDERS),
+BOTH_READINGS = "{0}: the paper's reading; {1}: beyond it, a step through the block's own image-to-image attention"
+TASKS = {"ovss": Task(ovss, predict_named, NAMED, overlays=True, note=BOTH_READINGS),
+         "unsup": Task(unsup, predict_unnamed, UNNAMED, overlays=True),
+         "readings": Task(readings, predict_named, BORDERS, intervals=True),
          "thresholds": Task(thresholds, sweep_unnamed, UNNAMED, "{} floor"), "layers": Task(layers, sweep_named, NAMED),
          "heads": Task(heads, sweep_named, NAMED), "timesteps": Task(timesteps, sweep_named, NAMED),
          "normalization": Task(normalization, sweep_named, NAMED)}
@@ -239,7 +250,7 @@ class Evaluation(NamedTuple):
 
     @property
     def scoring(self):
-        return TASKS[self.task].scoring
+        return released.scoring_of(TASKS[self.task].scoring, self.protocol.choices)
 
     @property
     def rows(self):
@@ -261,16 +272,21 @@ class Evaluation(NamedTuple):
 
     def prepare(self, item: Item) -> Prepared:
         """A picture, ready for the model."""
-        present = classes_in(item.labels)
-        ids = np.arange(len(self.data.classes), dtype=np.uint8)
+        item, square, prompted = released.picture(item, self.model.preset.size, self.protocol.choices)
+        classes = self.data.classes
+        ids = np.arange(len(classes), dtype=np.uint8)
         if self.protocol.prompt == "present":
-            ids = np.union1d(present, self.data.always).astype(np.uint8)
+            ids = np.union1d(prompted, self.data.always).astype(np.uint8)
+        names = [classes[k] for k in ids]
+        if self.protocol.control == "swapped":
+            names = controls.swapped(ids, classes, image_seed(item.name, self.protocol.seed))
+        present = classes_in(item.labels)
         ceilings = {}
         if len(present):
             ceilings["ceiling"] = ceiling_map(item.labels, present, self.grid)
             if "ceiling pixels" in self.rows:
                 ceilings["ceiling pixels"] = ceiling_map(item.labels, present, self.grid, item.image)
-        return Prepared(item, squash(item.image, self.model.preset.size), ids, present, ceilings)
+        return Prepared(item, square, ids, names, present, ceilings)
 
     def label_maps(self, pictures: list[Prepared]) -> Iterator[tuple[int, str, Tensor, np.ndarray]]:
         """Which picture, row of the table, label map (height, width) on the model's device, class of each label (P,).
@@ -279,14 +295,14 @@ class Evaluation(NamedTuple):
         """
         model = self.model
         task = TASKS[self.task]
-        names = [[self.data.classes[k] for k in p.ids] for p in pictures]
         seeds = [image_seed(p.item.name, self.protocol.seed) for p in pictures]
-        batch = Batch([p.square for p in pictures], names, seeds)
+        batch = Batch([p.square for p in pictures], [p.names for p in pictures], seeds)
         competed = [{} for _ in pictures]                # name of a floor -> what competes in it
         for b, row, labels, P in task.predict(model, batch, self.variants, self.protocol.draws):
-            classes = np.arange(P, dtype=np.uint8) if task.scoring is UNNAMED else pictures[b].ids         # (P,)
+            classes = pictures[b].ids if task.scoring.named else np.arange(P, dtype=np.uint8)    # (P,)
             competed[b].setdefault(task.floor.format(row), classes)
-            yield b, row, labels, classes
+            shape = pictures[b].item.labels.shape
+            yield b, row, released.as_scored(labels, shape, model.preset.size, self.protocol.choices), classes
         for b, picture in enumerate(pictures):
             for row, classes in competed[b].items():
                 size = picture.item.labels.shape
@@ -352,8 +368,11 @@ class Evaluation(NamedTuple):
 
 def evaluation(model: Seg4Diff, data: Dataset, task: str, protocol: Protocol | None = None, batch=None) -> Evaluation:
     """A task of TASKS with the variants that the model's preset gives it."""
+    protocol = protocol or Protocol()
+    model = released.model_of(model, protocol.choices)
+    data = released.data_of(data, protocol.choices)
     variants = TASKS[task].variants(model)
-    return Evaluation(model, data, task, variants, protocol or Protocol(), batch or model.preset.batch)
+    return Evaluation(model, data, task, variants, protocol, batch or model.preset.batch)
 
 
 def names_of(model: Seg4Diff, item: Item, classes: list[str]) -> list[str]:

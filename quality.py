@@ -236,7 +236,8 @@ def prompts_of(source: str, count: int, root: Path) -> list[str]:
 
 # Options of segmentation, which generation does not read, and their defaults
 NOT_READ = {"dataset": "scenes", "limit": None, "prompt": "present", "resize": "squash", "draws": 1, "reading": None,
-            "regions": None, "threshold": None, "scaling": None, "batch_size": None}
+            "regions": None, "threshold": None, "scaling": None, "batch_size": None, "protocol": "ours",
+            "control": "none"}
 
 
 def arm_of(args, preset: Preset) -> Arm:

@@ -132,10 +132,12 @@ def border_iou(counts: np.ndarray, occurs: np.ndarray) -> float:
 
 
 class Scoring(NamedTuple):
-    count: Callable                     # overlaps (K+1, P), class of each label (P,) -> counts of each class (K, .)
+    count: Callable                     # overlaps (K+1, P), class of each label (P,) -> counts of a picture
     score: Callable                     # counts, added up -> mIoU, mACC, pACC, IoU of each class
-    columns: Callable                   # K -> width of the counts
-    borders: bool = False               # whether border_counts stand beside them
+    shape: Callable                     # K -> shape of the counts
+    parts: Callable                     # counts -> TP, FP, FN of each class, (K, 3)
+    named: bool = True                  # labels stand for classes (Table 1), or for regions without a name (Table 2)
+    borders: bool = False               # whether border_counts stand beside the counts
 
 
 def count_named(overlap, classes):
@@ -146,6 +148,13 @@ def count_named(overlap, classes):
     return conf
 
 
+def named_parts(counts):
+    """A confusion matrix, and what may stand beside it, (K, K + ...) -> TP, FP, FN (K, 3)."""
+    conf = counts[:, :len(counts)]                                           # (K, K)
+    tp = conf.diagonal()                                                     # (K,)
+    return np.stack([tp, conf.sum(0) - tp, conf.sum(1) - tp], axis=1)        # (K, 3)
+
+
 def border_scores(counts):
     K = len(counts)
     s = scores(counts[:, :K])
@@ -153,26 +162,30 @@ def border_scores(counts):
     return s | {"boundary IoU": border_iou(counts[:, K:], occurs)}
 
 
-def count_unnamed(overlap, classes):
-    """match_overlaps' (K, 3), and a column that holds the number of regions, scored or not, and 1 for the picture.
+def with_regions(counts, overlap):
+    """Below the counts (K, 3) of a picture a row of its own: how many regions there are, scored or not, and 1 picture.
 
-    What the labels stand for is not known to it.
+    -> (K+1, 3)
     """
-    K = len(overlap) - 1
-    counts, _ = match_overlaps(overlap[:K])
-    regions = np.zeros((K, 1), np.int64)
-    regions[:2, 0] = overlap.any(0).sum(), 1
-    return np.concatenate([counts, regions], axis=1)
+    row = [overlap.any(0).sum(), 1, 0]
+    return np.concatenate([counts, [row]])                                   # (K+1, 3)
+
+
+def count_unnamed(overlap, classes):
+    """match_overlaps' counts, with_regions.  What the labels stand for is not known to it."""
+    counts, _ = match_overlaps(overlap[:-1])
+    return with_regions(counts, overlap)
 
 
 def unnamed_scores(counts):
-    return proposal_scores(counts[:, :3]) | {"regions": float(counts[0, 3] / counts[1, 3])}
+    regions, pictures, _ = counts[-1]
+    return proposal_scores(counts[:-1]) | {"regions": float(regions / pictures)}
 
 
 # With names (Table 1) or without (Table 2): this is decided here, and nowhere else.
-NAMED = Scoring(count_named, scores, lambda K: K)
-BORDERS = Scoring(count_named, border_scores, lambda K: K + 2, borders=True)
-UNNAMED = Scoring(count_unnamed, unnamed_scores, lambda K: 4)
+NAMED = Scoring(count_named, scores, lambda K: (K, K), named_parts)
+BORDERS = Scoring(count_named, border_scores, lambda K: (K, K + 2), named_parts, borders=True)
+UNNAMED = Scoring(count_unnamed, unnamed_scores, lambda K: (K + 1, 3), lambda counts: counts[:-1], named=False)
 
 
 def table(rows):

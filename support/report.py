@@ -122,6 +122,36 @@ def beside_table_3(row: str, source: str, mean: float) -> str:
     return "\n".join(lines)
 
 
+def waterfall_table(found):
+    """{table: {setting: its mIoU, and [difference, low, high] above ours}} -> a row to a setting."""
+    width = max(len(name) for rows in found.values() for name in rows)
+    lines = []
+    for title, rows in found.items():
+        lines.append(f"{title:{width}s}   mIoU  above ours  95 % interval over the pictures")
+        for name, row in rows.items():
+            difference, low, high = row["above ours"]
+            worth = "" if name == "ours" else f"  {difference:+10.2f}  {low:+.2f} to {high:+.2f}"
+            lines.append(f"{name:{width}s} {row['mIoU']:6.1f}{worth}")
+    return "\n".join(lines)
+
+
+def plot_waterfall(found, path):
+    """The same as bars: what each choice alone adds to ours, and all together, with the interval of each."""
+    fig, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), layout="constrained", squeeze=False)
+    for ax, (title, rows) in zip(axes[0], found.items()):
+        names = [name for name in rows if name != "ours"]
+        above = np.array([rows[name]["above ours"] for name in names])       # (settings, 3)
+        ends = np.abs(above[:, 1:] - above[:, :1]).T                         # (2, settings)
+        colours = ["tab:blue" if name == "released" else "tab:grey" for name in names]
+        labels = [f"{name} {difference:+.2f}" for name, difference in zip(names, above[:, 0])]
+        ax.barh(labels, above[:, 0], color=colours, xerr=ends, capsize=3)
+        ax.invert_yaxis()
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(xlabel="mIoU above ours [points]", title=f"{title}: ours is {rows['ours']['mIoU']:.1f}")
+    write_figure(path, fig, dpi=110)
+    plt.close(fig)
+
+
 def plot_losses(log, path):
     """train_magnet.py's log: each loss against the step, and what was measured on the validation pictures."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import protocol
 import train_magnet
 
 ROOT = Path(evaluate.__file__).parent
@@ -71,10 +72,10 @@ TRAIN_NOTHING = {"support/report.py": "draws the log"}
 
 
 @pytest.mark.parametrize("code, files, left_out", [
-    (evaluate.CODE, ("protocol.py", "support/ledger.py"), COUNT_NOTHING),
+    (protocol.CODE, ("protocol.py", "support/ledger.py"), COUNT_NOTHING),
     (train_magnet.CODE, ("train_magnet.py",), COUNT_NOTHING | TRAIN_NOTHING)])
 def test_the_code_of_a_run_is_complete_and_exact(code, files, left_out):
-    """What protocol.py computes and the ledger keeps and adds up depends on evaluate.CODE, and on nothing else.
+    """What protocol.py computes and the ledger keeps and adds up depends on protocol.CODE, and on nothing else.
 
     What train_magnet.py learns and measures depends in the same way on its own CODE.
     """

@@ -303,7 +303,8 @@ def test_explore(both, picture, tmp_path):
 
 
 @pytest.mark.parametrize("kind, task, options", [
-    ("cuda", "unsup", ()), ("mps", "ovss", ()), ("cuda", "readings", ()), ("mps", "unsup", ("--regions", "i2i"))])
+    ("cuda", "unsup", ()), ("mps", "ovss", ()), ("cuda", "readings", ()), ("mps", "unsup", ("--regions", "i2i")),
+    ("cuda", "unsup", ("--protocol", "corner")), ("cuda", "ovss", ("--control", "block"))])
 def test_evaluate(both, monkeypatch, kind, task, options):
     monkeypatch.setattr(readings, "refine", partial(readings.refine, rounds=1))
     results = [json.loads((path / "results.json").read_text())

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from test_data import put
 
+import counting
 import evaluate
 import seg4diff
 from loading import image_seed
-from protocol import evaluation
+from protocol import CODE, evaluation
 from support import ledger as ledger_module
 from support.data import DATASETS
 from support.ledger import Ledger, digest
@@ -252,24 +253,24 @@ def test_where_the_batch_size_may_touch_a_number_it_begins_anew(run, tmp_path):
 
 
 def test_a_changed_program_begins_anew(tiny, tmp_path, monkeypatch):
-    """Any line of the files that counts depend on (all of evaluate.CODE), but not of what only stands beside them."""
+    """Any line of the files that counts depend on (all of protocol.CODE), but not of what only stands beside them."""
     copy = tmp_path / "code"
-    for file in (*evaluate.CODE, "README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
+    for file in (*CODE, "README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         (copy / file).write_bytes((ROOT / file).read_bytes())
     monkeypatch.setattr("support.files.__file__", str(copy / "support/files.py"))
     ev = evaluation(tiny, DATASETS["scenes"](), "ovss")
-    before = evaluate.identity_of(ev)
+    before = counting.identity_of(ev)
     for file in ("README.md", "evaluate.py", "support/report.py", "tools/bench.py"):
         with open(copy / file, "a") as f:
             f.write("# changed\n")
-    assert evaluate.identity_of(ev) == before
+    assert counting.identity_of(ev) == before
     identities = [before]
-    for file in evaluate.CODE:
+    for file in CODE:
         with open(copy / file, "a") as f:
             f.write("# changed\n")
-        identities.append(evaluate.identity_of(ev))
-    assert len({digest(identity) for identity in identities}) == 1 + len(evaluate.CODE)
+        identities.append(counting.identity_of(ev))
+    assert len({digest(identity) for identity in identities}) == 1 + len(CODE)
 
 
 def test_changed_weights_begin_anew(run, tiny_file, tmp_path):
@@ -386,10 +387,10 @@ def test_a_ledger_that_is_removed_meanwhile(run, tmp_path, monkeypatch):
     assert code == 0 and result["rows"] == whole["rows"] and result["n"] == 4, err
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "world", lambda: (0, 2))                   # the other one has written nothing
-    monkeypatch.setattr(evaluate, "wait_for_all", lambda: None)
+    monkeypatch.setattr(counting, "world", lambda: (0, 2))                   # the other one has written nothing
+    monkeypatch.setattr(counting, "wait_for_all", lambda: None)
     args = Namespace(task="ovss", seed=0, prompt="present", resize="squash", draws=1, batch_size=1, limit=4,
-                     regions=None, reading=None)
+                     regions=None, reading=None, control="none", protocol="ours")
     with pytest.raises(ValueError, match="2 pictures that other processes counted are no longer in lost"):
         evaluate.run(args, seg4diff.load(Path(whole["arguments"]["model"])), DATASETS["scenes"](), Path("lost"))
 
