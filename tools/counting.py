@@ -290,7 +290,8 @@ def work_bytes(shapes: Shapes, task: str, dtype: torch.dtype, kind: str, batch: 
     if task == "segment":
         return max(encode, forward_bytes(shapes, batch, dtype.itemsize), maps_bytes(shapes, batch, copies=2))
     if task == "generate":
-        return max(decode_bytes(shapes.vae, size, wide), forward_bytes(shapes, branches(shapes), dtype.itemsize))
+        forward = forward_bytes(shapes, batch * branches(shapes), dtype.itemsize)
+        return max(decode_bytes(shapes.vae, size, wide), forward)
     # MAGNET keeps what each block begins with; on top of it one block's, or the maps with their gradients
     kept = forward_bytes(shapes, batch, dtype.itemsize, rows=shapes.mmdit.config.depth)
     back = forward_bytes(shapes, batch, dtype.itemsize, rows=KEPT)
