@@ -73,15 +73,15 @@ def compare(shapes: counting.Shapes, task: str, call: Callable, model: Seg4Diff,
         show(f"{task:9s} {told:8.2f} s foretold  {taken:7.2f} s measured   {told / taken:5.2f} x")
 
 
-def check_sd3(device, dtype, rounds):
-    """Segmentation by the ten blocks that it loads; a step of MAGNET through four blocks, with a picture of 512."""
-    preset = Preset()
+def check_sd3(device, dtype, rounds, size):
+    """Segmentation by the ten blocks that it loads; a step of MAGNET through four blocks, at a quarter of the tokens."""
+    preset = Preset(size=size)
     model, shapes = random_sd3(device, dtype, preset, preset.block + 1, whole=False)
     picture = Image.effect_noise((500, 375), 64).convert("RGB")
     call = partial(seg4diff.segment, model, picture, NAMES, reading=["paper", "i2i"])
     compare(shapes, "segment", call, model, 1, rounds)
-    del model
-    model, shapes = random_sd3(device, dtype, Preset(block=2, size=512), 4, whole=True)
+    del model, call
+    model, shapes = random_sd3(device, dtype, Preset(block=2, size=size // 2), 4, whole=True)
     compare(shapes, "magnet", training_step(model), model, 1, rounds)
 
 
@@ -100,13 +100,17 @@ def check_nano(device, dtype, rounds):
 
 def main(args):
     device = pick_device(args.device)
-    check = check_sd3 if args.model == "sd3" else check_nano
-    check(device, pick_dtype(args.dtype, device), args.rounds)
+    dtype = pick_dtype(args.dtype, device)
+    if args.model == "sd3":
+        check_sd3(device, dtype, args.rounds, args.size)
+    else:
+        check_nano(device, dtype, args.rounds)
 
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=["nano", "sd3"], default="nano", help="nano, or sd3 with random weights")
+    parser.add_argument("--size", type=int, choices=[512, 1024], default=1024, help="side of sd3's picture (1024)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--rounds", type=at_least(1), default=2)

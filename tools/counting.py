@@ -6,6 +6,7 @@ each weight of a matrix or of a convolution multiplies and adds once for every t
 """
 import copy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,12 +58,13 @@ class Shapes(NamedTuple):
         return 2 * self.clip_l.positions if self.t5xxl is None else self.preset.text_length
 
 
+@cache
 def published(name: str) -> Shapes:
     """The shapes of a model of TRANSFORMERS, as its files have them."""
     cfg = TRANSFORMERS[name]
     preset = flux_preset(cfg.guidance) if isinstance(cfg, FluxConfig) else Preset()
     with torch.device("meta"):
-        vae = VAE((128, 256, 512, 512), 2, 2, SD3.channels)
+        vae = VAE((128, 256, 512, 512), 2, 3, SD3.channels)
         clip_l = CLIPText(**CLIP_L, quick_gelu=True, project=False)
         if isinstance(cfg, FluxConfig):
             return Shapes(Flux(cfg), vae, clip_l, None, T5(**T5XXL), preset)
