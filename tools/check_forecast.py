@@ -74,7 +74,7 @@ def compare(shapes: counting.Shapes, task: str, call: Callable, model: Seg4Diff,
 
 
 def check_sd3(device, dtype, rounds, size):
-    """Segmentation by the ten blocks that it loads; a step of MAGNET through four blocks, at a quarter of the tokens."""
+    """Segmentation by the ten blocks that it loads; a step of MAGNET through four blocks, half the size."""
     preset = Preset(size=size)
     model, shapes = random_sd3(device, dtype, preset, preset.block + 1, whole=False)
     picture = Image.effect_noise((500, 375), 64).convert("RGB")

@@ -297,4 +297,4 @@ def work_bytes(shapes: Shapes, task: str, dtype: torch.dtype, kind: str, batch: 
     # MAGNET keeps what each block begins with; on top of it one block's, or the maps with their gradients
     kept = forward_bytes(shapes, batch, dtype.itemsize, rows=shapes.mmdit.config.depth)
     back = forward_bytes(shapes, batch, dtype.itemsize, rows=KEPT)
-    return max(encode, kept + max(back, maps_bytes(shapes, batch, copies=4)))
+    return max(encode, kept + max(back, maps_bytes(shapes, batch, copies=5)))

@@ -218,7 +218,7 @@ def report_task(shapes: counting.Shapes, name: str, task: str, rates: forecast.R
     need = forecast.need(shapes, task, dtype, device.type, free, batch)
     bytes_of = f"{need.device / 1e9:.1f} of {free / 1e9:.1f} GB"
     if need.waiting:
-        extra += f", {' and '.join(need.waiting)} waiting in {need.host / 1e9:.1f} GB of host memory"
+        extra += f", {forecast.waits(need.waiting)} in {need.host / 1e9:.1f} GB of host memory"
     option = forecast.way_out(shapes, task, dtype, half(device), device.type, memory, batch)
     if option != "":
         slow = forecast.need(shapes, task, torch.float32, "cpu", 0, batch).device

@@ -172,8 +172,14 @@ def human(duration: float) -> str:
 # ---------------------------------------------------------------------------- tables
 
 
+PARTS = {"t5xxl": "T5", "mmdit": "the transformer"}
 NAMES = {"segment": "segmentation", "generate": "generation", "magnet": "MAGNET, batch 4"}
 BATCH = {"segment": 1, "generate": 1, "magnet": 4}       # presets and recipes of the published models
+
+
+def waits(parts: tuple[str, ...]) -> str:
+    """Which parts wait in host memory, in words."""
+    return f"{' and '.join(PARTS[part] for part in parts)} waiting"
 
 
 def row(*cells: object) -> str:
@@ -207,7 +213,7 @@ def cards_table(dtype: torch.dtype, sizes: list[float]) -> list[str]:
                 waiting = need(shapes, task, dtype, "cuda", usable(1e9 * size, "cuda"), BATCH[task]).waiting
                 cell = "no" if option is None else f"`{option}`" if option else "fits"
                 if waiting and option is not None:
-                    cell += f", {' and '.join(waiting)} wait"
+                    cell += f", {waits(waiting)}"
                 cells.append(cell)
             lines.append(row(name, what, *cells))
     return lines
