@@ -215,6 +215,10 @@ def test_a_gpu_of_8_gb(card, lines):
     assert "T5 and the transformer waiting in " in told["evaluate.py --dataset voc --model flux"]
 
 
+def test_halves():
+    assert doctor.half(torch.device("cpu")) == torch.bfloat16 and doctor.half(torch.device("mps")) is None
+
+
 def test_no_option_helps(card, lines, monkeypatch):
     card(8)
     monkeypatch.setattr(doctor, "host_memory", lambda: 8e9)

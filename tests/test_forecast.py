@@ -234,6 +234,11 @@ def test_what_fits():
     assert way("magnet", 10) == "--batch 1" and way("magnet", 16) == ""
     assert way("magnet", 10, torch.float32) == "--dtype bfloat16 --batch 1"
     assert way("segment", 8, torch.float32, kind="cpu") == "--dtype bfloat16"
+    fixed = (sd3, "segment", torch.float32)
+    assert forecast.way_out(*fixed, None, "mps", 8e9, 1) is None             # no 16 bits there
+    assert forecast.way_out(*fixed, torch.float16, "cuda", 8e9, 1) == "--dtype float16"
+    assert forecast.way_out(sd3, "magnet", torch.float32, torch.float16, "cuda", 16e9, 4) == "--batch 1"
+    assert forecast.way_out(sd3, "magnet", torch.float32, torch.float16, "cuda", 12e9, 4) is None
 
 
 def test_what_waits():
@@ -263,6 +268,13 @@ def test_burst_and_seconds():
     shapes = small(PLAIN)
     rates = forecast.burst(shapes, torch.device("cpu"), torch.float32, batch=2)
     assert all(1e6 < rate < 1e15 for rate in rates[:3]) and rates.copy == math.inf
+
+    def clock(call, device):
+        call()
+        return 2.0
+
+    by_clock = forecast.burst(shapes, torch.device("cpu"), torch.float32, clock=clock)
+    assert by_clock.matrix == counting.block_flop(shapes.mmdit.blocks[0], 256, 154).total / 2
     need = forecast.need(shapes, "segment", torch.float32, "cpu", math.inf)
     total = forecast.picture_seconds(shapes, "segment", rates, need, torch.float32)
     work = counting.segmentation(shapes)

@@ -1,4 +1,4 @@
-"""Forecast against measured, on this machine and in turns, as other work on it changes its speed.
+"""Forecast against measured, on this machine and in turns, as other work on it changes its speed (by busy_seconds).
 
     python tools/check_forecast.py                       # nano: segmentation and generation
     python tools/check_forecast.py --model sd3           # random weights: segmentation, MAGNET; minutes, 11 GB on a CPU
@@ -6,6 +6,7 @@
 A round is a burst, which says what the task should take, and the task itself. Only the ratios mean anything.
 """
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,15 @@ def training_step(model: Seg4Diff) -> Callable:
     return step
 
 
+def busy_seconds(call: Callable, device: torch.device) -> float:
+    """Seconds of a call; on the CPU those that it worked, on one thread, not those that it waited for others."""
+    if device.type != "cpu":
+        return seconds(call, device)
+    start = time.process_time()
+    call()
+    return (time.process_time() - start) / torch.get_num_threads()
+
+
 def compare(shapes: counting.Shapes, task: str, call: Callable, model: Seg4Diff, batch: int, rounds: int) -> None:
     """Prints seconds and bytes of `call`, a batch of a task, as foretold and as measured."""
     need = forecast.need(shapes, task, model.dtype, model.device.type, np.inf, batch)
@@ -67,9 +77,9 @@ def compare(shapes: counting.Shapes, task: str, call: Callable, model: Seg4Diff,
     show(f"{task:9s} {need.work / 1e9:8.2f} GB foretold {taken / 1e9:7.2f} GB measured  {need.work / taken:5.2f} x, "
          f"above the weights' {held:.1f} GB")
     for _ in range(rounds):
-        rates = forecast.burst(shapes, model.device, model.dtype, batch)
+        rates = forecast.burst(shapes, model.device, model.dtype, batch, busy_seconds)
         told = batch * forecast.picture_seconds(shapes, task, rates, need, model.dtype)
-        taken = seconds(call, model.device)
+        taken = busy_seconds(call, model.device)
         show(f"{task:9s} {told:8.2f} s foretold  {taken:7.2f} s measured   {told / taken:5.2f} x")
 
 
@@ -110,7 +120,7 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=["nano", "sd3"], default="nano", help="nano, or sd3 with random weights")
-    parser.add_argument("--size", type=int, choices=[512, 1024], default=1024, help="side of sd3's picture (1024)")
+    parser.add_argument("--size", type=at_least(128), default=Preset().size, help="side of the picture of sd3")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--rounds", type=at_least(1), default=2)

@@ -48,9 +48,11 @@ def device_memory(device: torch.device) -> float:
     return host_memory()
 
 
-def half(device: torch.device) -> torch.dtype:
-    """The 16 bits that a device is good at: what "auto" takes on CUDA; bfloat16 elsewhere."""
-    return pick_dtype("auto", device) if device.type == "cuda" else torch.bfloat16
+def half(device: torch.device) -> torch.dtype | None:
+    """The 16 bits that a device is good at: on CUDA what "auto" takes; on MPS none (pick_dtype says why)."""
+    if device.type == "cuda":
+        return pick_dtype("auto", device)
+    return torch.bfloat16 if device.type == "cpu" else None
 
 
 def report_machine(device: torch.device, dtype: torch.dtype) -> None:

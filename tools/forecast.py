@@ -26,6 +26,7 @@ from tools.counting import Shapes  # noqa: E402
 
 # ---------------------------------------------------------------------------- does it fit
 
+
 class Need(NamedTuple):
     """Bytes that a task needs: on the device, and of it for what is computed; in host memory for blocks that wait."""
     device: float
@@ -61,14 +62,14 @@ def usable(memory: float, kind: str) -> float:
     return memory - RESERVE if kind == "cuda" else memory
 
 
-def way_out(shapes: Shapes, task: str, dtype: torch.dtype, half: torch.dtype, kind: str, memory: float, batch: int
-            ) -> str | None:
+def way_out(shapes: Shapes, task: str, dtype: torch.dtype, half: torch.dtype | None, kind: str, memory: float,
+            batch: int) -> str | None:
     """The options that make a task fit: "" where none is needed, None where none helps.
 
-    half: the 16 bits that this device is good at.
+    half: the 16 bits that this device is good at, None if it is at none.  MAGNET is refused in float16.
     """
     ways = [("", dtype, batch)]
-    if dtype == torch.float32:
+    if dtype == torch.float32 and half is not None and not (task == "magnet" and half == torch.float16):
         ways.append((f"--dtype {str(half).removeprefix('torch.')}", half, batch))
     if task == "magnet" and batch > 1:
         ways += [(f"{option} --batch 1".strip(), smaller, 1) for option, smaller, _ in ways]
@@ -98,13 +99,16 @@ def random_on(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
     return module
 
 
-def mean_seconds(call: Callable, device: torch.device, least: float = 0.2) -> float:
-    """Seconds of a call: one to warm up, then the mean of as many as take `least` seconds together."""
+LEAST = 0.2                             # seconds that a part of the burst is repeated for
+
+
+def mean_seconds(call: Callable, device: torch.device, clock: Callable) -> float:
+    """Seconds of a call by a clock of (call, device): one to warm up, then the mean of as many as take LEAST."""
     call()
     total = 0.0
     calls = 0
-    while total < least:
-        total += seconds(call, device)
+    while total < LEAST:
+        total += clock(call, device)
         calls += 1
     return total / calls
 
@@ -113,10 +117,10 @@ STRIP = 8                               # the autoencoder is measured on such a 
 
 
 @torch.inference_mode()
-def burst(shapes: Shapes, device: torch.device, dtype: torch.dtype, batch: int = 1) -> Rates:
+def burst(shapes: Shapes, device: torch.device, dtype: torch.dtype, batch: int = 1, clock: Callable = seconds) -> Rates:
     """How fast the device is at one joint block of an SD3, both readings of it, and a residual block of the encoder.
 
-    All at real size with random weights, freed again.
+    All at real size with random weights, freed again.  clock: what a call takes, of (call, device).
     """
     N = shapes.image_tokens
     M = shapes.text_tokens
@@ -128,25 +132,25 @@ def burst(shapes: Shapes, device: torch.device, dtype: torch.dtype, batch: int =
     c = torch.randn(batch, D, device=device, dtype=dtype)
     qkv = block(x, text, c, (side, side))[2]
     flop = batch * counting.block_flop(block, N, M).total
-    matrix = flop / mean_seconds(lambda: block(x, text, c, (side, side)), device)
+    matrix = flop / mean_seconds(lambda: block(x, text, c, (side, side)), device, clock)
 
     def read():
         for maps, one in zip(i2t_attention(qkv), qkv.each()):                # (H, N, M)
             classes = maps[:, :, 1:4].mean(0).mT.unflatten(1, (side, side))  # (3, h, w)
             readings.i2i_step(one, readings.shares(classes))
 
-    maps = batch * counting.maps_flop(N, M, D) / mean_seconds(read, device)
+    maps = batch * counting.maps_flop(N, M, D) / mean_seconds(read, device, clock)
     residual = random_on(shapes.vae.encoder.down[0].block[0], device, dtype)
     size = shapes.preset.size
     channels = residual.conv1.in_channels
     picture = torch.randn(1, channels, max(1, size // STRIP), size, device=device, dtype=dtype)
     picture = picture.contiguous(memory_format=torch.channels_last)          # as vae.encode has it
     pixels = picture.shape[2] * picture.shape[3]
-    conv = 2 * pixels * counting.weights_in(residual) / mean_seconds(lambda: residual(picture), device)
+    conv = 2 * pixels * counting.weights_in(residual) / mean_seconds(lambda: residual(picture), device, clock)
     speed = math.inf
     if device.type == "cuda":
         moved = torch.empty(2 ** 26, dtype=torch.int32)  # 256 MB
-        speed = moved.nbytes / mean_seconds(lambda: moved.to(device), device)
+        speed = moved.nbytes / mean_seconds(lambda: moved.to(device), device, clock)
     return Rates(matrix, conv, maps, speed)
 
 
