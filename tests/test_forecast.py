@@ -1,6 +1,7 @@
 """Counts agree with PyTorch's own counter and with the published layouts; forecasts add up."""
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from lora import add_lora
 from support import weights
 from t5 import T5
 from text import CLIPText
-from tools import counting, forecast
+from tools import check_forecast, counting, forecast
 from tools.counting import Shapes
 from vae import VAE
 
@@ -279,6 +280,18 @@ def test_burst_and_seconds():
     total = forecast.picture_seconds(shapes, "segment", rates, need, torch.float32)
     work = counting.segmentation(shapes)
     assert total == pytest.approx(work.matrix / rates.matrix + work.conv / rates.conv + work.maps / rates.maps)
+
+
+def test_forecast_beside_measured(tiny, capsys, monkeypatch):
+    """A line for the bytes, a line for each round; what waits takes no seconds, on the CPU."""
+    monkeypatch.setattr(forecast, "LEAST", 0.01)
+    asleep = check_forecast.busy_seconds(lambda: time.sleep(0.1), tiny.device)
+    assert asleep < 0.05
+    shapes = counting.shapes_of(tiny)
+    check_forecast.compare(shapes, "segment", lambda: torch.randn(2 ** 20).sort(), tiny, 1, rounds=2)
+    memory, *rounds = capsys.readouterr().out.splitlines()
+    assert "GB foretold" in memory and "above the weights'" in memory
+    assert len(rounds) == 2 and all("s foretold" in line and "s measured" in line for line in rounds)
 
 
 @pytest.mark.parametrize("seconds, said", [(0.0123, "12 ms"), (1.5, "1500 ms"), (3.21, "3.2 s"), (150, "2.5 min"),
