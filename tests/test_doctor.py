@@ -126,11 +126,16 @@ def test_what_is_needed_is_what_is_loaded(machine, monkeypatch):
 def test_data_sets(machine, lines):
     """One that is there but for a file, and is smaller than it should be; what is missing of the others."""
     voc(machine, "SegmentationClass/two.png")
+    context = machine / "VOCdevkit/VOC2010"
+    (context / "JPEGImages").mkdir(parents=True)
+    (context / "JPEGImages/one.jpg").write_text("")
+    (context / "trainval_merged.json").write_text("{")
     said = lines("nano", root=machine)["data"]
     assert said[0].startswith("voc: 2 pictures; also voc21; 1449 were expected; 1 files are missing, the first is ")
     assert said[0].endswith("two.png: unpack its archive again")
-    assert any(line.startswith("ade20k: not found: there is no ") for line in said)
-    assert any(line.startswith("coco (train2017, for train_magnet.py): not found") for line in said)
+    assert said[1].startswith("context59: ") and "trainval_merged.json' cannot be read as a JSON file" in said[1]
+    assert any(line.startswith("ade20k: there is no ") for line in said)
+    assert any(line.startswith("coco (train2017, for train_magnet.py): there is no ") for line in said)
     assert said[-1].startswith(f"looked below {machine}")
 
 
@@ -213,6 +218,14 @@ def test_a_gpu_of_8_gb(card, lines):
                         "makes it fit", drawn)
     assert "with --dtype float32" in told["train_magnet.py --dataset coco --model sd3"]
     assert "T5 and the transformer waiting in " in told["evaluate.py --dataset voc --model flux"]
+
+
+def test_a_gpu_of_16_gb(card, lines):
+    """An old one: what MAGNET needs, both options in one."""
+    card(16)
+    with pretend("cuda", (7, 5)):
+        said = lines("sd3", device="cuda")
+    assert any(line.endswith("; --dtype float32 --batch 1 makes it fit") for line in said["forecast"])
 
 
 def test_halves():

@@ -147,8 +147,9 @@ def report_data(root: Path) -> None:
         try:
             data = reader()
         except ValueError as e:
-            said = first_line(e).partition(". Expected")[0].removeprefix(f"data set {name!r} was not found: ")
-            say("data", f"{name}: not found: {said}")
+            said = first_line(e).partition(". Expected")[0]
+            _, _, why = said.partition(" was not found: ")
+            say("data", f"{name}: {why or said}")
             continue
         found += 1
         expected, others = EXPECTED.get(name, (len(data.names), ""))
@@ -212,9 +213,11 @@ def report_task(shapes: counting.Shapes, name: str, task: str, rates: forecast.R
     what = f"{COMMANDS[task]} --model {name}"
     batch = forecast.BATCH[task]
     extra = ""
-    if task == "magnet" and dtype == torch.float16:
-        dtype = torch.float32                            # training in float16 is refused
-        extra = ", with --dtype float32"
+    forced = ""
+    if task == "magnet" and dtype == torch.float16:      # in which training is refused
+        dtype = torch.float32
+        forced = "--dtype float32"
+        extra = f", with {forced}"
     memory = device_memory(device)
     free = forecast.usable(memory, device.type)
     need = forecast.need(shapes, task, dtype, device.type, free, batch)
@@ -226,7 +229,7 @@ def report_task(shapes: counting.Shapes, name: str, task: str, rates: forecast.R
         slow = forecast.need(shapes, task, torch.float32, "cpu", 0, batch).device
         if option is None and device.type == "cuda" and slow <= host_memory():
             option = f"--device cpu, which takes {slow / 1e9:.1f} GB of host memory and is slow,"
-        way = "no option makes it fit" if option is None else f"{option} makes it fit"
+        way = "no option makes it fit" if option is None else f"{forced} {option} makes it fit".strip()
         say("forecast", f"{what}: does not fit, {bytes_of}{extra}; {way}")
         return
     one = forecast.picture_seconds(shapes, task, rates, need, dtype)
