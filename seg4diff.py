@@ -2,6 +2,7 @@
 
     python seg4diff.py segment photo.png cat sofa wall --model sd3 --out overlay.png
     python seg4diff.py generate "a red car on the grass under a blue sky" --out image.png
+    python seg4diff.py doctor
 
     model = seg4diff.load("sd3")                         # the default is the embedded nano, which knows drawn scenes
     seg = seg4diff.segment(model, Image.open("photo.png"), ["cat", "sofa", "wall"])
@@ -360,9 +361,15 @@ def run_generate(args):
     show(f"wrote {args.out} ({picture.width} x {picture.height})")
 
 
+def run_doctor(args):
+    from tools.doctor import report  # which no other command needs
+
+    report(args.model, args.device, args.dtype, args.data_root)
+
+
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="segment | generate")
+    commands = parser.add_subparsers(required=True, metavar="segment | generate | doctor")
     seg = commands.add_parser("segment", help="mask the named classes in a picture")
     seg.add_argument("image", type=Path)
     seg.add_argument("classes", type=utf8, nargs="+", metavar="CLASS")
@@ -383,4 +390,8 @@ if __name__ == "__main__":
     for subparser, out in ((seg, "overlay.png"), (gen, "image.png")):
         subparser.add_argument("--out", type=Path, default=Path(out), help=f"picture to write ({out})")
         add_model_options(subparser)
+    doctor = commands.add_parser("doctor", help="what is there, what is missing, and what SD3 and Flux would take here")
+    add_model_options(doctor, default=None, default_help="all models", lora=False, seed=False)
+    doctor.add_argument("--data-root", type=Path, help="where data sets lie (default: SEG4DIFF_DATA, or ./data)")
+    doctor.set_defaults(run=run_doctor)
     command(lambda args: args.run(args), parser)

@@ -66,7 +66,10 @@ def packages(files: set[str]) -> set[str]:
 # Imported by what counts, but no count depends on them.
 COUNT_NOTHING = {"support/cli.py": "options of command lines and the sentence of an error",
                  "support/ctrl_c.py": "the same sentence before a command has begun",
-                 "support/pictures.py": "draws; evaluations read their pictures by support/files.py"}
+                 "support/pictures.py": "draws; evaluations read their pictures by support/files.py",
+                 "tools/doctor.py": "a report, which seg4diff.py imports when it is asked for",
+                 "tools/forecast.py": "a part of it", "tools/costs.py": "a part of it",
+                 "tools/bench.py": "its stopwatch"}
 # Nor do the weights of MAGNET depend on this one, which only train_magnet.py imports.
 TRAIN_NOTHING = {"support/report.py": "draws the log"}
 
