@@ -110,10 +110,13 @@ def add_lora(model: MMDiT | Flux, rank: int = 16, alpha: float = 16, generator: 
     In a single block of Flux, where both modalities share one stream, on its q, k and v.
     A is Gaussian with std 1/rank (released code), B zero: an exact no-op until trained.
     Returns the parameters to train, fp32 whatever the model's dtype.
-    ValueError: a rank below 1, a model that has a LoRA.
+    ValueError: a rank below 1, a model that has a LoRA, one whose blocks wait in host memory.
     """
     if rank < 1 or any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError(f"a LoRA needs a rank of at least 1, not {rank}, and a model without one; merge_lora first")
+    if len({p.device for p in model.parameters()}) > 1:  # copies of such blocks run, and they would learn nothing
+        raise ValueError("a LoRA is trained where the whole transformer is, and this device has no room for it: some "
+                         "of its blocks wait in host memory; take a larger device")
     model.requires_grad_(False)
     D = model.config.width
     params = []

@@ -127,3 +127,10 @@ def test_a_step_of_magnet(tiny_flux_file):
         assert all(loss.isfinite() for loss in losses.values()) and losses["dice"] > 0
     losses["loss"].backward()
     assert all(b.grad.abs().max() > 0 for b in params[1::2])                 # A's gradient is 0 where B is
+
+
+def test_no_lora_is_trained_in_blocks_that_wait_elsewhere(tiny_flux_file):
+    model = loading.load(tiny_flux_file, "cpu")
+    model.transformer.single_blocks[0].to("meta")        # in the place of host memory
+    with pytest.raises(ValueError, match="wait in host memory"):
+        lora.add_lora(model.transformer, rank=2)
