@@ -1,0 +1,244 @@
+"""The judge of nano's pictures: it reads captions, and sees what was drawn by hand, and nothing where nothing is."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from nano import check_judge, judge, scenes, train_judge
+from nano.judge import Claim, Seen, claims, look, truth, verdict
+from nano.scenes import COLOURS, SIDE, STUFF, THINGS, TRAIN_SEEDS, VAL_SEEDS
+from support.files import Broken
+
+
+@pytest.fixture(scope="module")
+def trained() -> judge.Judge:
+    return judge.load()
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[scenes.Scene]:
+    return [scenes.draw(seed) for seed in VAL_SEEDS[2000:2025]]
+
+
+def paint(*things: tuple[str, str, float], sky: str = "sky", ground: str = "grass") -> Image.Image:
+    """A picture drawn by hand: (name, colour, x) of each thing, half as high as the picture, on one ground."""
+    big = 2 * SIDE
+    yy, xx = np.mgrid[0:big, 0:big] / big
+    rng = np.random.default_rng(0)
+    canvas = scenes.paint_sky(yy, xx, sky, rng)
+    canvas[big // 2:] = scenes.paint_ground(yy, xx, ground, rng)[big // 2:]
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    labels = Image.new("L", image.size)
+    for name, colour, x in things:
+        scenes.paint_thing(image, labels, name, COLOURS[colour], x * big, 0.8 * big, 0.5 * big)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def judged(trained: judge.Judge, image: Image.Image, caption: str) -> dict[str, float]:
+    return verdict(look(trained, [image])[0], claims(caption))
+
+
+# ---------------------------------------------------------------------------- captions
+
+
+def test_a_caption_claims_what_its_scene_holds(drawn):
+    for i, scene in enumerate(drawn):
+        for j in range(20):
+            caption = scenes.caption(scene, np.random.default_rng([i, j]))
+            claim = claims(caption)
+            colours = {thing.name: thing.colour for thing in scene.things}
+            assert sorted(name for name, _ in claim.things) == sorted(colours)
+            assert sorted(claim.stuff) == sorted(scene.stuff)
+            named = [(name, colour) for name, colour in claim.things if colour]
+            assert all(colours[name] == colour for name, colour in named)
+            assert len(named) == sum(word in COLOURS for word in caption.split())
+            order = tuple(thing.name for thing in scene.things)
+            assert claim.relation == (order if {"left", "right"} & set(caption.split()) else None)
+            assert verdict(truth(scene), claim)["all right"] == 1
+
+
+def test_claims_by_hand():
+    assert claims("red car sky teddy bear grass") == Claim([("car", "red"), ("teddy bear", None)], None,
+                                                           ["sky", "grass"])
+    assert claims("a big air balloon right of a small blue boat with sand under the night") == Claim(
+        [("air balloon", None), ("boat", "blue")], ("boat", "air balloon"), ["sand", "night"])
+
+
+@pytest.mark.parametrize("caption, said", [("", "nothing"), ("a red", "nothing"), ("a dog on grass", "'dog'"),
+                                           ("a car left of grass", "1 things")])
+def test_other_captions_are_refused(caption, said):
+    with pytest.raises(ValueError, match=said):
+        claims(caption)
+
+
+# ---------------------------------------------------------------------------- verdicts, without a network
+
+
+def test_a_colour_counts_on_its_thing_and_a_position_with_both():
+    seen = Seen(dict.fromkeys(STUFF, 0.0) | {"sky": 0.9}, dict.fromkeys(THINGS, 0.1) | {"car": 0.8},
+                dict.fromkeys(THINGS, "red"), dict.fromkeys(THINGS, 0.5) | {"car": 0.2})
+    found = verdict(seen, claims("a red car left of a red boat with grass under the sky"))
+    assert found == {"things": 0.5, "colours": 0.5, "position": 0, "stuff": 0.5, "all right": 0}
+    found = verdict(seen, claims("car sky"))
+    assert (found["things"], found["stuff"], found["all right"]) == (1, 1, 1)
+    assert math.isnan(found["colours"]) and math.isnan(found["position"])
+
+
+# ---------------------------------------------------------------------------- pictures drawn by hand
+
+
+def test_right_wrong_colour_swapped_missing(trained):
+    caption = "a red car left of a blue house with grass under the sky"
+    assert judged(trained, paint(("car", "red", 0.28), ("house", "blue", 0.74)), caption) == dict.fromkeys(
+        judge.COLUMNS, 1)
+    wrong = judged(trained, paint(("car", "green", 0.28), ("house", "blue", 0.74)), caption)
+    assert wrong == {"things": 1, "colours": 0.5, "position": 1, "stuff": 1, "all right": 0}
+    swapped = judged(trained, paint(("house", "blue", 0.28), ("car", "red", 0.74)), caption)
+    assert swapped == {"things": 1, "colours": 1, "position": 0, "stuff": 1, "all right": 0}
+    missing = judged(trained, paint(("car", "red", 0.28)), caption)
+    assert missing == {"things": 0.5, "colours": 0.5, "position": 0, "stuff": 1, "all right": 0}
+    snow = judged(trained, paint(("car", "red", 0.28), ("house", "blue", 0.74), ground="snow"), caption)
+    assert snow == {"things": 1, "colours": 1, "position": 1, "stuff": 0.5, "all right": 0}
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_every_thing_is_seen_and_placed(trained, name):
+    for colour, x in (("red", 0.3), ("purple", 0.6)):
+        seen = look(trained, [paint((name, colour, x), sky="sunset", ground="sand")])[0]
+        assert [thing for thing in THINGS if seen.things[thing] > judge.THERE] == [name]
+        assert [stuff for stuff in STUFF if seen.stuff[stuff] > judge.THERE] == ["sunset", "sand"]
+        assert seen.colours[name] == colour and abs(seen.x[name] - x) < 0.1
+
+
+def test_a_coloured_spot_is_no_thing(trained):
+    image = paint()
+    ImageDraw.Draw(image).ellipse([40, 40, 90, 100], fill=COLOURS["red"])
+    assert max(look(trained, [image])[0].things.values()) < judge.THERE
+
+
+def test_pictures_do_not_depend_on_each_other(trained, drawn, monkeypatch):
+    images = [Image.fromarray(scene.image) for scene in drawn[:5]]
+    together = look(trained, images)
+    assert look(trained, images) == together
+    monkeypatch.setattr(judge, "BATCH", 2)
+    for one, other in zip(look(trained, images), together):
+        assert one.colours == other.colours
+        for a, b in ((one.stuff, other.stuff), (one.things, other.things), (one.x, other.x)):
+            assert list(a.values()) == pytest.approx(list(b.values()), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------- as experiments take it
+
+
+def test_scores_are_columns(tmp_path):
+    judging = judge.CaptionJudge()
+    images = [paint(("car", "red", 0.28), ("house", "blue", 0.74)), paint(("car", "red", 0.5))]
+    scores = judging.score(images, ["a red car left of a blue house with grass under the sky", "boat sky"])
+    assert tuple(scores) == judging.columns == ("things", "colours", "position", "stuff", "all right")
+    assert all(column.shape == (2,) for column in scores.values())
+    assert [column[0] for column in scores.values()] == [1] * 5
+    np.testing.assert_equal([column[1] for column in scores.values()], [0, np.nan, np.nan, 1, 0])
+    with pytest.raises(ValueError, match="2 pictures and 1 captions"):
+        judging.score(images, ["boat sky"])
+    with pytest.raises(ValueError, match="128 x 128 pixels, not 64 x 32"):
+        judging.score([Image.new("RGB", (64, 32))], ["boat sky"])
+    sd = load_file(judge.FILE)
+    save_file(sd | {"bias": sd["bias"] + 1}, tmp_path / "other.safetensors")
+    assert judge.CaptionJudge().fingerprint == judging.fingerprint
+    assert judge.CaptionJudge(tmp_path / "other.safetensors").fingerprint != judging.fingerprint
+
+
+def test_broken_files_are_named(tmp_path):
+    with pytest.raises(Broken, match="no such file"):
+        judge.load(tmp_path / "none.safetensors")
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(Broken, match="no judge of nano's pictures"):
+        judge.load(path)
+    sd = load_file(judge.FILE)
+    del sd["bias"]
+    save_file(sd, path)
+    with pytest.raises(Broken, match="1 missing: bias"):
+        judge.load(path)
+
+
+# ---------------------------------------------------------------------------- how it was trained
+
+
+def test_a_spoilt_thing_is_gone_and_the_rest_is_left(drawn):
+    for i, scene in enumerate(drawn[:12]):
+        spoilt = train_judge.spoil(scene, np.random.default_rng(i))
+        gone = [thing for thing in scene.things if thing not in spoilt.things]
+        assert len(gone) == 1 and spoilt.stuff == scene.stuff
+        changed = (spoilt.image != scene.image).any(-1)
+        assert changed[scene.labels == scenes.CLASSES.index(gone[0].name)].mean() > 0.2
+        facts = train_judge.facts(spoilt)
+        k = THINGS.index(gone[0].name)
+        assert facts["there"].sum() == len(spoilt.stuff) + len(spoilt.things) and facts["colour"][k] == -1
+
+
+def test_varied_pictures_move_as_told():
+    images = torch.full((8, 3, SIDE, SIDE), -0.5)
+    images[..., 60:68] = 0.5                             # a bar in the middle
+    generator = torch.Generator().manual_seed(0)
+    varied, moved = train_judge.vary(images, generator)
+    bar = (varied.mean((1, 2)) > 0).float()                                  # (B, columns)
+    centre = (bar * torch.arange(SIDE)).sum(1) / bar.sum(1) / SIDE           # (B,)
+    assert (centre - 0.5 - moved).abs().max() < 0.03 and moved.abs().max() > 0.04
+
+
+def test_training_goes_on_where_it_stopped(command, tmp_path):
+    options = ["--scenes", 4, "--batch", 2, "--run", tmp_path / "run", "--out"]
+    for out, steps in (("a", 2), ("b", 3)):
+        code, _, err = command("nano/train_judge.py", *options, tmp_path / out, "--steps", steps)
+        assert code == 0, err
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert files == ["judge.pt", "soft_000000.pt"]
+    first, second = (load_file(tmp_path / name) for name in ("a", "b"))
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    assert len(look(judge.load(tmp_path / "b"), [paint()])) == 1
+    code, _, err = command("nano/train_judge.py", *options, tmp_path / "c", "--steps", 3, "--seed", 1)
+    assert code == 2 and "it is another run's" in err
+
+
+# ---------------------------------------------------------------------------- how it is checked
+
+
+def test_kappa_and_interval_by_hand():
+    a, b = [True, True, True, False], [True, True, False, False]
+    assert check_judge.kappa(a, b) == pytest.approx((0.75 - 0.5) / 0.5)
+    assert math.isnan(check_judge.kappa([True], [True]))
+    assert check_judge.interval(8, 10) == " 80.0 % (49.0 to 94.3), n = 10"
+
+
+def test_near_misses_do_not_hold(drawn):
+    kinds = set()
+    for i, scene in enumerate(drawn):
+        rng = np.random.default_rng(i)
+        for kind, claim in check_judge.near_misses(claims(scenes.caption(scene, rng)), scene, rng).items():
+            kinds.add(kind)
+            assert verdict(truth(scene), claim)["all right"] == 0
+    assert kinds == {"a thing replaced", "a colour changed", "sides swapped", "stuff replaced"}
+
+
+def test_a_judge_that_is_right_has_every_fact_right(drawn):
+    for scene in drawn:
+        assert all(all(answers) for answers in check_judge.facts_right(truth(scene), truth(scene)).values())
+
+
+def test_the_list_of_judged_pictures_fits_its_captions():
+    rows = check_judge.read_judged()
+    assert len(rows) >= 100
+    for row in rows:
+        claim = claims(row["caption"])
+        claimed = [len(claim.things), sum(colour is not None for _, colour in claim.things),
+                   int(claim.relation is not None), len(claim.stuff)]
+        assert [len(row[kind]) for kind in judge.COLUMNS[:-1]] == claimed
+        assert set("".join(row[kind] for kind in judge.COLUMNS[:-1])) <= {"y", "n"}
+    for row in rows[::20]:
+        seed = int(row["seed"])
+        assert row["caption"] == scenes.caption(scenes.draw(seed), np.random.default_rng(seed))
+        assert seed in VAL_SEEDS and seed not in TRAIN_SEEDS
