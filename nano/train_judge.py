@@ -24,7 +24,7 @@ from nano import scenes  # noqa: E402
 from nano.judge import Answers, Judge  # noqa: E402
 from nano.scenes import CLASSES, COLOURS, SIDE, STUFF, THINGS, TRAIN_SEEDS, Scene, Thing  # noqa: E402
 from nano.train_vae import pixels  # noqa: E402
-from nano.training import Progress, check_trained, optimise, resume, save_state  # noqa: E402
+from nano.training import Progress, check_trained, optimise, optimisers, resume, save_state  # noqa: E402
 from support.cli import Parser, at_least, command, positive, progress, show  # noqa: E402
 from support.files import make_folder, read_tensors, replacing, write_tensors  # noqa: E402
 from vae import VAE  # noqa: E402
@@ -196,6 +196,11 @@ def vary(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------- training
 
 
+def is_kernel(name: str, p: Tensor) -> bool:
+    """Whether Muon trains this parameter: the convolutions that make features of features."""
+    return p.ndim == 4 and "stem" not in name and "where" not in name
+
+
 def loss_of(answers: Answers, there: Tensor, colour: Tensor, x: Tensor) -> Tensor:
     """Cross-entropies of presence and colour, and the distance of centres; the last two of things that are there."""
     presence = F.binary_cross_entropy_with_logits(answers.there, there)
@@ -212,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
     n = len(data["images"])
     torch.manual_seed(args.seed)
     judge = Judge().to(memory_format=torch.channels_last)                    # a third faster on a CPU
-    opts = [torch.optim.AdamW(judge.parameters(), args.lr, weight_decay=0.02)]
+    opts = optimisers(judge, is_kernel, args.lr)
     done = Progress()
     origin = {"scenes": str(args.scenes), "seed": str(args.seed), "batch": str(args.batch), "lr": str(args.lr)}
     resume(args.run / "judge.pt", {"judge": judge}, opts, done, origin)
