@@ -134,20 +134,22 @@ def check_generated(judge: Judge, model: seg4diff.Seg4Diff) -> None:
     rows = read_judged()
     pairs = {kind: ([], []) for kind in COLUMNS}         # kind: what the eye says, what the judge says
     settings = {}
+    show("where eye (E) and judge (J) differ, y or n for each claim")
     for row, seen in zip(rows, look(judge, generate_judged(model, rows))):
+        setting = f"cfg {row['cfg']}, pag {row['pag']}, blurred {row['perturb'] or 'none'}"
         eye = {kind: [letter == "y" for letter in row[kind]] for kind in COLUMNS[:-1]}
         own = holding(seen, claims(row["caption"]))
+        for kind in COLUMNS[:-1]:
+            if eye[kind] != own[kind]:
+                answers = "".join("y" if holds else "n" for holds in own[kind])
+                show(f"  {row['seed']}, {setting}: {row['caption']}: {kind} E {row[kind]} J {answers}")
         for answers in (eye, own):
             answers["all right"] = [all(all(items) for items in answers.values())]
         for kind in COLUMNS:
             pairs[kind][0].extend(eye[kind])
             pairs[kind][1].extend(own[kind])
-            if eye[kind] != own[kind] and kind != "all right":
-                show(f"  {row['seed']} cfg {row['cfg']} pag {row['pag']} blurred {row['perturb'] or '-'}: "
-                     f"{row['caption']}: {kind}: eye {eye[kind]}, judge {own[kind]}")
-        setting = f"cfg {row['cfg']}, pag {row['pag']}, blurred {row['perturb'] or 'none'}"
         settings.setdefault(setting, []).append((eye["all right"][0], own["all right"][0]))
-    show(f"{len(rows)} generated pictures, the judge against the eye")
+    show(f"{len(rows)} generated pictures, agreement of judge and eye")
     for kind, (eye, own) in pairs.items():
         show(f"  {kind:12}{interval(sum(np.equal(eye, own)), len(eye))}, kappa {kappa(eye, own):.2f}; "
              f"holds by eye {100 * np.mean(eye):.0f} %, by the judge {100 * np.mean(own):.0f} %")
