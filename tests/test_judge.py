@@ -1,5 +1,7 @@
 """The judge of nano's pictures: it reads captions, and sees what was drawn by hand, and nothing where nothing is."""
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,16 +193,21 @@ def test_varied_pictures_move_as_told():
 
 
 def test_training_goes_on_where_it_stopped(command, tmp_path):
-    options = ["--scenes", 4, "--batch", 2, "--run", tmp_path / "run", "--out"]
-    for out, steps in (("a", 2), ("b", 3)):
-        code, _, err = command("nano/train_judge.py", *options, tmp_path / out, "--steps", steps)
-        assert code == 0, err
-    files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert files == ["judge.pt", "soft_000000.pt"]
-    first, second = (load_file(tmp_path / name) for name in ("a", "b"))
-    assert any(not torch.equal(first[key], second[key]) for key in first)
-    assert len(look(judge.load(tmp_path / "b"), [paint()])) == 1
-    code, _, err = command("nano/train_judge.py", *options, tmp_path / "c", "--steps", 3, "--seed", 1)
+    (tmp_path / "other").mkdir()
+
+    def train(run, out, steps, seed=0):
+        return command("nano/train_judge.py", "--scenes", 4, "--batch", 2, "--seed", seed, "--steps", steps,
+                       "--run", tmp_path / run, "--out", tmp_path / out)
+
+    assert train("run", "two", 2)[0] == 0
+    shutil.copy(tmp_path / "run" / "soft_000000.pt", tmp_path / "other")     # scenes are drawn once
+    assert train("run", "three", 3)[0] == 0
+    assert train("other", "at once", 3)[0] == 0
+    two, three, at_once = (load_file(tmp_path / name) for name in ("two", "three", "at once"))
+    assert any(not torch.equal(two[key], three[key]) for key in two)
+    assert all(torch.equal(three[key], at_once[key]) for key in three)
+    assert len(look(judge.load(tmp_path / "three"), [paint()])) == 1
+    code, _, err = train("run", "four", 4, seed=1)
     assert code == 2 and "it is another run's" in err
 
 
@@ -242,3 +249,34 @@ def test_the_list_of_judged_pictures_fits_its_captions():
         seed = int(row["seed"])
         assert row["caption"] == scenes.caption(scenes.draw(seed), np.random.default_rng(seed))
         assert seed in VAL_SEEDS and seed not in TRAIN_SEEDS
+
+
+def test_pictures_are_made_as_the_list_says(monkeypatch):
+    rows = [row for row in check_judge.read_judged() if int(row["seed"]) in (5000, 5001)]
+    calls = []
+
+    def generate(model, captions, **options):
+        calls.append((len(captions), options))
+        return captions
+
+    monkeypatch.setattr(check_judge, "seg4diff", SimpleNamespace(generate=generate))
+    assert check_judge.generate_judged(None, rows) == [row["caption"] for row in rows]
+    assert calls == [(2, {"cfg": 1.0, "pag": 0.0, "perturb": [], "seed": 5000}),
+                     (2, {"cfg": 1.0, "pag": 0.0, "perturb": [5], "seed": 5000})]
+
+
+def test_the_check_prints_all_of_it(command, monkeypatch):
+    """On the drawn scenes of three captions of the list, which are all right."""
+    rows = check_judge.read_judged()[7:10]
+    made = [Image.fromarray(scenes.draw(int(row["seed"])).image) for row in rows]
+    monkeypatch.setattr(check_judge, "HELD_OUT", VAL_SEEDS[1000:1003])
+    monkeypatch.setattr(check_judge, "read_judged", lambda: rows)
+    monkeypatch.setattr(check_judge, "generate_judged", lambda model, rows: made)
+    code, out, err = command("nano/judge.py", "--check")
+    assert code == 0, err
+    lines = {line.split("  ")[0]: line for line in out.replace("\n  ", "\n").splitlines()}
+    assert "100.0 %" in lines["all of a scene"] and "n = 3" in lines["all of a scene"]
+    assert "100.0 %" in lines["stuff replaced"]
+    assert "kappa nan; holds by eye 100 %, by the judge 100 %" in lines["things"]
+    code, _, err = command("nano/judge.py")
+    assert code == 2 and "nothing to do without --check" in err
