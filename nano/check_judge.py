@@ -62,7 +62,8 @@ def near_misses(claim: Claim, scene: Scene, rng: np.random.Generator) -> dict[st
     missed = {}
     i = rng.integers(len(claim.things))
     name, colour = claim.things[i]
-    absent = [other for other in THINGS if other not in [thing.name for thing in scene.things]]
+    present = {thing.name for thing in scene.things}
+    absent = [other for other in THINGS if other not in present]
     things = list(claim.things)
     things[i] = (str(rng.choice(absent)), colour)
     missed["a thing replaced"] = claim._replace(things=things, relation=None)
@@ -113,7 +114,10 @@ def check_drawn(judge: Judge, model: seg4diff.Seg4Diff) -> None:
 
 
 def read_judged() -> list[dict[str, str]]:
-    """The pictures judged by eye: how each is made, and y or n for each claim of its caption, in its order."""
+    """The pictures judged by eye: how each is made, and y or n for each claim of its caption, in its order.
+
+    perturb: the blocks that were blurred throughout (Fig. 5).  files.Broken: the list is not there.
+    """
     with reading(LIST, "list of judged pictures"), open(LIST, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -105,9 +105,9 @@ class Judge(nn.Module):
         seen = attention @ x.flatten(2).mT                                   # (B, K, width)
         there = (seen * self.there).sum(-1) + self.bias                      # (B, K)
         of_things = attention[:, len(STUFF):]                                # (B, things, rows*columns)
-        share = of_things.unflatten(-1, (-1, columns)).sum(-2)               # (B, things, columns)
+        by_column = of_things.unflatten(-1, (-1, columns)).sum(-2)           # (B, things, columns)
         centres = (torch.arange(columns, device=x.device) + 0.5) / columns   # (columns,)
-        return Answers(there, self.colour(seen[:, len(STUFF):]), share @ centres)
+        return Answers(there, self.colour(seen[:, len(STUFF):]), by_column @ centres)
 
 
 def load(path: str | Path | None = None, device: str | torch.device = "cpu") -> Judge:
@@ -158,7 +158,7 @@ def look(judge: Judge, images: list[Image.Image]) -> list[Seen]:
 
 
 def truth(scene: Scene) -> Seen:
-    """What a judge that is always right would see in a drawn scene; a thing that is not there has no colour."""
+    """What a judge that is always right would see in a drawn scene; things that are not there have no colour and x."""
     there = {thing.name: thing for thing in scene.things}
     return Seen({name: float(name in scene.stuff) for name in STUFF},
                 {name: float(name in there) for name in THINGS},

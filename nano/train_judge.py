@@ -59,11 +59,10 @@ def rub_out(image: np.ndarray, mask: np.ndarray) -> None:
 
 def half_of(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One half of the mask, left, right, upper or lower."""
-    yy, xx = np.nonzero(mask)
-    grid = np.mgrid[0:SIDE, 0:SIDE]                                          # (2, SIDE, SIDE)
-    axis = rng.integers(2)
-    middle = (yy, xx)[axis].min() / 2 + (yy, xx)[axis].max() / 2
-    half = grid[axis] > middle
+    axis = rng.integers(2)                               # 0: upper and lower, 1: left and right
+    places = np.nonzero(mask)[axis]
+    middle = (places.min() + places.max()) / 2
+    half = np.mgrid[0:SIDE, 0:SIDE][axis] > middle                           # (SIDE, SIDE)
     return mask & (half if rng.random() < 0.5 else ~half)
 
 
