@@ -1,8 +1,8 @@
 """How far the judge of nano's pictures can be trusted: `python nano/judge.py --check` prints what nano/judge.md tells.
 
 Three ways.  Drawn scenes that it was not trained on: are its answers right?  Captions: does it tell a scene's own from
-another's, and from one with a single change?  Generated pictures: does it agree with a person, who judged those of
-nano/judged.csv by eye before?
+another's, and from one with a single change?  Generated pictures: does it agree with nano/judged.csv, which was
+judged by eye before?
 """
 import csv
 import itertools
@@ -134,7 +134,7 @@ def generate_judged(model: seg4diff.Seg4Diff, rows: list[dict[str, str]]) -> lis
 
 
 def check_generated(judge: Judge, model: seg4diff.Seg4Diff) -> None:
-    """Generated pictures: the judge against a person's eye."""
+    """Generated pictures: the judge against the eye."""
     rows = read_judged()
     pairs = {kind: ([], []) for kind in COLUMNS}         # kind: what the eye says, what the judge says
     settings = {}

@@ -7,7 +7,7 @@ A caption claims some of that; a verdict is the share of its claims that hold.
     judge = load()
     verdict(look(judge, [image])[0], claims("a red car left of a boat with grass under the sky"))
 
-nano/train_judge.py trains it, nano/check_judge.py compares it with the truth and with a person.
+nano/train_judge.py trains it, nano/check_judge.py compares it with the truth and with the eye.
 """
 import argparse
 import hashlib
