@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import counting
 import evaluate
 import seg4diff
 from loading import image_seed
@@ -103,7 +104,7 @@ def test_differences_by_hand(tiny, tmp_path):
     """Two classes, three pictures, all alike: the difference is that of the scores, and certain."""
     data = replace(DATASETS["scenes"](), classes=["car", "sky"])
     ev = evaluation(tiny, data, "readings")
-    ledger = Ledger(tmp_path, {}, ("paper", "shares", "i2i", "pixels"), (2, 4), partial(evaluate.truth_of, ev))
+    ledger = Ledger(tmp_path, {}, ("paper", "shares", "i2i", "pixels"), (2, 4), partial(counting.truth_of, ev))
     wrong = np.array([[3, 1, 9, 9], [2, 2, 9, 9]])                           # a confusion matrix, and borders
     right = np.array([[4, 0, 9, 9], [0, 4, 9, 9]])
     for name in "abc":
