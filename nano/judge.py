@@ -16,13 +16,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from nano.scenes import CLASSES, COLOURS, SIDE, STUFF, THINGS, Scene  # noqa: E402
 from support.checkpoint import assign  # noqa: E402
 from support.cli import Parser, command  # noqa: E402

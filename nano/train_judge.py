@@ -11,6 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +23,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import seg4diff  # noqa: E402
 from nano import scenes  # noqa: E402
 from nano.judge import Answers, Judge  # noqa: E402
