@@ -41,7 +41,7 @@ class Fake:
 @pytest.fixture
 def quick_file(tiny_file, tmp_path, monkeypatch) -> Path:
     """The tiny model with a sampler of one step, and the fake judge for whoever asks."""
-    monkeypatch.setattr(quality, "pick_judge", lambda name, model: Fake())
+    monkeypatch.setattr(quality, "pick_judge", lambda name, model, prompts: Fake())
     with safe_open(tiny_file, "pt") as f:
         header = f.metadata()
     presets = {**json.loads(header["presets"]), "steps": 1, "noise_steps": 1}
@@ -109,7 +109,9 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
     def claim(prompts=PROMPTS, model=tiny, **options):
         quality.claim(folder, quality.identity_of(model, QUICK._replace(**options), prompts))
 
+    claim(cfg=7.0)                                       # begun and given up before the first picture
     claim(PROMPTS[:2])
+    (folder / "00000_0.png").touch()
     claim(PROMPTS)                                       # more prompts, fewer prompts, another name: no change
     claim(PROMPTS[:1], name="other")
     assert json.loads((folder / "identity.json").read_text())["prompts"] == PROMPTS
@@ -123,7 +125,6 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
         with pytest.raises(ValueError) as e:
             claim(**change)
         assert str(e.value) == f"{folder} holds pictures with {says}; name another --out, or remove it"
-    (folder / "00000_0.png").touch()
     for damage in ("{", '{"cfg": 2.0}', '{"prompts": 3}'):
         (folder / "identity.json").write_text(damage)
         with pytest.raises(Broken, match="identity.json' cannot be read as a "):
@@ -155,12 +156,21 @@ def test_scores_stand_where_their_pictures_do(tmp_path, monkeypatch):
 def test_the_own_judge(tiny, monkeypatch):
     """It is analysis.caption_losses against the empty prompt; no other judge has to be there for it."""
     monkeypatch.setattr(quality.analysis, "CAPTION_DRAWS", 1)
-    judge = quality.pick_judge("own", tiny)
+    judge = quality.pick_judge("own", tiny, ["a dog"])
     assert (judge.name, judge.fingerprint, judge.columns) == ("own", tiny.fingerprint, ("loss saved",))
     image = Image.effect_noise((128, 128), 50).convert("RGB")
     losses = quality.analysis.caption_losses(tiny, [image], [["a red car", ""]])
     (saved,) = judge.score([image], ["a red car"])["loss saved"]
     assert saved == pytest.approx(100 * (losses[0, 1] - losses[0, 0]) / losses[0, 1])
+
+
+def test_a_judge_that_cannot_answer_is_refused_before_the_work(tiny):
+    assert quality.pick_judge(None, tiny, ["a red car", "snow"]).columns[-1] == "all right"
+    with pytest.raises(ValueError, match="knows no 'dog'"):
+        quality.pick_judge("nano", tiny, ["a red car", "a dog"])
+    large = replace(tiny, preset=tiny.preset.changed(size=256))
+    with pytest.raises(ValueError, match="pictures of 128 pixels, and tiny makes them of 256"):
+        quality.pick_judge("nano", large, [])
 
 
 # ---------------------------------------------------------------------------- effects
@@ -301,6 +311,8 @@ def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
     assert f"light, against {base}: {found.difference:+.3f} (95 % interval: none), cannot be told (" in out
     for says, content in (("its 'seeds' is [1], this run's is [0]", {"seeds": [1]}),
                           ("its 'prompts' is []", {"prompts": []}), ("KeyError", {"scores": {}}),
+                          ("not 2 x 1 finite numbers", {"scores": {"red": [[1]], "light": [[1]]}}),
+                          ("not 2 x 1 finite numbers", {"scores": {"red": [[1], [math.inf]]}}),
                           ("its 'judge' is ['own', '0'], this run's is ['fake', '0']", {"judge": ["own", "0"]})):
         (tmp_path / "r.json").write_text(json.dumps(json.loads(base.read_text()) | content))
         code, _, err = command("evaluate.py", *options, "--against", tmp_path / "r.json")
@@ -310,7 +322,8 @@ def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--dataset", "voc"], "--dataset belongs to segmentation"), (["--limit", "3"], "--limit belongs to segmentation"),
     (["--blocks", "1"], "whose scale is 0; give --pag"), (["--cfg", "nan"], "cfg must be a number"),
-    (["--prompts", "none.txt"], "no such file"), (["--perturb", "3"], "blocks are 0 to 2"),
+    (["--prompts", "none.txt"], "no such file"), (["--prompts", ""], "no such file"),
+    (["--perturb", "3"], "blocks are 0 to 2"),
     (["--images", "0"], "least 1"), (["--batch-size", "2"], "--batch-size belongs to segmentation"),
     (["--task", "ovss"], "--images belongs to --task quality")])
 def test_bad_options(command, quick_file, options, says):
