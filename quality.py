@@ -5,8 +5,11 @@
     python evaluate.py --task quality --prompts pick.txt --model sd3 --images 500 --seeds 5
 
 An arm is one way to generate.  All arms draw a prompt from the same noise, so that their difference is taken prompt by
-prompt; tools/experiments.py does so for nano.  A judge is an object with a name, a fingerprint, the names of its
-columns, and score(pictures, prompts) -> {column: a number for each picture, nan where the prompt asks for nothing}.
+prompt; tools/experiments.py does so for nano.
+
+A judge is any object with `name`, `fingerprint` (it changes with whatever its answers depend on), `columns`, their
+names, and `score(images, prompts)` -> {column: (n,)} for n pictures and their prompts, nan where a prompt asks for
+nothing.  There are three: OwnJudge below, nano.judge.CaptionJudge and judges.ClipScore.
 """
 import time
 from collections.abc import Sequence

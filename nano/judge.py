@@ -251,7 +251,7 @@ def verdict(seen: Seen, claim: Claim) -> dict[str, float]:
 
 
 class CaptionJudge:
-    """The judge as experiments take it: pictures and their captions in, a column of scores for each kind of claim out.
+    """The judge as quality.py takes one: pictures and their captions in, a column of scores for each kind of claim out.
 
     fingerprint: 12 hex digits that change with the weights and with the code that judges.
     """
