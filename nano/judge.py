@@ -87,8 +87,8 @@ class Judge(nn.Module):
         self.colour = nn.Linear(widths[-1], len(COLOURS))
 
     @classmethod
-    def from_state_dict(cls, sd: dict[str, Tensor], device: str | torch.device = "cpu") -> "Judge":
-        """Widths are read off the shapes.  ValueError: the tensors do not fit."""
+    def from_state_dict(cls, sd: dict[str, Tensor]) -> "Judge":
+        """On the CPU, in float32.  Widths are read off the shapes.  ValueError: the tensors do not fit."""
         widths = []
         for key in ("stem", "downs.0", "downs.1", "downs.2"):
             if f"{key}.weight" not in sd:
@@ -96,7 +96,7 @@ class Judge(nn.Module):
             widths.append(len(sd[f"{key}.weight"]))
         with torch.device("meta"):
             judge = cls(tuple(widths))
-        return assign(judge, sd, "judge", device, torch.float32)
+        return assign(judge, sd, "judge", "cpu", torch.float32)
 
     def forward(self, x: Tensor) -> Answers:
         """(B, 3, SIDE, SIDE) in [-1, 1] -> Answers."""
@@ -114,11 +114,11 @@ class Judge(nn.Module):
         return Answers(there, self.colour(seen[:, len(STUFF):]), by_column @ centres)
 
 
-def load(path: str | Path | None = None, device: str | torch.device = "cpu") -> Judge:
+def load(path: str | Path | None = None) -> Judge:
     """The judge of a file, by default the one beside this file.  files.Broken: it is none."""
     path = FILE if path is None else path
     with reading(path, "judge of nano's pictures"):
-        return Judge.from_state_dict(load_file(path), device)
+        return Judge.from_state_dict(load_file(path))
 
 
 # ---------------------------------------------------------------------------- what it sees
@@ -144,20 +144,18 @@ def pixels(images: list[Image.Image]) -> Tensor:
 @torch.inference_mode()
 def look(judge: Judge, images: list[Image.Image]) -> list[Seen]:
     """What the judge sees in each picture of SIDE x SIDE pixels.  ValueError: one has another size."""
-    device = judge.bias.device
     names = list(COLOURS)
     found = []
     for start in range(0, len(images), BATCH):
-        answers = judge(pixels(images[start:start + BATCH]).to(device))
-        there = answers.there.sigmoid().cpu()                                # (B, K)
-        colour = answers.colour.argmax(-1).cpu()                             # (B, things)
-        place = answers.x.cpu()                                              # (B, things)
+        answers = judge(pixels(images[start:start + BATCH]))
+        there = answers.there.sigmoid()                                      # (B, K)
+        colour = answers.colour.argmax(-1)                                   # (B, things)
         for b in range(len(there)):
             probability = dict(zip(CLASSES, there[b].tolist()))
             stuff = {name: probability[name] for name in STUFF}
             things = {name: probability[name] for name in THINGS}
             colours = {name: names[i] for name, i in zip(THINGS, colour[b].tolist())}
-            found.append(Seen(stuff, things, colours, dict(zip(THINGS, place[b].tolist()))))
+            found.append(Seen(stuff, things, colours, dict(zip(THINGS, answers.x[b].tolist()))))
     return found
 
 

@@ -2,6 +2,7 @@
 import math
 import shutil
 from argparse import Namespace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -286,6 +287,9 @@ def test_the_list_of_judged_pictures_fits_its_captions():
                    int(claim.relation is not None), len(claim.stuff)]
         assert [len(row[kind]) for kind in judge.COLUMNS[:-1]] == claimed
         assert set("".join(row[kind] for kind in judge.COLUMNS[:-1])) <= {"y", "n"}
+    for before, row in pairwise(rows):                   # of one setting: pictures are made from seeds in a row
+        if all(before[key] == row[key] for key in ("cfg", "pag", "perturb")):
+            assert int(row["seed"]) == int(before["seed"]) + 1
     for row in rows[::20]:
         seed = int(row["seed"])
         assert row["caption"] == scenes.caption(scenes.draw(seed), np.random.default_rng(seed))
