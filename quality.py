@@ -25,7 +25,7 @@ import seg4diff
 from loading import Preset, Seg4Diff, image_seed
 from nano import scenes
 from support.cli import progress, show
-from support.data import need, objects
+from support.data import DATASETS, need, objects
 from support.effects import compare, known, listed, mean_and_error
 from support.files import (
     check_kind,
@@ -215,7 +215,7 @@ def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) ->
 
 def captions(first: int, count: int) -> list[str]:
     """Captions of the toy world from scene `first` of scenes-dev on, and of the scenes after it."""
-    start = 5000 + first
+    start = int(DATASETS["scenes-dev"]().names[0]) + first                   # a scene's name is its seed
     return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed))
             for seed in scenes.VAL_SEEDS[start:start + count]]
 

@@ -16,8 +16,10 @@ from test_design import reachable
 import quality
 import seg4diff
 from loading import image_seed
+from nano import scenes
 from quality import Arm
 from support import effects, report
+from support.data import DATASETS
 from support.effects import compare
 from support.files import Broken
 from tools import experiments
@@ -185,6 +187,8 @@ def test_a_judge_that_cannot_answer_is_refused_before_the_work(tiny):
 
 def test_captions_of_the_two_stages_share_no_scene():
     first = quality.captions(0, 4)
+    for caption, name in zip(first, DATASETS["scenes-dev"]().names):
+        assert caption == scenes.caption(scenes.draw(int(name)), np.random.default_rng(int(name)))
     assert quality.captions(2, 2) == first[2:] and len(first) == 4
     stages = [range(e.first, e.first + e.captions) for e in (experiment("blocks"), experiment("magnet"))]
     assert not set(stages[0]) & set(stages[1])
@@ -279,6 +283,7 @@ def test_scores_that_are_no_base(tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--dataset", "voc"], "--dataset belongs to segmentation"), (["--limit", "3"], "--limit belongs to segmentation"),
     (["--blocks", "1"], "whose scale is 0; give --pag"), (["--cfg", "nan"], "cfg must be a number"),
+    (["--pag", "nan"], "from -1000 to 1000"),
     (["--prompts", "none.txt"], "no such file"), (["--prompts", ""], "no such file"),
     (["--perturb", "3"], "blocks are 0 to 2"),
     (["--images", "0"], "least 1"), (["--batch-size", "2"], "--batch-size belongs to segmentation"),
