@@ -47,9 +47,9 @@ def test_perturb_by_clip_and_dino(command, quick_file, folder, tmp_path):  # noq
 
 
 def test_a_judge_that_is_not_there_ends_it_before_the_work(command, tiny_file, tmp_path):
-    code, _, err = command("figures.py", "perturb", "--judge", "none", "--model", tiny_file)
+    code, _, err = command("figures.py", "perturb", "--judge", "none", "--model", tiny_file, "--limit", 1)
     assert code == 2 and "no judge 'none'" in err and err.count("\n") == 1 and not list(tmp_path.glob("out/*"))
-    code, _, err = command("figures.py", "perturb", "--judge", "clip", "--model", tiny_file)    # the tests are offline
+    code, _, err = command("figures.py", "perturb", "--judge", "clip", "--model", tiny_file, "--limit", 1)     # offline
     assert code == 2 and "model.bin is not in the cache" in err and "--judge" in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/*"))
 
