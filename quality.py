@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 import analysis
 import seg4diff
+from judges import load_judge
 from loading import Preset, Seg4Diff, image_seed
 from nano import scenes
+from nano.judge import CaptionJudge, claims
 from support.cli import progress, show
 from support.data import DATASETS, need, objects
 from support.effects import compare, known, listed, mean_and_error
@@ -186,14 +188,12 @@ def pick_judge(name: str | None, model: Seg4Diff, prompts: Sequence[str]):
     if name == "own":
         return OwnJudge(model)
     if name == "nano":
-        from nano import judge
         if not toy(model):
             raise ValueError(f"nano's judge looks at pictures of {scenes.SIDE} pixels, and {model.name} makes them of "
                              f"{model.preset.size}; --judge clip looks at all")
         for prompt in prompts:
-            judge.claims(prompt)                         # ValueError before the work: it is no caption of nano's
-        return judge.CaptionJudge()
-    from judges import load_judge
+            claims(prompt)                               # ValueError before the work: it is no caption of nano's
+        return CaptionJudge()
     return load_judge(name, model.device)
 
 
