@@ -7,9 +7,9 @@
 An arm is one way to generate.  All arms draw a prompt from the same noise, so that their difference is taken prompt by
 prompt; tools/experiments.py does so for nano.
 
-A judge is any object with `name`, `fingerprint` (it changes with whatever its answers depend on), `columns`, their
-names, and `score(images, prompts)` -> {column: (n,)} for n pictures and their prompts, nan where a prompt asks for
-nothing.  There are three: OwnJudge below, nano.judge.CaptionJudge and judges.ClipScore.
+A judge is any object with `name`, `fingerprint` (which changes with its weights), the names of its `columns`, and
+`score(images, prompts)` -> {column: (n,)} for n pictures and their prompts, nan where a prompt asks for nothing.  There
+are three: OwnJudge below, nano.judge.CaptionJudge and judges.ClipScore.
 """
 import time
 from collections.abc import Sequence
