@@ -214,11 +214,6 @@ def loss_saved(losses, caption, empty):
     return 100 * (losses[:, empty] - losses[:, caption]) / losses[:, empty]
 
 
-def mean_and_error(x):
-    """Mean of a number for each picture, and its standard error."""
-    return float(x.mean()), float(x.std() / len(x) ** 0.5)
-
-
 def caption_accuracy(losses):
     """Share of pictures, in percent, that their true caption, the first column, explains best of all."""
     return 100 * float((losses.argmin(1) == 0).mean())

@@ -285,7 +285,7 @@ if __name__ == "__main__":
     gen.add_argument("--images", type=at_least(1), help="prompts, the first of them (default: 100)")
     gen.add_argument("--seeds", type=at_least(1, most=1000), help="pictures of each prompt (default: 1)")
     gen.add_argument("--cfg", type=float, help="classifier-free guidance scale (default: the model's preset)")
-    gen.add_argument("--pag", type=float, help="scale s of the perturbed guidance, Eq. 7 (default: 0)")
+    gen.add_argument("--pag", type=at_least(-1000, float, most=1000), help="scale s of Eq. 7 (default: 0)")
     gen.add_argument("--blocks", type=int, nargs="+", help="blocks blurred for --pag (default: the expert block)")
     gen.add_argument("--perturb", type=int, nargs="+", help="blocks whose I2T is blurred throughout, Fig. 5")
     gen.add_argument("--judge", help="nano, clip, a CLIP's folder, or own: the model's flow loss (nano; else clip)")

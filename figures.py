@@ -34,6 +34,7 @@ from nano import scenes
 from quality import toy
 from support.cli import Parser, add_model_options, at_least, command, show
 from support.data import DATASETS, ROOT, subset, usable
+from support.effects import known, mean_and_error
 from support.files import make_folder, read_text, write_figure, write_json, write_picture
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette, sheet
@@ -191,15 +192,17 @@ def text_matters(model, prompts, out, data, limit=100):
     named = [protocol.names_of(model, item, data.classes) for item in items]
     captions = [[names, "", others] for names, others in zip(named, named[1:] + named[:1])]
     rows = {}
+    errors = []
     for sigma in tqdm(sorted({0.1, 0.3, 0.7, 0.9, round(model.preset.sigma, 3)}), desc="text", unit="level"):
         losses = analysis.caption_losses(model, [item.image for item in items], captions, sigma)       # (n, 3)
         true = analysis.loss_saved(losses, 0, 1)                             # (n,)
         other = analysis.loss_saved(losses, 2, 1)                            # (n,)
-        mean, error = analysis.mean_and_error(true)
-        rows[sigma] = {"own": mean, "error": error, "others": float(other.mean()),
+        mean, error, _ = mean_and_error(true[:, None])
+        errors.append(error)
+        rows[sigma] = {"own": mean, "error": known(error), "others": float(other.mean()),
                        "own explain better than others [% of pictures]": 100 * np.mean(true > other)}
     fig, [[ax]] = new_figure(1, 1, f"At which noise levels words matter, {model.name}, {data.name}")
-    ax.errorbar(list(rows), [row["own"] for row in rows.values()], [row["error"] for row in rows.values()], fmt="o-",
+    ax.errorbar(list(rows), [row["own"] for row in rows.values()], errors, fmt="o-",
                 label="the picture's own class names")
     ax.plot(list(rows), [row["others"] for row in rows.values()], "s--", label="those of the next picture")
     ax.axvline(model.preset.sigma, color="black", ls=":", label="noise level of segmentation")

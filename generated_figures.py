@@ -20,6 +20,7 @@ import seg4diff
 from loading import Seg4Diff
 from nano import scenes
 from quality import toy
+from support.effects import known, mean_and_error
 from support.files import write_figure, write_picture
 from support.pictures import sheet
 
@@ -62,14 +63,17 @@ def compare_pictures(model, prompts, variants, path, title):
     n = len(prompts)
     candidates = [[*captions, ""] for captions in analysis.choices(prompts)]
     rows = {}
+    errors = []
     for variant, images in each_variant(model, prompts, variants, path):
         losses = analysis.caption_losses(model, images, candidates)          # (n, choices + 1)
-        gain, error = analysis.mean_and_error(analysis.loss_saved(losses, 0, -1))
-        rows[variant] = {"accuracy": analysis.caption_accuracy(losses[:, :-1]), "gain": gain, "error": error}
+        saved = analysis.loss_saved(losses, 0, -1)                           # (n,)
+        gain, error, _ = mean_and_error(saved[:, None])
+        errors.append(error)
+        rows[variant] = {"accuracy": analysis.caption_accuracy(losses[:, :-1]), "gain": gain, "error": known(error)}
     choices = min(analysis.CHOICES, n)
     enough = choices == analysis.CHOICES                 # a choice of two captions says little
     fig, axes = new_figure(1, 1 + enough, f"{title}; {n} pictures")
-    axes[0, 0].bar(list(rows), [row["gain"] for row in rows.values()], yerr=[row["error"] for row in rows.values()])
+    axes[0, 0].bar(list(rows), [row["gain"] for row in rows.values()], yerr=errors)
     axes[0, 0].set(ylabel="loss saved by the caption [%]")
     if enough:
         axes[0, 1].bar(list(rows), [row["accuracy"] for row in rows.values()])
@@ -102,6 +106,9 @@ def load_judges(name: str | None, model: Seg4Diff) -> Judges | None:
         name = "own" if toy(model) else "clip"
     if name == "own":
         return None
+    if name == "nano":
+        raise ValueError("figures are not drawn by nano's judge; python tools/experiments.py blocks is, and compares "
+                         "each block so")
     clip = judges.load_judge(name, model.device)
     dino, fingerprint = judges.load_dino(name, model.device)
     return Judges(clip, dino, [clip.fingerprint, fingerprint])
@@ -110,21 +117,24 @@ def load_judges(name: str | None, model: Seg4Diff) -> Judges | None:
 def judge_pictures(model, prompts, variants, path, title, judge):
     """Pictures by each variant, and how they resemble those of the first and their prompts: means with errors."""
     prompts = list(dict.fromkeys(prompts))
-    rows = {}
+    found = {}                                           # variant -> column -> (mean, error, how many)
     references = None
     for variant, images in each_variant(model, prompts, variants, path):
         references = references or images
-        rows[variant] = {}
-        for column, scores in judges.similarity(judge.clip, judge.dino, images, references, prompts).items():
-            mean, error = analysis.mean_and_error(scores)
-            rows[variant][column] = mean
-            rows[variant][f"{column} error"] = error
-    columns = [column for column in next(iter(rows.values())) if not column.endswith("error")]
+        scores = judges.similarity(judge.clip, judge.dino, images, references, prompts)
+        found[variant] = {column: mean_and_error(x[:, None]) for column, x in scores.items()}
+    columns = list(scores)
     fig, axes = new_figure(1, len(columns), f"{title}; {len(prompts)} pictures")
+    rows = {variant: {} for variant in found}
     for ax, column in zip(axes[0], columns):
-        values = [row[column] for row in rows.values()]
-        errors = [row[f"{column} error"] for row in rows.values()]
-        ax.errorbar(list(rows), values, errors, fmt="o-")
+        values = []
+        errors = []
+        for variant in found:
+            mean, error, _ = found[variant][column]
+            values.append(mean)
+            errors.append(error)
+            rows[variant] |= {column: mean, f"{column} error": known(error)}
+        ax.errorbar(list(found), values, errors, fmt="o-")
         ax.set(ylabel=f"{column} [%]")
         ax.tick_params("x", rotation=90)
     write_figure(path, fig)

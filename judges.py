@@ -7,8 +7,7 @@ with one class token more, whose row is the answer.  Keys are those of the publi
     judge = judges.load_judge("clip")                    # or a folder
     judge.score(images, prompts)                         # {"CLIPScore": (n,)}, 100 x cosine
 
-A judge is whatever has `name`, `fingerprint` (of its files), `columns` and `score(images, prompts)`, which returns
-{column: (n,)} for n pictures and their prompts.
+What a judge is, says quality.py.
 """
 import math
 from collections.abc import Iterable, Sequence

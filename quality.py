@@ -5,8 +5,11 @@
     python evaluate.py --task quality --prompts pick.txt --model sd3 --images 500 --seeds 5
 
 An arm is one way to generate.  All arms draw a prompt from the same noise, so that their difference is taken prompt by
-prompt; tools/experiments.py does so for nano.  A judge is an object with a name, a fingerprint, the names of its
-columns, and score(pictures, prompts) -> {column: a number for each picture, nan where the prompt asks for nothing}.
+prompt; tools/experiments.py does so for nano.
+
+A judge is any object with `name`, `fingerprint` (which changes with its weights), the names of its `columns`, and
+`score(images, prompts)` -> {column: (n,)} for n pictures and their prompts, nan where a prompt asks for nothing.  There
+are three: OwnJudge below, nano.judge.CaptionJudge and judges.ClipScore.
 """
 import time
 from collections.abc import Sequence
@@ -19,10 +22,12 @@ from tqdm import tqdm
 
 import analysis
 import seg4diff
+from judges import load_judge
 from loading import Preset, Seg4Diff, image_seed
 from nano import scenes
+from nano.judge import CaptionJudge, claims
 from support.cli import progress, show
-from support.data import need, objects
+from support.data import DATASETS, need, objects
 from support.effects import compare, known, listed, mean_and_error
 from support.files import (
     check_kind,
@@ -95,12 +100,12 @@ def claim(folder: Path, identity: dict) -> None:
     """
     path = folder / "identity.json"
     make_folder(folder)
-    if not path.exists():
-        if any(folder.glob("*_*.png")):
-            raise ValueError(f"{folder} holds pictures without the identity.json that says how they were made; name "
-                             "another --out, or remove it")
+    if not any(folder.rglob("*_*.png")):                 # nothing can be mixed up, whatever was begun here
         write_json(path, identity)
         return
+    if not path.exists():
+        raise ValueError(f"{folder} holds pictures without the identity.json that says how they were made; name "
+                         "another --out, or remove it")
     saved = read_json(path)
     with reading(path, "list of what pictures were made of"):
         kept = check_kind(saved["prompts"], list, "its prompts")
@@ -173,15 +178,23 @@ def toy(model):
     return model.preset.size == scenes.SIDE
 
 
-def pick_judge(name: str | None, model: Seg4Diff):
-    """"own", "nano", "clip" or a folder with a CLIP; None: nano's for pictures of the toy world, else CLIP."""
+def pick_judge(name: str | None, model: Seg4Diff, prompts: Sequence[str]):
+    """"own", "nano", "clip" or a folder with a CLIP; None: nano's for pictures of the toy world, else CLIP.
+
+    ValueError: it is not there; nano's knows the toy world's pictures and captions alone.
+    """
+    if name is None:
+        name = "nano" if toy(model) else "clip"
     if name == "own":
         return OwnJudge(model)
-    if name == "nano" or (name is None and toy(model)):
-        from nano.judge import CaptionJudge
+    if name == "nano":
+        if not toy(model):
+            raise ValueError(f"nano's judge looks at pictures of {scenes.SIDE} pixels, and {model.name} makes them of "
+                             f"{model.preset.size}; --judge clip looks at all")
+        for prompt in prompts:
+            claims(prompt)                               # ValueError before the work: it is no caption of nano's
         return CaptionJudge()
-    from judges import load_judge
-    return load_judge(name or "clip", model.device)
+    return load_judge(name, model.device)
 
 
 def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, np.ndarray]:
@@ -202,7 +215,7 @@ def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) ->
 
 def captions(first: int, count: int) -> list[str]:
     """Captions of the toy world from scene `first` of scenes-dev on, and of the scenes after it."""
-    start = 5000 + first
+    start = int(DATASETS["scenes-dev"]().names[0]) + first                   # a scene's name is its seed
     return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed))
             for seed in scenes.VAL_SEEDS[start:start + count]]
 
@@ -258,30 +271,40 @@ def main(args) -> None:
     Preset().changed(cfg=args.cfg)                       # ValueError before the model is loaded
     start = time.time()
     rank, _ = world()
-    name = args.model or ("nano" if args.prompts in (None, "scenes-dev") else "sd3")
+    name = args.model
+    if name is None:
+        name = "nano" if args.prompts in (None, "scenes-dev") else "sd3"
     model = seg4diff.load(name, args.device, args.dtype, lora=args.lora)
     arm = arm_of(args, model.preset)
-    source = args.prompts or ("scenes-dev" if toy(model) else "coco")
+    source = args.prompts
+    if source is None:
+        source = "scenes-dev" if toy(model) else "coco"
     prompts = prompts_of(source, args.images or 100, args.data_root)
     seeds = range(args.seed, args.seed + (args.seeds or 1))
-    judge = pick_judge(args.judge, model)                # one that is missing is named before the work
+    judge = pick_judge(args.judge, model, prompts)       # one that is missing is named before the work
     compared = {"prompts": prompts, "seeds": list(seeds), "judge": [judge.name, judge.fingerprint]}
     base = {} if args.against is None else scores_of(args.against, compared, judge.columns)
-    source = Path(source).stem
-    folder = (args.out or Path("out") / f"quality-{source}-{model.name}") / arm.name
+    folder = (args.out or Path("out") / f"quality-{Path(source).stem}-{model.name}") / arm.name
     generate_missing(model, arm, prompts, seeds, folder)
     if rank == 0:
-        report(args, model, arm, judge, source, compared, base, folder, start)
+        report(args, model, arm, judge, Path(source).name, compared, base, folder, start)
 
 
 def scores_of(path: Path, compared: dict, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """The scores, (prompts, seeds) for each column, of another run's results.json.  files.Broken: not comparable."""
     found = read_json(path)
+    shape = (len(compared["prompts"]), len(compared["seeds"]))
+    scores = {}
     with reading(path, "result of --task quality to compare with"):
         for key, value in compared.items():
             if found[key] != value:
                 raise ValueError(f"its {key!r} is {found[key]!s:.60}, this run's is {value!s:.60}")
-        return {column: np.array(found["scores"][column], float) for column in columns}      # None becomes nan
+        for column in columns:
+            x = np.array(found["scores"][column], float)                     # (prompts, seeds); None becomes nan
+            if x.shape != shape or np.isinf(x).any():
+                raise ValueError(f"its scores of {column!r} are not {shape[0]} x {shape[1]} finite numbers")
+            scores[column] = x
+    return scores
 
 
 def report(args, model, arm, judge, source, compared, base, folder, start):
@@ -289,9 +312,9 @@ def report(args, model, arm, judge, source, compared, base, folder, start):
     prompts = compared["prompts"]
     seeds = compared["seeds"]
     scores = judged(judge, prompts, seeds, folder)
+    means = {column: mean_and_error(x) for column, x in scores.items()}
     rows = {}
-    for column, x in scores.items():
-        mean, error, n = mean_and_error(x)
+    for column, (mean, error, n) in means.items():
         rows[column] = {"mean": known(mean), "error": known(error), "prompts": n}
     facts = {"task": "quality", "prompts": f"{len(prompts)} of {source}", "seeds": " ".join(map(str, seeds)),
              "model": f"{model.name} ({model.fingerprint})", "arm": arm.name,
@@ -307,8 +330,7 @@ def report(args, model, arm, judge, source, compared, base, folder, start):
     for fact, value in facts.items():
         show(f"{fact + ':':9s}{value}")
     show(f"{'':14s}{'mean':>9s}{'error':>9s}{'prompts':>9s}")
-    for column, x in scores.items():
-        mean, error, n = mean_and_error(x)
+    for column, (mean, error, n) in means.items():
         show(f"{column:14s}{mean:9.4f}{error:9.4f}{n:9d}")
     show("error: standard error over the prompts; the seeds of a prompt are averaged first")
     for column, x in base.items():
@@ -316,7 +338,7 @@ def report(args, model, arm, judge, source, compared, base, folder, start):
         show(f"{column}, against {args.against}: {found.difference:+.3f} (95 % interval: {found.interval}), "
              f"{found.verdict}")
     if "CLIPScore" in scores:
-        show(beside_table_3(f"{model.name}, ours", source, mean_and_error(scores["CLIPScore"])[0]))
+        show(beside_table_3(f"{model.name}, ours", source, means["CLIPScore"][0]))
     show(f"{seconds:.0f} s; wrote {folder}/results.json and sheet.png")
 
 

@@ -27,7 +27,10 @@ HELD_OUT = VAL_SEEDS[1000:2000]         # neither scenes nor scenes-dev, and nev
 
 
 def interval(right: int, n: int) -> str:
-    """A share in per cent with its 95 % interval (Wilson's)."""
+    """A share in per cent with its 95 % interval (Wilson's), as if all answers were independent.
+
+    Several answers about one picture are not quite, so that the true interval is somewhat wider.
+    """
     z = 1.96
     centre = (right + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)

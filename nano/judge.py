@@ -16,13 +16,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from nano.scenes import CLASSES, COLOURS, SIDE, STUFF, THINGS, Scene  # noqa: E402
 from support.checkpoint import assign  # noqa: E402
 from support.cli import Parser, command  # noqa: E402
@@ -83,8 +87,8 @@ class Judge(nn.Module):
         self.colour = nn.Linear(widths[-1], len(COLOURS))
 
     @classmethod
-    def from_state_dict(cls, sd: dict[str, Tensor], device: str | torch.device = "cpu") -> "Judge":
-        """Widths are read off the shapes.  ValueError: the tensors do not fit."""
+    def from_state_dict(cls, sd: dict[str, Tensor]) -> "Judge":
+        """On the CPU, in float32.  Widths are read off the shapes.  ValueError: the tensors do not fit."""
         widths = []
         for key in ("stem", "downs.0", "downs.1", "downs.2"):
             if f"{key}.weight" not in sd:
@@ -92,7 +96,7 @@ class Judge(nn.Module):
             widths.append(len(sd[f"{key}.weight"]))
         with torch.device("meta"):
             judge = cls(tuple(widths))
-        return assign(judge, sd, "judge", device, torch.float32)
+        return assign(judge, sd, "judge", "cpu", torch.float32)
 
     def forward(self, x: Tensor) -> Answers:
         """(B, 3, SIDE, SIDE) in [-1, 1] -> Answers."""
@@ -110,11 +114,11 @@ class Judge(nn.Module):
         return Answers(there, self.colour(seen[:, len(STUFF):]), by_column @ centres)
 
 
-def load(path: str | Path | None = None, device: str | torch.device = "cpu") -> Judge:
+def load(path: str | Path | None = None) -> Judge:
     """The judge of a file, by default the one beside this file.  files.Broken: it is none."""
     path = FILE if path is None else path
     with reading(path, "judge of nano's pictures"):
-        return Judge.from_state_dict(load_file(path), device)
+        return Judge.from_state_dict(load_file(path))
 
 
 # ---------------------------------------------------------------------------- what it sees
@@ -140,20 +144,18 @@ def pixels(images: list[Image.Image]) -> Tensor:
 @torch.inference_mode()
 def look(judge: Judge, images: list[Image.Image]) -> list[Seen]:
     """What the judge sees in each picture of SIDE x SIDE pixels.  ValueError: one has another size."""
-    device = judge.bias.device
     names = list(COLOURS)
     found = []
     for start in range(0, len(images), BATCH):
-        answers = judge(pixels(images[start:start + BATCH]).to(device))
-        there = answers.there.sigmoid().cpu()                                # (B, K)
-        colour = answers.colour.argmax(-1).cpu()                             # (B, things)
-        place = answers.x.cpu()                                              # (B, things)
+        answers = judge(pixels(images[start:start + BATCH]))
+        there = answers.there.sigmoid()                                      # (B, K)
+        colour = answers.colour.argmax(-1)                                   # (B, things)
         for b in range(len(there)):
             probability = dict(zip(CLASSES, there[b].tolist()))
             stuff = {name: probability[name] for name in STUFF}
             things = {name: probability[name] for name in THINGS}
             colours = {name: names[i] for name, i in zip(THINGS, colour[b].tolist())}
-            found.append(Seen(stuff, things, colours, dict(zip(THINGS, place[b].tolist()))))
+            found.append(Seen(stuff, things, colours, dict(zip(THINGS, answers.x[b].tolist()))))
     return found
 
 
@@ -247,7 +249,7 @@ def verdict(seen: Seen, claim: Claim) -> dict[str, float]:
 
 
 class CaptionJudge:
-    """The judge as experiments take it: pictures and their captions in, a column of scores for each kind of claim out.
+    """The judge as quality.py takes one: pictures and their captions in, a column of scores for each kind of claim out.
 
     fingerprint: 12 hex digits that change with the weights and with the code that judges.
     """

@@ -46,7 +46,7 @@ from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from nano import scenes  # noqa: E402
 from nano.flux_model import new_flux  # noqa: E402
 from nano.train_vae import LATENT, encode_latents, train_vae  # noqa: E402
-from nano.training import Progress, check_trained, optimise, optimisers, resume, save_state  # noqa: E402
+from nano.training import Progress, check_trained, claim_run, optimise, optimisers, resume, save_state  # noqa: E402
 from support import pictures, weights  # noqa: E402
 from support.checkpoint import pick_device  # noqa: E402
 from support.cli import Parser, at_least, command, positive, show  # noqa: E402
@@ -359,16 +359,7 @@ def claim(args: argparse.Namespace) -> dict[str, str]:
         if getattr(args, key):
             settings[key] += f" ({weights.fingerprint(weights.find(getattr(args, key)))})"
     settings["world"] = str(zlib.crc32((Path(__file__).parent / "scenes.py").read_bytes()))
-    if args.run.exists() and not args.run.is_dir():
-        raise ValueError(f"--run {args.run} is a file; name a folder")
-    args.run.mkdir(parents=True, exist_ok=True)
-    path = args.run / "origin.json"
-    before = read_json(path) if path.exists() else settings
-    other = [f"{key} {str(before.get(key))[:60]!r} instead of {value!r}" for key, value in settings.items()
-             if before.get(key) != value]
-    if other:
-        raise ValueError(f"{args.run} holds a run with {', '.join(other)}; name another --run")
-    write_json(path, settings)
+    claim_run(args.run, settings)
     return settings
 
 

@@ -11,6 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":                               # Ctrl-C is answered while PyTorch is imported, too
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,24 +23,36 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import seg4diff  # noqa: E402
 from nano import scenes  # noqa: E402
 from nano.judge import Answers, Judge  # noqa: E402
 from nano.scenes import CLASSES, COLOURS, SIDE, STUFF, THINGS, TRAIN_SEEDS, Scene, Thing  # noqa: E402
 from nano.train_vae import pixels  # noqa: E402
-from nano.training import Progress, check_trained, optimise, optimisers, resume, save_state  # noqa: E402
+from nano.training import Progress, check_trained, claim_run, optimise, optimisers, resume, save_state  # noqa: E402
+from support import weights  # noqa: E402
 from support.cli import Parser, at_least, command, progress, show  # noqa: E402
-from support.files import make_folder, read_tensors, replacing, write_tensors  # noqa: E402
+from support.files import (  # noqa: E402
+    check_kind,
+    code_stamp,
+    make_folder,
+    read_tensors,
+    reading,
+    replacing,
+    write_tensors,
+)
 from vae import VAE  # noqa: E402
 
+# What the weights depend on, beside nano's: a run that began with other code is not gone on with.
+CODE = ("nano/train_judge.py", "nano/judge.py", "nano/training.py", "nano/scenes.py")
 SHARD = 250                             # scenes in one file of soft pictures
+SAVE = 250                              # steps between two saved states
 SPOILT = 0.35                           # share of the scenes one of whose things is spoilt
 LATENT_NOISE = 0.35                     # at most; nano's latents have unit variance
 SHIFT = 0.08                            # at most, to each side, as a share of the picture
 WARP = 0.03                             # at most, of a smooth displacement: generated outlines wobble
 TINT = 0.08                             # at most, of each channel's gain and offset
 NOISE = 0.05                            # at most, standard deviation in [-1, 1]
+PARTS = ("images", "there", "colour", "x")               # of a file of soft pictures
 LR = 2e-3                               # of Muon and AdamW, as for nano
 
 # ---------------------------------------------------------------------------- things that are not there
@@ -151,18 +168,24 @@ def make_shard(vae: VAE, seeds: range) -> dict[str, Tensor]:
 
 
 def soft_scenes(run: Path, n: int) -> dict[str, Tensor]:
-    """The first n training scenes as make_shard makes them, kept in --run.  Broken: a file there is cut."""
+    """The first n training scenes as make_shard makes them, kept in --run.  Broken: a file there is damaged."""
     model = None
     shards = []
     with progress("soft scenes", "scene", n) as bar:
         for start in range(0, n, SHARD):
+            seeds = TRAIN_SEEDS[start:min(start + SHARD, n)]
             path = run / f"soft_{start:06d}.pt"
             if not path.exists():
                 model = model or seg4diff.load("nano", device="cpu", dtype="float32")
-                write_tensors(path, make_shard(model.vae, TRAIN_SEEDS[start:min(start + SHARD, n)]))
-            shards.append(read_tensors(path, "file of soft scenes"))
-            bar.update(min(SHARD, n - start))
-    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+                write_tensors(path, make_shard(model.vae, seeds))
+            shard = read_tensors(path, "file of soft scenes")
+            with reading(path, "file of soft scenes"):
+                for key in PARTS:
+                    if len(check_kind(shard, dict, "its content")[key]) != len(seeds):
+                        raise ValueError(f"it has not {len(seeds)} scenes; remove it, and it is made anew")
+            shards.append(shard)
+            bar.update(len(seeds))
+    return {key: torch.cat([shard[key] for shard in shards]) for key in PARTS}
 
 
 # ---------------------------------------------------------------------------- what changes every time
@@ -213,14 +236,17 @@ def loss_of(answers: Answers, there: Tensor, colour: Tensor, x: Tensor) -> Tenso
 
 
 def main(args: argparse.Namespace) -> None:
-    make_folder(args.run)
+    make_folder(args.out.parent)                         # not after the work
+    origin = {key: str(getattr(args, key)) for key in ("scenes", "steps", "seed", "batch")}
+    origin["nano"] = weights.fingerprint(weights.find("nano"))
+    origin["code"] = code_stamp(CODE)
+    claim_run(args.run, origin)
     data = soft_scenes(args.run, args.scenes)
     n = len(data["images"])
     torch.manual_seed(args.seed)
     judge = Judge().to(memory_format=torch.channels_last)                    # a third faster on a CPU
     opts = optimisers(judge, is_kernel, LR)
     done = Progress()
-    origin = {"scenes": str(args.scenes), "seed": str(args.seed), "batch": str(args.batch)}
     resume(args.run / "judge.pt", {"judge": judge}, opts, done, origin)
     with progress("judge", "step", args.steps, done.step) as bar:
         while done.step < args.steps:
@@ -234,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
             done.step += 1
             bar.update()
             bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-            if done.step % 250 == 0 or done.step == args.steps:
+            if done.step % SAVE == 0 or done.step == args.steps:
                 save_state(args.run / "judge.pt", {"judge": judge}, opts, done, origin)
     check_trained(judge.state_dict())
     with replacing(args.out) as new:
@@ -250,5 +276,5 @@ if __name__ == "__main__":
     parser.add_argument("--scenes", type=at_least(1, most=len(TRAIN_SEEDS)), default=8000)
     parser.add_argument("--steps", type=at_least(1), default=700)
     parser.add_argument("--batch", type=at_least(1), default=32)
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=at_least(0, most=10 ** 9), default=0)
     command(main, parser)

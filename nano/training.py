@@ -1,4 +1,4 @@
-"""What the trainings of nano's VAE and of its MM-DiT share: the optimisers, a step, and states to go on from."""
+"""What the trainings of nano's VAE, its MM-DiT and its judge share: optimisers, a step, states to go on from."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from support.checkpoint import check_finite
-from support.files import check_kind, read_tensors, reading, write_tensors
+from support.files import check_kind, read_json, read_tensors, reading, write_json, write_tensors
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,7 +63,7 @@ def optimise(opts: list[torch.optim.Optimizer], loss: Tensor, lr: float) -> floa
     value = loss.item()
     if not math.isfinite(value):                         # it must not reach the weights
         raise ValueError(f"the loss is {value}; the same command goes on from the last saved state, which is good, "
-                         "and a smaller --lr or --kl may help")
+                         "and a smaller rate of learning may help")
     params = []
     for opt in opts:
         opt.zero_grad(set_to_none=True)
@@ -86,17 +86,31 @@ class Progress:
     folded: bool = False                # of the VAE: its encoder is done
 
 
+def claim_run(run: Path, settings: dict[str, str]) -> None:
+    """Make a folder this run's: its origin.json holds the settings.  ValueError: it is another run's, or a file."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--run {run} is a file; name a folder")
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "origin.json"
+    before = read_json(path) if path.exists() else settings
+    other = [f"{key} {str(before.get(key))[:60]!r} instead of {value!r}" for key, value in settings.items()
+             if before.get(key) != value]
+    if other:
+        raise ValueError(f"{run} holds a run with {', '.join(other)}; name another --run")
+    write_json(path, settings)
+
+
 def check_trained(sd: dict[str, Tensor]) -> None:
     """ValueError: a weight is not finite, so that nobody should save it."""
     for key, value in sd.items():
         if not value.isfinite().all():
             raise ValueError(f"the training went astray, {key} is not finite; what was saved before is still good, and "
-                             "a smaller --lr or --kl may help")
+                             "a smaller rate of learning may help")
 
 
 def save_state(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Optimizer], progress: Progress,
                origin: dict[str, str]) -> None:
-    """Weights, the optimisers' state, progress and the run's settings (claim in pretrain.py), in one file.
+    """Weights, the optimisers' state, progress and the run's settings (claim_run), in one file.
 
     ValueError: a weight is not finite.
     """

@@ -147,7 +147,6 @@ def test_caption_losses_by_hand(tiny):
     assert got.shape == (2, 3) and got[1, 1] == pytest.approx(total, rel=1e-4)
     assert analysis.caption_accuracy(np.array([[1, 2, 3], [1, 2, 3], [3, 2, 1.0]])) == pytest.approx(200 / 3)
     assert analysis.loss_saved(np.array([[1.5, 2, 3]]), 0, 1).tolist() == [25]
-    assert analysis.mean_and_error(np.array([1, 3, 1, 3])) == (2, 0.5)
     assert analysis.choices(["a", "b", "c"]) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
     assert len(analysis.choices(list("abcdefghijkl"))[11]) == analysis.CHOICES
 

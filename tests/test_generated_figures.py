@@ -41,15 +41,15 @@ def test_perturb_by_clip_and_dino(command, quick_file, folder, tmp_path):  # noq
     want = judges.similarity(judge, dino, blurred, plain, PROMPTS)
     for column in ("CLIP-I", "CLIP-T", "DINO"):
         assert rows["block 1"][column] == pytest.approx(want[column].mean(), abs=1e-3)
-        assert rows["block 1"][f"{column} error"] == pytest.approx(want[column].std() / 2 ** 0.5, abs=1e-3)
+        assert rows["block 1"][f"{column} error"] == pytest.approx(want[column].std(ddof=1) / 2 ** 0.5, abs=1e-3)
     for name in ("perturb.png", "perturb_pictures.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 100
 
 
 def test_a_judge_that_is_not_there_ends_it_before_the_work(command, tiny_file, tmp_path):
-    code, _, err = command("figures.py", "perturb", "--judge", "none", "--model", tiny_file)
+    code, _, err = command("figures.py", "perturb", "--judge", "none", "--model", tiny_file, "--limit", 1)
     assert code == 2 and "no judge 'none'" in err and err.count("\n") == 1 and not list(tmp_path.glob("out/*"))
-    code, _, err = command("figures.py", "perturb", "--judge", "clip", "--model", tiny_file)    # the tests are offline
+    code, _, err = command("figures.py", "perturb", "--judge", "clip", "--model", tiny_file, "--limit", 1)     # offline
     assert code == 2 and "model.bin is not in the cache" in err and "--judge" in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/*"))
 
@@ -61,6 +61,8 @@ def test_who_judges_without_a_name(monkeypatch):
     monkeypatch.setattr(judges, "load_dino", lambda *args: ("dino", "b"))
     small, large = (SimpleNamespace(preset=SimpleNamespace(size=size), device="cpu") for size in (scenes.SIDE, 1024))
     assert generated_figures.load_judges(None, small) is None and generated_figures.load_judges("own", large) is None
+    with pytest.raises(ValueError, match="tools/experiments.py blocks"):
+        generated_figures.load_judges("nano", small)
     assert not asked
     assert generated_figures.load_judges(None, large).files == ["a", "b"]
     assert generated_figures.load_judges("clip", small).dino == "dino" and asked == [("clip", "cpu")] * 2

@@ -1,6 +1,8 @@
 """The judge of nano's pictures: it reads captions, and sees what was drawn by hand, and nothing where nothing is."""
 import math
 import shutil
+from argparse import Namespace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,23 +194,63 @@ def test_varied_pictures_move_as_told():
     assert (centre - 0.5 - moved).abs().max() < 0.03 and moved.abs().max() > 0.04
 
 
-def test_training_goes_on_where_it_stopped(command, tmp_path):
-    (tmp_path / "other").mkdir()
+def training(tmp_path, run: str, **options) -> Namespace:
+    return Namespace(**{"run": tmp_path / run, "out": tmp_path / f"{run}.safetensors", "scenes": 2, "steps": 2,
+                        "batch": 2, "seed": 0} | options)
 
-    def train(run, out, steps, seed=0):
-        return command("nano/train_judge.py", "--scenes", 4, "--batch", 2, "--seed", seed, "--steps", steps,
-                       "--run", tmp_path / run, "--out", tmp_path / out)
 
-    assert train("run", "two", 2)[0] == 0
-    shutil.copy(tmp_path / "run" / "soft_000000.pt", tmp_path / "other")     # scenes are drawn once
-    assert train("run", "three", 3)[0] == 0
-    assert train("other", "at once", 3)[0] == 0
-    two, three, at_once = (load_file(tmp_path / name) for name in ("two", "three", "at once"))
-    assert any(not torch.equal(two[key], three[key]) for key in two)
-    assert all(torch.equal(three[key], at_once[key]) for key in three)
-    assert len(look(judge.load(tmp_path / "three"), [paint()])) == 1
-    code, _, err = train("run", "four", 4, seed=1)
-    assert code == 2 and "it is another run's" in err
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Killed in its second step, it ends with the weights of a run that was not; its scenes are drawn once."""
+    monkeypatch.setattr(train_judge, "SAVE", 1)
+    train_judge.main(training(tmp_path, "whole"))
+    whole = load_file(tmp_path / "whole.safetensors")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed/judge.pt").unlink()
+    monkeypatch.setattr(train_judge, "make_shard", None)
+    optimise = train_judge.optimise
+    rates = []
+
+    def killed(opts, loss, rate):
+        if len(rates) == 1:
+            raise KeyboardInterrupt
+        rates.append(rate)
+        return optimise(opts, loss, rate)
+    monkeypatch.setattr(train_judge, "optimise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_judge.main(training(tmp_path, "killed"))
+    monkeypatch.setattr(train_judge, "optimise", optimise)
+    assert not (tmp_path / "killed.safetensors").exists()
+    train_judge.main(training(tmp_path, "killed"))
+    again = load_file(tmp_path / "killed.safetensors")
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    new = judge.Judge().state_dict()
+    assert any((whole[key] != new[key].half()).any() for key in ("bias", "there"))
+    assert len(look(judge.load(tmp_path / "killed.safetensors"), [paint()])) == 1
+
+
+def test_a_run_keeps_its_settings_and_its_scenes(tmp_path, monkeypatch):
+    train_judge.main(training(tmp_path, "run", steps=1))
+    for options, says in (({"seed": 1}, "seed '0' instead of '1'"), ({"steps": 2}, "steps '1' instead of '2'"),
+                          ({"scenes": 3}, "scenes '2' instead of '3'")):
+        with pytest.raises(ValueError, match=f"holds a run with {says}; name another --run"):
+            train_judge.main(training(tmp_path, "run", **{"steps": 1} | options))
+    path = tmp_path / "run/soft_000000.pt"
+    good = torch.load(path)
+    for damage, says in ({key: x[:1] for key, x in good.items()}, "it has not 2 scenes; remove it"), ([1], "an object"):
+        torch.save(damage, path)
+        with pytest.raises(Broken, match=f"soft_000000.pt' cannot be read as a file of soft scenes: .*{says}"):
+            train_judge.main(training(tmp_path, "run", steps=1))
+    monkeypatch.setattr(train_judge, "CODE", ["nano/judge.py"])
+    with pytest.raises(ValueError, match="holds a run with code"):
+        train_judge.main(training(tmp_path, "run", steps=1))
+
+
+def test_options_of_the_training(command, tmp_path):
+    (tmp_path / "file").touch()
+    for options, says in ((["--scenes", 0], "from 1 to"), (["--seed", 10 ** 20], "from 0 to"),
+                          (["--batch", 0], "at least 1"), (["--out", tmp_path / "file/x"], "cannot be a folder")):
+        code, _, err = command("nano/train_judge.py", "--run", tmp_path / "run", *options)
+        assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------- how it is checked
@@ -245,6 +287,9 @@ def test_the_list_of_judged_pictures_fits_its_captions():
                    int(claim.relation is not None), len(claim.stuff)]
         assert [len(row[kind]) for kind in judge.COLUMNS[:-1]] == claimed
         assert set("".join(row[kind] for kind in judge.COLUMNS[:-1])) <= {"y", "n"}
+    for before, row in pairwise(rows):                   # of one setting: pictures are made from seeds in a row
+        if all(before[key] == row[key] for key in ("cfg", "pag", "perturb")):
+            assert int(row["seed"]) == int(before["seed"]) + 1
     for row in rows[::20]:
         seed = int(row["seed"])
         assert row["caption"] == scenes.caption(scenes.draw(seed), np.random.default_rng(seed))

@@ -1,6 +1,7 @@
-"""Generated pictures: each once, whatever was killed or shared out; effects by hand; the commands on a tiny model."""
+"""Generated pictures: each once, whatever was killed or shared out; the commands on a tiny model."""
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,16 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scipy.stats import ttest_1samp
 from test_design import reachable
 
 import quality
 import seg4diff
 from loading import image_seed
+from nano import scenes
 from quality import Arm
 from support import effects, report
-from support.effects import by_prompt, compare, holm, mean_and_error
+from support.data import DATASETS
+from support.effects import compare
 from support.files import Broken
 from tools import experiments
 
@@ -41,7 +43,7 @@ class Fake:
 @pytest.fixture
 def quick_file(tiny_file, tmp_path, monkeypatch) -> Path:
     """The tiny model with a sampler of one step, and the fake judge for whoever asks."""
-    monkeypatch.setattr(quality, "pick_judge", lambda name, model: Fake())
+    monkeypatch.setattr(quality, "pick_judge", lambda name, model, prompts: Fake())
     with safe_open(tiny_file, "pt") as f:
         header = f.metadata()
     presets = {**json.loads(header["presets"]), "steps": 1, "noise_steps": 1}
@@ -62,7 +64,14 @@ def test_the_noise_of_a_picture_is_fixed(tiny):
     assert quality.draw(tiny, QUICK, "snow", 3, 2).tobytes() == image.tobytes()
 
 
+def coloured(model, arm, prompt, i, seed) -> Image.Image:
+    """In the place of quality.draw: a colour for each arm, prompt, number and seed."""
+    red = int(10 * arm.cfg + 40 * arm.pag + 7 * len(arm.perturb))
+    return Image.new("RGB", (128, 128), (red, 9 * i + len(prompt), seed))
+
+
 def test_resumed_and_shared_pictures_are_the_same(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "draw", coloured)
     quality.generate_missing(tiny, QUICK, PROMPTS, [0, 1], tmp_path / "whole")
     whole = pictures(tmp_path / "whole")
     assert sorted(whole) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png", "00002_0.png", "00002_1.png"]
@@ -75,9 +84,9 @@ def test_resumed_and_shared_pictures_are_the_same(tiny, tmp_path, monkeypatch):
     (killed / "00001_1.png").unlink()
     quality.generate_missing(tiny, QUICK, PROMPTS, [0, 1], killed)
     assert pictures(killed) == whole and (killed / "00000_1.png").stat().st_mtime_ns == kept
-    monkeypatch.setattr(seg4diff, "generate", None)      # nothing is left to do
+    monkeypatch.setattr(quality, "draw", None)           # nothing is left to do
     quality.generate_missing(tiny, QUICK, PROMPTS[:2], [1], killed)
-    monkeypatch.undo()
+    monkeypatch.setattr(quality, "draw", coloured)
 
     shared = tmp_path / "shared"                         # of two processes; the second finds what the first has made
     monkeypatch.setattr(quality, "wait_for_all", lambda: None)
@@ -109,7 +118,9 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
     def claim(prompts=PROMPTS, model=tiny, **options):
         quality.claim(folder, quality.identity_of(model, QUICK._replace(**options), prompts))
 
+    claim(cfg=7.0)                                       # begun and given up before the first picture
     claim(PROMPTS[:2])
+    (folder / "00000_0.png").touch()
     claim(PROMPTS)                                       # more prompts, fewer prompts, another name: no change
     claim(PROMPTS[:1], name="other")
     assert json.loads((folder / "identity.json").read_text())["prompts"] == PROMPTS
@@ -123,7 +134,6 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
         with pytest.raises(ValueError) as e:
             claim(**change)
         assert str(e.value) == f"{folder} holds pictures with {says}; name another --out, or remove it"
-    (folder / "00000_0.png").touch()
     for damage in ("{", '{"cfg": 2.0}', '{"prompts": 3}'):
         (folder / "identity.json").write_text(damage)
         with pytest.raises(Broken, match="identity.json' cannot be read as a "):
@@ -155,7 +165,7 @@ def test_scores_stand_where_their_pictures_do(tmp_path, monkeypatch):
 def test_the_own_judge(tiny, monkeypatch):
     """It is analysis.caption_losses against the empty prompt; no other judge has to be there for it."""
     monkeypatch.setattr(quality.analysis, "CAPTION_DRAWS", 1)
-    judge = quality.pick_judge("own", tiny)
+    judge = quality.pick_judge("own", tiny, ["a dog"])
     assert (judge.name, judge.fingerprint, judge.columns) == ("own", tiny.fingerprint, ("loss saved",))
     image = Image.effect_noise((128, 128), 50).convert("RGB")
     losses = quality.analysis.caption_losses(tiny, [image], [["a red car", ""]])
@@ -163,67 +173,13 @@ def test_the_own_judge(tiny, monkeypatch):
     assert saved == pytest.approx(100 * (losses[0, 1] - losses[0, 0]) / losses[0, 1])
 
 
-# ---------------------------------------------------------------------------- effects
-
-
-def test_means_by_hand():
-    """Seeds of a prompt count as one; a prompt without scores does not count."""
-    scores = np.array([[1.0, 3.0], [math.nan, 6.0], [math.nan, math.nan], [4.0, 4.0]])
-    assert by_prompt(scores).tolist() == [2, 6, 4]
-    mean, error, n = mean_and_error(scores)
-    assert (mean, n) == (4, 3) and error == pytest.approx(2 / math.sqrt(3))              # deviations -2, 2, 0
-    assert mean_and_error(np.repeat(scores, 3, axis=1)) == pytest.approx((mean, error, n))
-    assert mean_and_error(scores[:1])[::2] == (2, 1) and math.isnan(mean_and_error(scores[:1])[1])
-    assert mean_and_error(scores[2:3])[2] == 0 and math.isnan(mean_and_error(scores[2:3])[0])
-    assert effects.listed(scores[:2]) == [[1, 3], [None, 6]]
-
-
-def test_pairing_by_hand(monkeypatch):
-    """Prompts that differ widely hide nothing if each changes by about the same."""
-    monkeypatch.setattr(effects, "LEAST", 2)
-    base = np.array([[0.0], [100.0], [1000.0], [5000.0]])
-    found = compare(base + [[1.0], [2.0], [1.0], [2.0]], base)
-    assert (found.n, found.difference) == (4, 1.5) and found.error == pytest.approx(math.sqrt(1 / 3) / 2)
-    assert 1 <= found.low < 1.5 < found.high <= 2 and found.verdict == "better"
-    assert found.interval == f"{found.low:+.3f} to {found.high:+.3f}"
-    assert found.p == pytest.approx(ttest_1samp([1, 2, 1, 2], 0).pvalue)
-    assert found.seen == pytest.approx(2.8 * found.error)
-    assert compare(base, base + [[1.0], [2.0], [1.0], [2.0]]).verdict == "worse"
-    unclear = compare(base + [[1.0], [-1.0], [2.0], [-2.0]], base)
-    assert unclear.verdict == f"cannot be told (an effect of {unclear.seen:.3f} could have been seen)"
-    same = compare(base, base)
-    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert same.verdict == "cannot be told (no prompt's score changed)"
-    assert compare(base + 1, base).p == 0 and compare(base + 1, base)[2:4] == (1, 1)
-    monkeypatch.undo()
-    few = compare(base + 1, base)                        # four prompts, however alike, make nothing sure
-    assert few.verdict == "cannot be told (fewer than 20 prompts have this score)" and few.difference == 1
-    assert np.isnan([few.low, few.high, few.p]).all()
-
-
-def test_pairing_leaves_out_what_one_arm_lacks():
-    arm = np.array([[1.0, math.nan], [2.0, 2.0], [math.nan, math.nan], [3.0, 3.0]])
-    base = np.array([[0.0, 0.0], [math.nan, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    found = compare(arm, base)
-    assert found.n == 3 and found.difference == pytest.approx((1 + 2 + 2.5) / 3)
-
-
-def test_the_bootstrap_is_clustered_and_repeatable():
-    """About 1.96 standard errors on each side; seeds that repeat a prompt's answer make nothing surer."""
-    base = np.random.default_rng(0).normal(size=(200, 1))
-    arm = base + np.random.default_rng(1).normal(0.1, 1, (200, 1))
-    found = compare(arm, base)
-    assert found.low == pytest.approx(found.difference - 1.96 * found.error, abs=0.2 * found.error)
-    assert found.high == pytest.approx(found.difference + 1.96 * found.error, abs=0.2 * found.error)
-    assert compare(arm, base) == found
-    assert compare(np.repeat(arm, 5, axis=1), np.repeat(base, 5, axis=1)) == pytest.approx(found)
-
-
-def test_holm_by_hand():
-    """0.01 passes 0.05 / 3, 0.03 fails 0.05 / 2, and 0.04 is not asked any more."""
-    assert holm([0.04, 0.01, math.nan, 0.03]) == [False, True, False, False]
-    assert holm([0.02, 0.04, 0.01]) == [True, True, True]
-    assert holm([0.03, 0.03]) == [False, False] and holm([]) == [] and holm([math.nan]) == [False]
+def test_a_judge_that_cannot_answer_is_refused_before_the_work(tiny):
+    assert quality.pick_judge(None, tiny, ["a red car", "snow"]).columns[-1] == "all right"
+    with pytest.raises(ValueError, match="knows no 'dog'"):
+        quality.pick_judge("nano", tiny, ["a red car", "a dog"])
+    large = replace(tiny, preset=tiny.preset.changed(size=256))
+    with pytest.raises(ValueError, match="pictures of 128 pixels, and tiny makes them of 256"):
+        quality.pick_judge("nano", large, [])
 
 
 # ---------------------------------------------------------------------------- prompts
@@ -231,6 +187,8 @@ def test_holm_by_hand():
 
 def test_captions_of_the_two_stages_share_no_scene():
     first = quality.captions(0, 4)
+    for caption, name in zip(first, DATASETS["scenes-dev"]().names):
+        assert caption == scenes.caption(scenes.draw(int(name)), np.random.default_rng(int(name)))
     assert quality.captions(2, 2) == first[2:] and len(first) == 4
     stages = [range(e.first, e.first + e.captions) for e in (experiment("blocks"), experiment("magnet"))]
     assert not set(stages[0]) & set(stages[1])
@@ -289,7 +247,8 @@ def test_evaluate_quality(command, quick_file, tmp_path):
     assert other["rows"]["light"]["mean"] != mean
 
 
-def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
+def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "draw", coloured)
     options = ("--task", "quality", "--model", quick_file, "--device", "cpu", "--images", 2)
     assert command("evaluate.py", *options)[0] == 0
     base = tmp_path / "out/quality-scenes-dev-tiny/cfg3/results.json"
@@ -299,18 +258,34 @@ def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path):
               for arm in ("cfg1", "cfg3")]
     found = compare(np.array(scores[0]), np.array(scores[1]))
     assert f"light, against {base}: {found.difference:+.3f} (95 % interval: none), cannot be told (" in out
+    code, _, err = command("evaluate.py", *options, "--seed", 1, "--against", base)
+    assert code == 2 and "its 'seeds' is [0], this run's is [1]" in err and err.count("\n") == 1
+
+
+def test_scores_that_are_no_base(tmp_path):
+    compared = {"prompts": ["a", "b"], "seeds": [0], "judge": ["fake", "0"]}
+    good = compared | {"scores": {"red": [[None], [1]], "light": [[2], [3]]}}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(good))
+    found = quality.scores_of(path, compared, Fake.columns)
+    np.testing.assert_equal(found, {"red": [[math.nan], [1]], "light": [[2], [3]]})
     for says, content in (("its 'seeds' is [1], this run's is [0]", {"seeds": [1]}),
                           ("its 'prompts' is []", {"prompts": []}), ("KeyError", {"scores": {}}),
+                          ("not 2 x 1 finite numbers", {"scores": {"red": [[1]], "light": [[1]]}}),
+                          ("not 2 x 1 finite numbers", {"scores": {"red": [[1], [math.inf]]}}),
+                          ("could not convert", {"scores": {"red": "x"}}),
                           ("its 'judge' is ['own', '0'], this run's is ['fake', '0']", {"judge": ["own", "0"]})):
-        (tmp_path / "r.json").write_text(json.dumps(json.loads(base.read_text()) | content))
-        code, _, err = command("evaluate.py", *options, "--against", tmp_path / "r.json")
-        assert code == 2 and says in err and err.count("\n") == 1
+        path.write_text(json.dumps(good | content))
+        with pytest.raises(Broken, match=re.escape(says)):
+            quality.scores_of(path, compared, Fake.columns)
 
 
 @pytest.mark.parametrize("options, says", [
     (["--dataset", "voc"], "--dataset belongs to segmentation"), (["--limit", "3"], "--limit belongs to segmentation"),
     (["--blocks", "1"], "whose scale is 0; give --pag"), (["--cfg", "nan"], "cfg must be a number"),
-    (["--prompts", "none.txt"], "no such file"), (["--perturb", "3"], "blocks are 0 to 2"),
+    (["--pag", "nan"], "from -1000 to 1000"),
+    (["--prompts", "none.txt"], "no such file"), (["--prompts", ""], "no such file"),
+    (["--perturb", "3"], "blocks are 0 to 2"),
     (["--images", "0"], "least 1"), (["--batch-size", "2"], "--batch-size belongs to segmentation"),
     (["--task", "ovss"], "--images belongs to --task quality")])
 def test_bad_options(command, quick_file, options, says):
@@ -373,8 +348,7 @@ def test_a_flux_is_blurred_and_guided_at_cfg_1(tiny_flux):
 def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
     """Each arm's pictures in a colour of their own; what draws them is tested above."""
     monkeypatch.setattr(effects, "LEAST", 2)
-    monkeypatch.setattr(quality, "draw", lambda model, arm, prompt, i, seed: Image.new(
-        "RGB", (128, 128), (int(10 * arm.cfg + 40 * arm.pag), 9 * i, 7 * len(arm.perturb))))
+    monkeypatch.setattr(quality, "draw", coloured)
     options = ("--model", quick_file, "--device", "cpu", "--limit", 2)
     code, _, err = command("tools/experiments.py", "guidance", *options)
     assert code == 2 and "run the experiment blocks first" in err

@@ -22,12 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 import seg4diff  # noqa: E402
+from quality import Arm, claim, identity_of  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
-from support.files import check_kind, make_folder, read_json, read_text, reading, write_json, write_picture  # noqa: E402
+from support.effects import mean_and_error  # noqa: E402
+from support.files import check_kind, make_folder, read_json, read_text, reading, write_picture  # noqa: E402
+from support.ledger import wait_for_all, world  # noqa: E402
 
 EACH = 10                               # pictures of a prompt; the evaluator of "complex" counts on it
 LONGEST = 220                           # bytes of a file name: systems take 255, and we write beside it first
-FACTS = "export.json"                   # what the pictures in a folder were made by
 
 # ---------------------------------------------------------------------------- export
 
@@ -55,41 +57,30 @@ def picture_name(prompt: str, number: int) -> str:
     return f"{prompt}_{number:06d}.png"
 
 
-def check_facts(out: Path, facts: dict) -> None:
-    """Write what the pictures in a folder are made by, or compare it with what is there.  ValueError: they differ."""
-    path = out / FACTS
-    if path.exists():
-        differ = [name for name, value in read_json(path).items() if facts.get(name) != value]
-        if differ:
-            raise ValueError(f"{out} holds pictures of another {', '.join(differ)}; name another folder with --out")
-        return
-    write_json(path, facts)
-
-
 def export(args):
+    """Each picture is made once and alone, as quality.py does it, and torchrun shares them out."""
     prompts = read_prompts(args.prompts)
     model = seg4diff.load(args.model, args.device, args.dtype, lora=args.lora)
+    arm = Arm("export", args.cfg, steps=args.steps)
     samples = args.out / "samples"
+    claim(args.out, identity_of(model, arm, prompts) | {"seed": args.seed})
     make_folder(samples)
-    check_facts(args.out, {"model": [model.name, model.fingerprint], "prompts": prompts, "seed": args.seed,
-                           "steps": args.steps, "cfg": args.cfg, "dtype": str(model.dtype)})
-    paths = []
-    for number in range(EACH * len(prompts)):
-        paths.append(samples / picture_name(prompts[number // EACH], number))
-    starts = range(0, len(paths), model.preset.batch)
-    for start in tqdm(starts, desc="export", unit="batch"):
-        batch = paths[start:start + model.preset.batch]
-        if all(path.exists() for path in batch):
-            continue
-        several = [prompts[number // EACH] for number in range(start, start + len(batch))]
-        images = seg4diff.generate(model, several, steps=args.steps, cfg=args.cfg, seed=args.seed + start)
-        for path, image in zip(batch, images):
+    names = [picture_name(prompts[number // EACH], number) for number in range(EACH * len(prompts))]
+    rank, processes = world()
+    mine = range(rank, len(names), processes)
+    for number in tqdm(mine, desc="export", unit="picture", disable=True if rank > 0 else None):
+        path = samples / names[number]
+        if not path.exists():
+            (image,) = seg4diff.generate(model, prompts[number // EACH], seed=args.seed + number, **arm.options)
             write_picture(path, image)
-    surplus = len(os.listdir(samples)) - len(paths)
+    wait_for_all()
+    if rank > 0:
+        return
+    surplus = sorted(set(os.listdir(samples)) - set(names))
     if surplus:
-        raise ValueError(f"{samples} holds {surplus} files that are no pictures of these prompts; the evaluators would "
-                         "count them, so take them away")
-    show(f"{len(paths)} pictures of {len(prompts)} prompts lie in {samples}")
+        raise ValueError(f"{samples} holds what is no picture of these prompts, {surplus[0]!r} first; the evaluators "
+                         "would count it, so take it away")
+    show(f"{len(names)} pictures of {len(prompts)} prompts lie in {samples}")
 
 
 # ---------------------------------------------------------------------------- table
@@ -127,15 +118,15 @@ def read_scores(path: Path) -> np.ndarray:
         return values
 
 
-def mean_and_error(scores: np.ndarray) -> tuple[float, float]:
+def summary(scores: np.ndarray) -> tuple[float, float]:
     """The mean, and its standard error over prompts: the EACH pictures of one prompt are no independent draws.
 
     The error is nan where the pictures are not EACH of at least two prompts.
     """
-    if len(scores) % EACH or len(scores) < 2 * EACH:
+    if len(scores) % EACH:
         return float(scores.mean()), math.nan
-    prompts = scores.reshape(-1, EACH).mean(1)                               # (prompts,)
-    return float(scores.mean()), float(prompts.std(ddof=1) / len(prompts) ** 0.5)
+    mean, error, _ = mean_and_error(scores.reshape(-1, EACH))                # of (prompts, EACH)
+    return mean, error
 
 
 def table(args):
@@ -144,7 +135,7 @@ def table(args):
         path = args.results / category / folder / RESULT
         if path.exists():
             scores = read_scores(path)
-            mean, error = mean_and_error(scores)
+            mean, error = summary(scores)
             results[column] = {"mean": mean, "error": error, "pictures": len(scores)}
     if not results:
         category, folder = COLUMNS["Color"]

@@ -192,11 +192,10 @@ def some_pictures(experiment: Experiment, columns: int, folder: Path) -> Image.I
     return sheet(images, titles, columns, side=128)
 
 
-def run(experiment: Experiment, name: str, args, models: dict, judge, out: Path) -> None:
+def run(experiment: Experiment, name: str, prompts: list[str], models: dict, judge, out: Path) -> None:
     """Generate what is missing, judge, compare; EXPERIMENT.json, a plot and a sheet, then the table."""
     start = time.time()
     model = models[None]
-    prompts = quality.captions(experiment.first, min(experiment.captions, args.limit or experiment.captions))
     scores = {}
     rank, _ = world()
     arms = {}                                            # what each of them is, for the JSON file
@@ -237,9 +236,11 @@ def main(args):
     experiment = EXPERIMENTS[args.experiment](model, out)
     if len(experiment.arms) > MOST:
         raise ValueError(f"{len(experiment.arms)} arms are more than {MOST}: {args.model} has too many blocks for this")
+    prompts = quality.captions(experiment.first, min(experiment.captions, args.limit or experiment.captions))
+    judge = quality.pick_judge(args.judge, model, prompts)
     loras = {arm.lora for arm in experiment.arms} - {None}
     models = {lora: seg4diff.load(args.model, args.device, args.dtype, lora=lora) for lora in loras} | {None: model}
-    run(experiment, args.experiment, args, models, quality.pick_judge(args.judge, model), out)
+    run(experiment, args.experiment, prompts, models, judge, out)
 
 
 if __name__ == "__main__":
