@@ -39,10 +39,10 @@ def small(cfg: mmdit.MMDiTConfig | flux.FluxConfig, size: int = 256) -> Shapes:
     preset = Preset(size=size, block=1, steps=2, noise_steps=1, text_length=48)
     with torch.device("meta"):
         vae = VAE((8, 16, 32, 32), 1, 1, 16)
-        clip_l = CLIPText(500, 77, 64, 128, 2, quick_gelu=True, project=False)
+        clip_l = CLIPText(500, 77, 64, 128, 2, quick_gelu=True, project=0)
         if isinstance(cfg, flux.FluxConfig):
             return Shapes(flux.Flux(cfg), vae, clip_l, None, T5(200, 96, 64, 2, 128, 2, 32), preset.changed(cfg=1.0))
-        clip_g = CLIPText(500, 77, 128, 256, 2, quick_gelu=False, project=True)
+        clip_g = CLIPText(500, 77, 128, 256, 2, quick_gelu=False, project=128)
         return Shapes(mmdit.MMDiT(cfg), vae, clip_l, clip_g, None, preset)
 
 

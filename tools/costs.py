@@ -65,10 +65,10 @@ def published(name: str) -> Shapes:
     preset = flux_preset(cfg.guidance) if isinstance(cfg, FluxConfig) else Preset()
     with torch.device("meta"):
         vae = VAE((128, 256, 512, 512), 2, 3, SD3.channels)
-        clip_l = CLIPText(**CLIP_L, quick_gelu=True, project=False)
+        clip_l = CLIPText(**CLIP_L, quick_gelu=True, project=0)
         if isinstance(cfg, FluxConfig):
             return Shapes(Flux(cfg), vae, clip_l, None, T5(**T5XXL), preset)
-        clip_g = CLIPText(**CLIP_G, quick_gelu=False, project=True)
+        clip_g = CLIPText(**CLIP_G, quick_gelu=False, project=CLIP_G["width"])
         return Shapes(MMDiT(cfg), vae, clip_l, clip_g, None, preset)
 
 
