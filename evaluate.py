@@ -49,7 +49,6 @@ from support.ledger import Ledger, world
 from support.metrics import match_proposals, table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
-from waterfall import waterfall
 
 # ---------------------------------------------------------------------------- a run: count, then report
 
@@ -176,6 +175,8 @@ def check(args):
     if args.protocol != "ours" and not (defaults and merging):
         raise ValueError("--protocol stands for a choice of prompt, picture and regions; it takes no --prompt, "
                          "--resize, --control, --threshold, --scaling or --regions beside it")
+    if args.protocol == "half" and args.dtype != "auto":
+        raise ValueError("--protocol half is float16; it takes no --dtype beside it")
     if args.control != "none" and (args.task != "ovss" or args.dataset == "all"):
         raise ValueError("--control belongs to --task ovss on one data set: without names there is nothing to swap, "
                          "and patches that are alike remain so in a shuffled block")
@@ -227,7 +228,8 @@ def main(args):
     # the released code's precision, where it is fast or asked for
     half = args.dtype == "auto" and (pick_device(args.device).type != "cpu" or args.protocol == "half")
     if args.task == "protocol":
-        waterfall(args, load, sets[0], args.out or Path("out") / f"protocol-{args.dataset}-{Path(name).stem}", half)
+        from tools.waterfall import waterfall  # not above: no other task needs it
+        waterfall(args, load, sets[0], half)
         return
     model = load("float16" if half and args.protocol in ("released", "half") else args.dtype)
     if model.name in ("floor", "ceiling", "ceiling pixels"):
@@ -254,7 +256,7 @@ def main(args):
     if world()[0] == 0 and results:
         show(paper_table(args.task, model.name, results))
         if missing:
-            show(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the expected tree")
+            show(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME says where each belongs")
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -18,7 +18,7 @@ from protocol import Protocol, evaluation
 from released import OURS, Choices
 from support.data import DATASETS, Dataset, Item
 from support.metrics import IGNORE, UNNAMED, overlaps
-from waterfall import waterfall, worth
+from tools.waterfall import waterfall, worth
 
 # ---------------------------------------------------------------------------- pictures
 
@@ -249,6 +249,7 @@ def test_the_command_says_which_choices_are_on(command, tiny_file, tmp_path):
     (["--protocol", "size"], "changes nothing for --task ovss on scenes with this model; what does is resize, present"),
     (["--protocol", "level", "--task", "unsup"], "changes nothing"),
     (["--protocol", "background"], "changes nothing"),
+    (["--protocol", "half", "--dtype", "float32"], "half is float16"),
     (["--task", "protocol", "--prompt", "all"], "none of them"),
     (["--task", "protocol", "--dataset", "all"], "on one data set")])
 def test_what_does_not_go_together(command, tiny_file, args, sentence):
@@ -300,14 +301,14 @@ def test_a_whole_table_the_released_way(command, tiny_file, tmp_path, root):
 def test_the_waterfall_of_a_gpu_has_half_precision(tiny_file, tmp_path, monkeypatch, capsys):
     """Those settings that have it run on a model of their own."""
     monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=50))
-    args = Namespace(dtype="float32", seed=0, draws=1, limit=1, batch_size=1)
+    args = Namespace(dtype="float32", seed=0, draws=1, limit=1, batch_size=1, out=tmp_path)
     loaded = []
 
     def load(dtype):
         loaded.append(dtype)
         return seg4diff.load(tiny_file, device="cpu", dtype=dtype)
 
-    waterfall(args, load, DATASETS["scenes"](), tmp_path, half=True)
+    waterfall(args, load, DATASETS["scenes"](), half=True)
     assert loaded == ["float32", "float16"]
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert list(rows["Table 1"]) == ["ours", "resize", "present", "half", "released"]

@@ -3,6 +3,7 @@
 Tables 1 and 2 our way, then with one choice at a time, then with all together; every setting has a ledger of its own.
 """
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from support.report import plot_waterfall, waterfall_table
 
 
 def settings_of(task, data, model, half):
-    """{"ours": nothing, name: that choice alone, "released": all together} of the choices that matter."""
+    """{"ours": nothing, name: that choice alone, "released": all together} of the choices that matter.
+
+    half: whether float16 is among them.
+    """
     names = released.applicable(task, data.name, model)
     if not half:
         names.remove("half")
@@ -54,14 +58,18 @@ def worth(settings):
     return rows, len(common)
 
 
-def waterfall(args, load, data, out, half):
-    """Table, plot and results.json.  load: dtype -> the model; half: whether float16 is a choice, too."""
+def waterfall(args, load, data, half):
+    """Table, plot and results.json, as evaluate.py's options say, of which `check` has left the usual protocol.
+
+    load: dtype -> the model.  half: float16 is a choice, too; those settings that have it run on a model of their own.
+    """
     start = time.time()
     parts = {task: {} for task in released.TABLES}       # task -> setting -> picture -> (K, 3)
-    dtypes = (args.dtype, "float16") if half else (args.dtype,)
+    dtypes = [args.dtype, "float16"] if half else [args.dtype]
     for dtype in dtypes:
         model = None                                     # makes room for the next one
         model = load(dtype)
+        out = args.out or Path("out") / f"protocol-{data.name}-{model.name}"
         for task in parts:
             for name, choices in settings_of(task, data, model, half).items():
                 if choices.half == (dtype != args.dtype):
