@@ -309,3 +309,11 @@ def test_tables(command, monkeypatch):
     assert "| sd3 | MAGNET, batch 4 | no | fits |" in lines and len(lines) == 2 * (3 + 2) + 5
     code, _, err = command("tools/forecast.py", "--memory", -1)
     assert code == 2 and "must be positive" in err
+
+
+@pytest.mark.parametrize("args, sentence", [(["--size", 512], "--size belongs to --model sd3"),
+                                            (["--model", "sd3", "--size", 144], "a multiple of 32, not 144")])
+def test_sizes_that_are_refused(command, args, sentence):
+    """At once, not after minutes of random weights."""
+    code, out, err = command("tools/check_forecast.py", *args)
+    assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
