@@ -28,8 +28,9 @@ def machine(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def one_scene(machine, monkeypatch):
-    """The true self-test, but on one scene, whose score is no matter."""
+def one_scene(machine, tiny_file, monkeypatch):
+    """The true self-test, but of a tiny model on one scene, whose score is no matter."""
+    monkeypatch.setitem(weights.EMBEDDED, "nano", tiny_file)
     monkeypatch.setattr(doctor, "self_test", SELF_TEST)
     monkeypatch.setattr(doctor, "SCENES", 1)
     monkeypatch.setattr(doctor, "TOLERANCE", 100)
@@ -269,8 +270,8 @@ def test_too_little_host_memory_for_what_waits(card, lines, monkeypatch):
         said = lines("flux", device="cuda")
     told = dict(line.partition(": ")[::2] for line in said["forecast"])
     assert told["evaluate.py --dataset voc --model flux"] == (
-        "does not fit, 2.7 of 7.0 GB, T5 and the transformer waiting in 18.1 of 16.0 GB of host memory; no option makes "
-        "it fit")
+        "does not fit, 2.7 of 7.0 GB, T5 and the transformer waiting in 18.1 of 16.0 GB of host memory; "
+        "no option makes it fit")
 
 
 def test_a_mac(machine, lines, monkeypatch):

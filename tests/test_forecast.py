@@ -264,8 +264,9 @@ def test_what_waits():
     assert drawn == pytest.approx(wanted)
 
 
-def test_burst_and_seconds():
+def test_burst_and_seconds(monkeypatch):
     """The seconds of a block, of a strip of the autoencoder and of the maps, at their own speed each."""
+    monkeypatch.setattr(forecast, "LEAST", 0.01)
     shapes = small(PLAIN)
     rates = forecast.burst(shapes, torch.device("cpu"), torch.float32, batch=2)
     assert all(1e6 < rate < 1e15 for rate in rates[:3]) and rates.copy == math.inf
