@@ -156,6 +156,18 @@ def test_data_sets(machine, lines):
     assert said[-1].startswith(f"looked below {machine}")
 
 
+def test_folders_and_names_that_cannot_be_read(machine, lines, monkeypatch):
+    """A folder that may not be listed, a name that no file can have: said, and the report goes on."""
+    def forbidden(root):
+        raise PermissionError(13, "Permission denied", str(root))
+    monkeypatch.setitem(doctor.DATASETS, "ade20k", forbidden)
+    voc(machine)
+    (machine / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text("one\n" + "x" * 5000 + "\n")
+    said = lines("nano", root=machine)["data"]
+    assert said[0].startswith("voc: 2 pictures") and "missing files: 2, the first is " in said[0]
+    assert any(line.startswith("ade20k: ") and "Permission denied" in line for line in said)
+
+
 # ---------------------------------------------------------------------------- the embedded model
 
 

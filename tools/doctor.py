@@ -155,7 +155,7 @@ def report_data(root: Path) -> None:
     for name, reader in readers.items():
         try:
             data = reader()
-        except ValueError as e:
+        except (ValueError, OSError) as e:               # OSError: a folder that may not be listed
             said = first_line(e).partition(". Expected")[0]
             _, _, why = said.partition(" was not found: ")
             say("data", f"{name}: {why or said}")
@@ -165,7 +165,7 @@ def report_data(root: Path) -> None:
         line = f"{name}: {len(data.names)} pictures" + (f"; also {others}" if others else "")
         if len(data.names) != expected:
             line += f"; {expected} were expected"
-        holes = [path for path in data.files if not path.is_file()]
+        holes = [path for path in data.files if not os.path.isfile(path)]    # Path's raises at names that cannot be
         if holes:
             line += f"; missing files: {len(holes)}, the first is {holes[0]}: unpack its archive again"
         say("data", line)
