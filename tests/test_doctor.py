@@ -94,6 +94,10 @@ def test_nothing_is_there(machine, lines):
     assert len(said["forecast"]) == 1 + 2 * 3 + 1
 
 
+def test_the_released_flux_is_flux(machine, lines):
+    assert lines("flux-released")["model"][0].startswith("flux: 0 of 7 files in the cache; licence: ")
+
+
 def test_a_gpu_that_pytorch_does_not_see(machine, lines, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/bin/{program}")
     assert "PyTorch does not see it: https://pytorch.org/get-started" in lines("nano")["torch"][1]

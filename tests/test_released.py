@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretend import pretend
 from test_data import put
 
 import analysis
@@ -19,6 +20,7 @@ from nano.pretrain import write_presets
 from protocol import Protocol, evaluation
 from released import OURS, Choices
 from support.data import DATASETS, Dataset, Item
+from support.files import Broken
 from support.metrics import IGNORE, UNNAMED, overlaps
 from tools.waterfall import waterfall, worth
 
@@ -254,6 +256,14 @@ def test_the_command_says_which_choices_are_on(command, half_size, tmp_path):
         assert half["facts"]["choices"].endswith(" half") and half["facts"]["model"].endswith("float16")
 
 
+@pytest.mark.parametrize("device, dtype", [("cuda", "float16"), ("mps", "float32")])
+def test_half_where_it_is_fast_and_exact(command, half_size, tmp_path, device, dtype):
+    with pretend(device):
+        _, result = run(command, tmp_path, "--model", half_size, "--device", device, "--protocol", "released")
+    assert result["facts"]["model"].endswith(dtype)
+    assert ("half" in result["facts"]["choices"]) == (dtype == "float16")
+
+
 @pytest.mark.parametrize("args, sentence", [
     (["--protocol", "paper"], "'paper' (choose from"),
     (["--protocol", "released", "--task", "layers"], "Tables 1 and 2"),
@@ -276,6 +286,8 @@ def test_worth_by_hand():
     rows, n = worth({"ours": dict.fromkeys("abcd", wrong), "released": dict.fromkeys("abc", right)})
     assert n == 3 and rows["ours"] == {"mIoU": pytest.approx(60), "above ours": [0, 0, 0]}
     assert rows["released"] == {"mIoU": 100, "above ours": pytest.approx([40, 40, 40])}
+    with pytest.raises(Broken, match="in every setting"):
+        worth({"ours": {"a": wrong}, "released": {"b": right}})
 
 
 def test_the_waterfall_of_a_real_data_set(command, half_size, tmp_path, root, monkeypatch):

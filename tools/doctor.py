@@ -123,7 +123,8 @@ def report_cached(name: str) -> None:
 
 def report_models(name: str | None) -> None:
     """One model, or all that have a name, and the login."""
-    for known in weights.NAMES if name is None else [name]:
+    names = weights.NAMES if name is None else [name]
+    for known in names:
         if known in weights.EMBEDDED:
             report_embedded(known)
         elif known != "flux-released":                   # whose files are flux's
@@ -285,6 +286,8 @@ def report(name: str | None, device: str, dtype: str, root: Path | None) -> None
     """
     if name is not None and name not in weights.NAMES:
         raise ValueError(f"doctor knows the models {', '.join(weights.NAMES)}, not {name!r}")
+    if name == "flux-released":
+        name = "flux"                                    # the same files, read in another way
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     report_machine(device, dtype)

@@ -11,7 +11,7 @@ import released
 from counting import VERSIONS, above_first, count, parts_of, scored_rows
 from protocol import Protocol, evaluation
 from support.cli import show
-from support.files import write_json
+from support.files import Broken, write_json
 from support.ledger import world
 from support.metrics import proposal_scores
 from support.report import plot_waterfall, waterfall_table
@@ -48,14 +48,22 @@ def parts_of_setting(args, model, task, data, choices, out):
 def worth(settings):
     """setting -> picture -> (K, 3), ours the first: {setting: its mIoU, and above_first's three numbers}, and n.
 
-    Pictures that some setting could not score are left out of all.
+    Pictures that some setting could not score are left out of all.  Broken: none is left.
     """
-    common = [name for name in settings["ours"] if all(name in parts for parts in settings.values())]
-    counts = np.array([[parts[name] for parts in settings.values()] for name in common])     # (n, settings, K, 3)
+    common = set(settings["ours"])
+    for parts in settings.values():
+        common &= parts.keys()
+    names = [name for name in settings["ours"] if name in common]
+    if not names:
+        raise Broken("no picture could be scored in every setting")
+    columns = []
+    for parts in settings.values():
+        columns.append(np.stack([parts[name] for name in names]))            # (n, K, 3)
+    counts = np.stack(columns, axis=1)                                       # (n, settings, K, 3)
     rows = {}
     for i, (name, above) in enumerate(zip(settings, above_first(counts))):
         rows[name] = {"mIoU": proposal_scores(counts[:, i].sum(0))["mIoU"], "above ours": above}
-    return rows, len(common)
+    return rows, len(names)
 
 
 def waterfall(args, load, data, half):
