@@ -143,6 +143,15 @@ def test_operations_of_training():
     assert matrix == pytest.approx(counter.get_total_flops(), 0.1)
 
 
+def test_maps_of_training():
+    """Computed, computed again on the way back, and led back through."""
+    shapes = small(PLAIN)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        q, k, v = (torch.empty(1, 2, 256 + 154, 64, requires_grad=True) for _ in range(3))
+        mmdit.i2t_attention(mmdit.JointQKV(q, k, v, 256, (16, 16))).sum().backward()
+    assert costs.training(shapes).maps == counter.get_total_flops()
+
+
 def test_work_of_the_tasks():
     shapes = small(PLAIN)
     forward = costs.transformer_flop(shapes).total
