@@ -92,6 +92,7 @@ def test_nothing_is_there(machine, lines):
     (data,) = said["data"]
     assert data == "there is no folder none (--data-root or SEG4DIFF_DATA); docs/data.md says what belongs there"
     assert len(said["forecast"]) == 1 + 2 * 3 + 1
+    assert sum(map(len, said.values())) + 2 + 7 <= 40    # a screen, the self-test and more lines on data sets included
 
 
 def test_the_released_flux_is_flux(machine, lines):
