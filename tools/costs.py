@@ -241,6 +241,7 @@ def training(shapes: Shapes) -> Work:
 # ---------------------------------------------------------------------------- bytes, counted
 
 
+@cache
 def values(shapes: Shapes, segment_only: bool = False) -> dict[str, int]:
     """How many values of each part are loaded, as weights.sizes counts them in files."""
     found = {}
