@@ -295,12 +295,13 @@ def test_burst_and_seconds(monkeypatch):
 def test_forecast_beside_measured(tiny, capsys, monkeypatch):
     """A line for the bytes, a line for each round; what waits takes no seconds, on the CPU."""
     monkeypatch.setattr(forecast, "LEAST", 0.01)
+    monkeypatch.setattr(check_forecast, "megabytes", lambda call, device: 1000)              # of 2 ** 20 bytes each
     asleep = check_forecast.busy_seconds(lambda: time.sleep(0.1), tiny.device)
     assert asleep < 0.05
     shapes = costs.shapes_of(tiny)
     check_forecast.compare(shapes, "segment", lambda: torch.randn(2 ** 20).sort(), tiny, 1, rounds=2)
     memory, *rounds = capsys.readouterr().out.splitlines()
-    assert "GB foretold" in memory and "above the weights'" in memory
+    assert "GB foretold    1.05 GB measured" in memory and "above the weights'" in memory
     assert len(rounds) == 2 and all("s foretold" in line and "s measured" in line for line in rounds)
 
 

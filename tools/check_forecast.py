@@ -77,7 +77,7 @@ def busy_seconds(call: Callable, device: torch.device) -> float:
 def compare(shapes: costs.Shapes, task: str, call: Callable, model: Seg4Diff, batch: int, rounds: int) -> None:
     """Prints seconds and bytes of `call`, a batch of a task, as foretold and as measured."""
     need = forecast.need(shapes, task, model.dtype, model.device.type, np.inf, batch)
-    taken = 1e6 * megabytes(call, model.device)          # also warms up
+    taken = 2 ** 20 * megabytes(call, model.device)      # also warms up
     held = (need.device - need.work) / 1e9
     show(f"{task:9s} {need.work / 1e9:8.2f} GB foretold {taken / 1e9:7.2f} GB measured  {need.work / taken:5.2f} x, "
          f"above the weights' {held:.1f} GB")
