@@ -49,7 +49,6 @@ from support.ledger import Ledger, world
 from support.metrics import match_proposals, table
 from support.pictures import overlay_grid
 from support.report import PAPER, paper_table, plot
-from waterfall import waterfall
 
 # ---------------------------------------------------------------------------- a run: count, then report
 
@@ -164,18 +163,21 @@ def check(args):
     for option in QUALITY:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option} belongs to --task quality")
-    defaults = (args.prompt, args.resize, args.control) == ("present", "squash", "none")
-    merging = (args.threshold, args.scaling, args.regions) == (None, None, None)
+    own_picture = args.prompt != "present" or args.resize != "squash" or args.control != "none"
+    own_regions = args.threshold is not None or args.scaling is not None or args.regions is not None
+    own_protocol = args.protocol != "ours"
     if args.task == "protocol":
-        if not defaults or not merging or (args.reading, args.protocol) != (None, "ours") or args.dataset == "all":
+        if own_picture or own_regions or own_protocol or args.reading is not None or args.dataset == "all":
             raise ValueError("--task protocol switches the choices of the protocol itself, on one data set; it takes "
                              "none of them from the command line")
         return
-    if args.protocol != "ours" and args.task not in released.TABLES:
+    if own_protocol and args.task not in released.TABLES:
         raise ValueError("--protocol belongs to --task ovss and --task unsup, Tables 1 and 2")
-    if args.protocol != "ours" and not (defaults and merging):
+    if own_protocol and (own_picture or own_regions):
         raise ValueError("--protocol stands for a choice of prompt, picture and regions; it takes no --prompt, "
                          "--resize, --control, --threshold, --scaling or --regions beside it")
+    if args.protocol == "half" and args.dtype != "auto":
+        raise ValueError("--protocol half is float16; it takes no --dtype beside it")
     if args.control != "none" and (args.task != "ovss" or args.dataset == "all"):
         raise ValueError("--control belongs to --task ovss on one data set: without names there is nothing to swap, "
                          "and patches that are alike remain so in a shuffled block")
@@ -224,10 +226,11 @@ def main(args):
         name = "nano" if args.dataset.startswith("scenes") else "sd3"
     segment_only = args.task not in ("layers", "heads")
     load = partial(seg4diff.load, name, args.device, segment_only=segment_only, lora=args.lora)      # of a dtype
-    # the released code's precision, where it is fast or asked for
-    half = args.dtype == "auto" and (pick_device(args.device).type != "cpu" or args.protocol == "half")
+    # the released code's precision, where it is fast and exact enough, or asked for
+    half = args.dtype == "auto" and (pick_device(args.device).type == "cuda" or args.protocol == "half")
     if args.task == "protocol":
-        waterfall(args, load, sets[0], args.out or Path("out") / f"protocol-{args.dataset}-{Path(name).stem}", half)
+        from tools.waterfall import waterfall  # not above: no other task needs it
+        waterfall(args, load, sets[0], half)
         return
     model = load("float16" if half and args.protocol in ("released", "half") else args.dtype)
     if model.name in ("floor", "ceiling", "ceiling pixels"):
@@ -236,11 +239,15 @@ def main(args):
     model.preset = model.preset.changed(scaling=args.scaling, **{merging: args.threshold})
     if args.control == "block":
         model = controls.shuffle_block(model)
-    special = [x for x in (args.control, args.protocol) if x not in ("none", "ours")]
-    choice = "".join(f"-{x}" for x in (*special, args.reading, args.regions) if x is not None)
-    out = args.out or Path("out") / f"{args.task}-{args.dataset}-{model.name}{choice}"
-    if special:
-        model.name += f" ({special[0]})"                 # a row that stands for no usual result
+    special = None                                       # what stands for no usual result; at most one of the two
+    if args.control != "none":
+        special = args.control
+    if args.protocol != "ours":
+        special = args.protocol
+    choices = [x for x in (special, args.reading, args.regions) if x is not None]
+    out = args.out or Path("out") / "-".join([args.task, args.dataset, model.name, *choices])
+    if special is not None:
+        model.name += f" ({special})"
     if args.dataset != "all":
         run(args, model, sets[0], out)
         return
@@ -254,7 +261,7 @@ def main(args):
     if world()[0] == 0 and results:
         show(paper_table(args.task, model.name, results))
         if missing:
-            show(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME draws the expected tree")
+            show(f"not found below {args.data_root}: {', '.join(missing)}; --dataset NAME says where each belongs")
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -35,7 +35,7 @@ class Choices(NamedTuple):
     context: bool = False               # Table 2: Pascal Context with background without its last class
     present: bool = False               # Table 1: the prompt's classes are those of the truth at the short side of 640
     background: bool = False            # Table 1: COCO-Object's background is prompted and competes, never scored
-    half: bool = False                  # float16 (on a CPU, which is slow at it, only where it is asked for)
+    half: bool = False                  # float16 (elsewhere than on CUDA only where it is asked for)
     level: bool = False                 # Flux: noise level of a schedule shifted for 16 image tokens
     unit: bool = False                  # Flux: pictures go to the autoencoder as [0, 1]
     rows: bool = False                  # Flux: T5 reads as many tokens as CLIP can
@@ -73,7 +73,7 @@ def chosen(protocol: str, task: str, dataset: str, model: Seg4Diff) -> Choices:
         return OURS
     names = applicable(task, dataset, model)
     if protocol == "released":
-        if model.dtype != torch.float16:                 # --dtype asked for another, or it is a CPU
+        if model.dtype != torch.float16:                 # --dtype asked for another, or it is no CUDA
             names.remove("half")
         return Choices(**dict.fromkeys(names, True))
     if protocol not in names:

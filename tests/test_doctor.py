@@ -28,8 +28,9 @@ def machine(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def one_scene(machine, monkeypatch):
-    """The true self-test, but on one scene, whose score is no matter."""
+def one_scene(machine, tiny_file, monkeypatch):
+    """The true self-test, but of a tiny model on one scene, whose score is no matter."""
+    monkeypatch.setitem(weights.EMBEDDED, "nano", tiny_file)
     monkeypatch.setattr(doctor, "self_test", SELF_TEST)
     monkeypatch.setattr(doctor, "SCENES", 1)
     monkeypatch.setattr(doctor, "TOLERANCE", 100)
@@ -85,11 +86,32 @@ def test_nothing_is_there(machine, lines):
     page = "https://huggingface.co/stabilityai/stable-diffusion-3-medium"
     assert f"sd3: 0 of 4 files in the cache; licence: {page}" in models
     assert "flux-schnell: 0 of 7 files in the cache" in models
-    assert models[-1].endswith(f"downloads to {machine / 'cache'}")
+    assert models[-2].endswith(f"downloads to {machine / 'cache'}")
+    assert "`python evaluate.py --model NAME`" in models[-1]
     assert "`hf auth login`" in said["login"][0]
     (data,) = said["data"]
     assert data == "there is no folder none (--data-root or SEG4DIFF_DATA); docs/data.md says what belongs there"
     assert len(said["forecast"]) == 1 + 2 * 3 + 1
+    assert sum(map(len, said.values())) + 2 + 7 <= 40    # a screen, the self-test and more lines on data sets included
+
+
+def test_the_released_flux_is_flux(machine, lines):
+    assert lines("flux-released")["model"][0].startswith("flux: 0 of 7 files in the cache; licence: ")
+
+
+def test_a_gpu_that_pytorch_does_not_see(machine, lines, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/bin/{program}")
+    assert "PyTorch does not see it: https://pytorch.org/get-started" in lines("nano")["torch"][1]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_every_embedded_model(machine, lines, monkeypatch, there):
+    path = machine / "nano-flux.safetensors"
+    if there:
+        path.write_bytes(bytes(12_300_000))
+    monkeypatch.setitem(weights.EMBEDDED, "nano-flux", path)
+    wanted = "12.3 MB, embedded" if there else "not there; docs/data.md says how it is trained"
+    assert lines("nano-flux")["model"][0] == f"nano-flux: {wanted}"
 
 
 def test_a_model_in_the_cache_and_a_token(machine, lines):
@@ -131,12 +153,24 @@ def test_data_sets(machine, lines):
     (context / "JPEGImages/one.jpg").write_text("")
     (context / "trainval_merged.json").write_text("{")
     said = lines("nano", root=machine)["data"]
-    assert said[0].startswith("voc: 2 pictures; also voc21; 1449 were expected; 1 files are missing, the first is ")
+    assert said[0].startswith("voc: 2 pictures; also voc21; 1449 were expected; missing files: 1, the first is ")
     assert said[0].endswith("two.png: unpack its archive again")
     assert said[1].startswith("context59: ") and "trainval_merged.json' cannot be read as a JSON file" in said[1]
     assert any(line.startswith("ade20k: there is no ") for line in said)
     assert any(line.startswith("coco (train2017, for train_magnet.py): there is no ") for line in said)
     assert said[-1].startswith(f"looked below {machine}")
+
+
+def test_folders_and_names_that_cannot_be_read(machine, lines, monkeypatch):
+    """A folder that may not be listed, a name that no file can have: said, and the report goes on."""
+    def forbidden(root):
+        raise PermissionError(13, "Permission denied", str(root))
+    monkeypatch.setitem(doctor.DATASETS, "ade20k", forbidden)
+    voc(machine)
+    (machine / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text("one\n" + "x" * 5000 + "\n")
+    said = lines("nano", root=machine)["data"]
+    assert said[0].startswith("voc: 2 pictures") and "missing files: 2, the first is " in said[0]
+    assert any(line.startswith("ade20k: ") and "Permission denied" in line for line in said)
 
 
 # ---------------------------------------------------------------------------- the embedded model
@@ -217,7 +251,8 @@ def test_a_gpu_of_8_gb(card, lines):
     assert re.fullmatch(r"does not fit, 7.3 of 7.0 GB; --device cpu, which takes 1\d.\d GB of host memory and is slow, "
                         "makes it fit", drawn)
     assert "with --dtype float32" in told["train_magnet.py --dataset coco --model sd3"]
-    assert "T5 and the transformer waiting in " in told["evaluate.py --dataset voc --model flux"]
+    flux = told["evaluate.py --dataset voc --model flux"]
+    assert "T5 and the transformer waiting in 18.1 of 128.0 GB of host memory" in flux and "fit" not in flux
 
 
 def test_a_gpu_of_16_gb(card, lines):
@@ -243,6 +278,35 @@ def test_no_option_helps(card, lines, monkeypatch):
     said = lines("sd3")                                  # on the CPU, in float32
     assert any("generate --model sd3: does not fit, 14.6 of 10.0 GB; --dtype bfloat16 makes it fit" in line
                for line in said["forecast"])
+
+
+def test_too_little_host_memory_for_what_waits(card, lines, monkeypatch):
+    card(8)
+    monkeypatch.setattr(doctor, "host_memory", lambda: 16e9)
+    with pretend("cuda"):
+        said = lines("flux", device="cuda")
+    told = dict(line.partition(": ")[::2] for line in said["forecast"])
+    assert told["evaluate.py --dataset voc --model flux"] == (
+        "does not fit, 2.7 of 7.0 GB, T5 and the transformer waiting in 18.1 of 16.0 GB of host memory; "
+        "no option makes it fit")
+
+
+def test_a_mac(machine, lines, monkeypatch):
+    """Its GPU uses the machine's memory, and 16 bits are no way out."""
+    monkeypatch.setattr(doctor, "host_memory", lambda: 12e9)
+    with pretend("mps"):
+        said = lines("sd3", device="mps")
+    assert said["device"][0] == "mps, Apple's GPU" and said["used"][0].startswith("mps, float32")
+    told = dict(line.partition(": ")[::2] for line in said["forecast"])
+    assert told["evaluate.py --dataset voc --model sd3"].endswith("; 8.9 of 12.0 GB")
+    assert told["seg4diff.py generate --model sd3"] == "does not fit, 14.6 of 12.0 GB; no option makes it fit"
+
+
+def test_a_system_that_does_not_tell_its_memory(machine, lines, monkeypatch):
+    monkeypatch.setattr(doctor.os, "sysconf_names", {})
+    said = lines("sd3")
+    assert said["device"][-1].endswith("cores, an unknown number of GB")
+    assert all("not fit" not in line for line in said["forecast"])
 
 
 def test_a_burst_without_memory(machine, lines, monkeypatch):

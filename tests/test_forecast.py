@@ -39,10 +39,10 @@ def small(cfg: mmdit.MMDiTConfig | flux.FluxConfig, size: int = 256) -> Shapes:
     preset = Preset(size=size, block=1, steps=2, noise_steps=1, text_length=48)
     with torch.device("meta"):
         vae = VAE((8, 16, 32, 32), 1, 1, 16)
-        clip_l = CLIPText(500, 77, 64, 128, 2, quick_gelu=True, project=False)
+        clip_l = CLIPText(500, 77, 64, 128, 2, quick_gelu=True, project=0)
         if isinstance(cfg, flux.FluxConfig):
             return Shapes(flux.Flux(cfg), vae, clip_l, None, T5(200, 96, 64, 2, 128, 2, 32), preset.changed(cfg=1.0))
-        clip_g = CLIPText(500, 77, 128, 256, 2, quick_gelu=False, project=True)
+        clip_g = CLIPText(500, 77, 128, 256, 2, quick_gelu=False, project=128)
         return Shapes(mmdit.MMDiT(cfg), vae, clip_l, clip_g, None, preset)
 
 
@@ -141,6 +141,15 @@ def test_operations_of_training():
         vel.mean().backward()
     matrix = costs.training(shapes).matrix - costs.text_flop(shapes).total
     assert matrix == pytest.approx(counter.get_total_flops(), 0.1)
+
+
+def test_maps_of_training():
+    """Computed, computed again on the way back, and led back through."""
+    shapes = small(PLAIN)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        q, k, v = (torch.empty(1, 2, 256 + 154, 64, requires_grad=True) for _ in range(3))
+        mmdit.i2t_attention(mmdit.JointQKV(q, k, v, 256, (16, 16))).sum().backward()
+    assert costs.training(shapes).maps == counter.get_total_flops()
 
 
 def test_work_of_the_tasks():
@@ -264,8 +273,9 @@ def test_what_waits():
     assert drawn == pytest.approx(wanted)
 
 
-def test_burst_and_seconds():
+def test_burst_and_seconds(monkeypatch):
     """The seconds of a block, of a strip of the autoencoder and of the maps, at their own speed each."""
+    monkeypatch.setattr(forecast, "LEAST", 0.01)
     shapes = small(PLAIN)
     rates = forecast.burst(shapes, torch.device("cpu"), torch.float32, batch=2)
     assert all(1e6 < rate < 1e15 for rate in rates[:3]) and rates.copy == math.inf
@@ -285,12 +295,13 @@ def test_burst_and_seconds():
 def test_forecast_beside_measured(tiny, capsys, monkeypatch):
     """A line for the bytes, a line for each round; what waits takes no seconds, on the CPU."""
     monkeypatch.setattr(forecast, "LEAST", 0.01)
+    monkeypatch.setattr(check_forecast, "megabytes", lambda call, device: 1000)              # of 2 ** 20 bytes each
     asleep = check_forecast.busy_seconds(lambda: time.sleep(0.1), tiny.device)
     assert asleep < 0.05
     shapes = costs.shapes_of(tiny)
     check_forecast.compare(shapes, "segment", lambda: torch.randn(2 ** 20).sort(), tiny, 1, rounds=2)
     memory, *rounds = capsys.readouterr().out.splitlines()
-    assert "GB foretold" in memory and "above the weights'" in memory
+    assert "GB foretold    1.05 GB measured" in memory and "above the weights'" in memory
     assert len(rounds) == 2 and all("s foretold" in line and "s measured" in line for line in rounds)
 
 
@@ -309,3 +320,11 @@ def test_tables(command, monkeypatch):
     assert "| sd3 | MAGNET, batch 4 | no | fits |" in lines and len(lines) == 2 * (3 + 2) + 5
     code, _, err = command("tools/forecast.py", "--memory", -1)
     assert code == 2 and "must be positive" in err
+
+
+@pytest.mark.parametrize("args, sentence", [(["--size", 512], "--size belongs to --model sd3"),
+                                            (["--model", "sd3", "--size", 144], "a multiple of 32, not 144")])
+def test_sizes_that_are_refused(command, args, sentence):
+    """At once, not after minutes of random weights."""
+    code, out, err = command("tools/check_forecast.py", *args)
+    assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1

@@ -1,5 +1,6 @@
 """The released code's choices: each against truths made by hand or the facts, alone and all together, as a command."""
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -8,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretend import pretend
 from test_data import put
 
 import analysis
 import loading
 import released
 import seg4diff
+from nano.pretrain import write_presets
 from protocol import Protocol, evaluation
 from released import OURS, Choices
 from support.data import DATASETS, Dataset, Item
+from support.files import Broken
 from support.metrics import IGNORE, UNNAMED, overlaps
-from waterfall import waterfall, worth
+from tools.waterfall import waterfall, worth
 
 # ---------------------------------------------------------------------------- pictures
 
@@ -222,24 +226,42 @@ def test_each_choice_changes_counts(tiny, task):
     assert any((a != b).any() for a, b in zip(ours, counted(**dict.fromkeys(names, True))))
 
 
+@pytest.fixture
+def half_size(tiny_file, tmp_path):
+    """The tiny model for squares of 64 pixels, as float16 is slow on a CPU."""
+    path = tmp_path / "model/tiny.safetensors"
+    path.parent.mkdir()
+    shutil.copy(tiny_file, path)
+    write_presets(path, size=64)
+    return path
+
+
 def run(command, folder, *options):
     code, out, err = command("evaluate.py", "--limit", 2, "--device", "cpu", "--out", folder, *options)
     assert code == 0, err
     return out, json.loads((folder / "results.json").read_text())
 
 
-def test_the_command_says_which_choices_are_on(command, tiny_file, tmp_path):
-    model = ("--model", tiny_file, "--task", "unsup")
+def test_the_command_says_which_choices_are_on(command, half_size, tmp_path):
+    model = ("--model", half_size, "--task", "unsup")
     _, ours = run(command, tmp_path / "ours", *model)
     out, all_on = run(command, tmp_path / "released", *model, "--protocol", "released")
     names = "resize padding size corner matching merging"
     assert f"choices: the released code's {names}\n" in out and "choices" not in ours["facts"]
-    assert all_on["facts"]["resize"] == "short side 80, then squash" and all_on["facts"]["model"].endswith("float32")
+    assert all_on["facts"]["resize"] == "short side 40, then squash" and all_on["facts"]["model"].endswith("float32")
     assert all_on["identity"]["protocol"]["choices"] == names.split() and "tiny (released)" in all_on["rows"]
     assert ours["hash"] != all_on["hash"] and ours["identity"]["protocol"]["choices"] == []
     for options in (("--protocol", "released", "--dtype", "float16"), ("--protocol", "half")):   # where it is asked for
         _, half = run(command, tmp_path / "half", *model, *options)
         assert half["facts"]["choices"].endswith(" half") and half["facts"]["model"].endswith("float16")
+
+
+@pytest.mark.parametrize("device, dtype", [("cuda", "float16"), ("mps", "float32")])
+def test_half_where_it_is_fast_and_exact(command, half_size, tmp_path, device, dtype):
+    with pretend(device):
+        _, result = run(command, tmp_path, "--model", half_size, "--device", device, "--protocol", "released")
+    assert result["facts"]["model"].endswith(dtype)
+    assert ("half" in result["facts"]["choices"]) == (dtype == "float16")
 
 
 @pytest.mark.parametrize("args, sentence", [
@@ -249,6 +271,7 @@ def test_the_command_says_which_choices_are_on(command, tiny_file, tmp_path):
     (["--protocol", "size"], "changes nothing for --task ovss on scenes with this model; what does is resize, present"),
     (["--protocol", "level", "--task", "unsup"], "changes nothing"),
     (["--protocol", "background"], "changes nothing"),
+    (["--protocol", "half", "--dtype", "float32"], "half is float16"),
     (["--task", "protocol", "--prompt", "all"], "none of them"),
     (["--task", "protocol", "--dataset", "all"], "on one data set")])
 def test_what_does_not_go_together(command, tiny_file, args, sentence):
@@ -263,12 +286,14 @@ def test_worth_by_hand():
     rows, n = worth({"ours": dict.fromkeys("abcd", wrong), "released": dict.fromkeys("abc", right)})
     assert n == 3 and rows["ours"] == {"mIoU": pytest.approx(60), "above ours": [0, 0, 0]}
     assert rows["released"] == {"mIoU": 100, "above ours": pytest.approx([40, 40, 40])}
+    with pytest.raises(Broken, match="in every setting"):
+        worth({"ours": {"a": wrong}, "released": {"b": right}})
 
 
-def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root, monkeypatch):
+def test_the_waterfall_of_a_real_data_set(command, half_size, tmp_path, root, monkeypatch):
     """A miniature of COCO-Object: what each setting scores is what its own command prints; a second run counts none."""
     monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=50))
-    data = ("--dataset", "coco-object", "--data-root", root, "--model", tiny_file)
+    data = ("--dataset", "coco-object", "--data-root", root, "--model", half_size)
     out, result = run(command, tmp_path / "w", "--task", "protocol", *data)
     rows = result["rows"]
     assert list(rows["Table 1"]) == ["ours", "resize", "present", "background", "released"]
@@ -287,9 +312,9 @@ def test_the_waterfall_of_a_real_data_set(command, tiny_file, tmp_path, root, mo
     assert before == {path: path.read_bytes() for path in (tmp_path / "w").rglob("*.jsonl")}
 
 
-def test_a_whole_table_the_released_way(command, tiny_file, tmp_path, root):
+def test_a_whole_table_the_released_way(command, half_size, tmp_path, root):
     """Each data set with the choices that apply to it."""
-    options = ("--dataset", "all", "--data-root", root, "--model", tiny_file, "--device", "cpu")
+    options = ("--dataset", "all", "--data-root", root, "--model", half_size, "--device", "cpu")
     code, out, err = command("evaluate.py", *options, "--protocol", "released")
     assert code == 0 and "\ntiny (released), ours" in out, err
     result = json.loads((tmp_path / "out/ovss-all-tiny-released/coco-object/results.json").read_text())
@@ -297,21 +322,25 @@ def test_a_whole_table_the_released_way(command, tiny_file, tmp_path, root):
     assert result["classes"][0] == "background" and result["rows"]["tiny (released)"]["IoU"][0] is None
 
 
-def test_the_waterfall_of_a_gpu_has_half_precision(tiny_file, tmp_path, monkeypatch, capsys):
+def test_the_waterfall_of_a_gpu_has_half_precision(half_size, tmp_path, monkeypatch, capsys):
     """Those settings that have it run on a model of their own."""
     monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=50))
-    args = Namespace(dtype="float32", seed=0, draws=1, limit=1, batch_size=1)
+    monkeypatch.chdir(tmp_path)
+    args = Namespace(dtype="float32", seed=0, draws=1, limit=1, batch_size=1, out=None)
     loaded = []
 
     def load(dtype):
         loaded.append(dtype)
-        return seg4diff.load(tiny_file, device="cpu", dtype=dtype)
+        return seg4diff.load(half_size, device="cpu", dtype=dtype)
 
-    waterfall(args, load, DATASETS["scenes"](), tmp_path, half=True)
+    waterfall(args, load, DATASETS["scenes"](), half=True)
     assert loaded == ["float32", "float16"]
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    out = tmp_path / "out/protocol-scenes-tiny"
+    rows = json.loads((out / "results.json").read_text())["rows"]
     assert list(rows["Table 1"]) == ["ours", "resize", "present", "half", "released"]
-    for path in tmp_path.glob("*/*/*.jsonl"):
+    ledgers = list(out.glob("*/*/*.jsonl"))
+    assert len(ledgers) == 5 + 9
+    for path in ledgers:
         identity = json.loads(path.read_text().splitlines()[0])["identity"]
         assert ("half" in identity["protocol"]["choices"]) == (identity["model"][2] == "torch.float16")
     assert "released" in capsys.readouterr().out

@@ -34,6 +34,7 @@ from tools import costs, forecast  # noqa: E402
 from tools.bench import megabytes, seconds  # noqa: E402
 
 NAMES = ["cat", "dog", "sky"]
+PIXELS = 32                             # of a side: 8 a latent, 2 latents a patch, and both for half the side
 
 
 def random_sd3(device: torch.device, dtype: torch.dtype, preset: Preset, depth: int, whole: bool
@@ -76,7 +77,7 @@ def busy_seconds(call: Callable, device: torch.device) -> float:
 def compare(shapes: costs.Shapes, task: str, call: Callable, model: Seg4Diff, batch: int, rounds: int) -> None:
     """Prints seconds and bytes of `call`, a batch of a task, as foretold and as measured."""
     need = forecast.need(shapes, task, model.dtype, model.device.type, np.inf, batch)
-    taken = 1e6 * megabytes(call, model.device)          # also warms up
+    taken = 2 ** 20 * megabytes(call, model.device)      # also warms up
     held = (need.device - need.work) / 1e9
     show(f"{task:9s} {need.work / 1e9:8.2f} GB foretold {taken / 1e9:7.2f} GB measured  {need.work / taken:5.2f} x, "
          f"above the weights' {held:.1f} GB")
@@ -115,16 +116,21 @@ def check_nano(device, dtype, rounds):
 def main(args):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    if args.model == "sd3":
-        check_sd3(device, dtype, args.rounds, args.size)
-    else:
+    if args.model == "nano" and args.size is not None:
+        raise ValueError("--size belongs to --model sd3; nano has a size of its own")
+    if args.model == "nano":
         check_nano(device, dtype, args.rounds)
+        return
+    size = Preset.size if args.size is None else args.size
+    if size % PIXELS:
+        raise ValueError(f"--size must be a multiple of {PIXELS}, not {size}: MAGNET is measured at half of it")
+    check_sd3(device, dtype, args.rounds, size)
 
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=["nano", "sd3"], default="nano", help="nano, or sd3 with random weights")
-    parser.add_argument("--size", type=at_least(128), default=Preset().size, help="side of the picture of sd3")
+    parser.add_argument("--size", type=at_least(128, most=2048), help="side of the picture of sd3 (1024)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--rounds", type=at_least(1), default=2)

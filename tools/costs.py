@@ -65,10 +65,10 @@ def published(name: str) -> Shapes:
     preset = flux_preset(cfg.guidance) if isinstance(cfg, FluxConfig) else Preset()
     with torch.device("meta"):
         vae = VAE((128, 256, 512, 512), 2, 3, SD3.channels)
-        clip_l = CLIPText(**CLIP_L, quick_gelu=True, project=False)
+        clip_l = CLIPText(**CLIP_L, quick_gelu=True, project=0)
         if isinstance(cfg, FluxConfig):
             return Shapes(Flux(cfg), vae, clip_l, None, T5(**T5XXL), preset)
-        clip_g = CLIPText(**CLIP_G, quick_gelu=False, project=True)
+        clip_g = CLIPText(**CLIP_G, quick_gelu=False, project=CLIP_G["width"])
         return Shapes(MMDiT(cfg), vae, clip_l, clip_g, None, preset)
 
 
@@ -162,7 +162,7 @@ def text_flop(shapes: Shapes) -> Flop:
     return total
 
 
-def middle_flop(middle, pixels):
+def middle_flop(middle: nn.Module, pixels: int) -> int:
     """The middle of encoder or decoder, with its attention over all positions."""
     return 2 * pixels * weights_in(middle) + attention(pixels, pixels, middle.attn_1.q.in_channels)
 
@@ -241,6 +241,7 @@ def training(shapes: Shapes) -> Work:
 # ---------------------------------------------------------------------------- bytes, counted
 
 
+@cache
 def values(shapes: Shapes, segment_only: bool = False) -> dict[str, int]:
     """How many values of each part are loaded, as weights.sizes counts them in files."""
     found = {}
@@ -274,11 +275,14 @@ def forward_bytes(shapes: Shapes, batch: int, itemsize: int, rows: int = ROWS) -
     return batch * tokens * shapes.mmdit.config.width * itemsize * rows
 
 
-def maps_bytes(shapes: Shapes, batch: int, copies: int, chunk: int = 512) -> int:
+CHUNK = 512                             # rows of A at once, as mmdit.i2t_attention takes them
+
+
+def maps_bytes(shapes: Shapes, batch: int, copies: int) -> int:
     """I2T's maps in fp32, and `copies` of the rows of A that are worked on at once, logits and softmax."""
     N = shapes.image_tokens
     M = shapes.text_tokens
-    return 4 * batch * shapes.mmdit.config.heads * (N * M + copies * min(chunk, N) * (N + M))
+    return 4 * batch * shapes.mmdit.config.heads * (N * M + copies * min(CHUNK, N) * (N + M))
 
 
 TASKS = {"segment": segmentation, "generate": generation, "magnet": training}

@@ -6,6 +6,7 @@
 It ends with exit code 0 if the embedded model works, whatever else is missing. Seconds are forecasts from a short burst
 at the size of SD3 (tools/forecast.py), half a minute on a CPU.
 """
+import math
 import os
 import platform
 import shutil
@@ -35,10 +36,15 @@ def say(fact: str, *words: object) -> None:
 
 
 def host_memory() -> float:
-    """Bytes of this machine's memory; nan where the system does not tell."""
+    """Bytes of this machine's memory; infinite where the system does not tell (Windows)."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return float("nan")
+        return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gigabytes(n: float) -> str:
+    """Bytes as a person reads them."""
+    return "an unknown number of GB" if n == math.inf else f"{n / 1e9:.1f} GB"
 
 
 def device_memory(device: torch.device) -> float:
@@ -65,16 +71,17 @@ def report_machine(device: torch.device, dtype: torch.dtype) -> None:
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
-        say("device", f"cuda:{i}, {card.name}, {card.total_memory / 1e9:.1f} GB, compute capability {capability}")
+        say("device", f"cuda:{i}, {card.name}, {gigabytes(card.total_memory)}, compute capability {capability}")
     if torch.backends.mps.is_available():
         say("device", "mps, Apple's GPU")
-    say("device", f"cpu, {os.cpu_count()} cores, {host_memory() / 1e9:.1f} GB")
+    say("device", f"cpu, {os.cpu_count()} cores, {gigabytes(host_memory())}")
     say("used", f"{device}, {str(dtype).removeprefix('torch.')} (--device and --dtype choose others)")
 
 
 # ---------------------------------------------------------------------------- models
 
-GATED = ("sd3", "sd3.5-medium", "sd3.5-large", "flux")   # a licence has to be accepted before they can be downloaded
+# A licence has to be accepted before these can be downloaded; whether schnell's has to be is not known here.
+GATED = ("sd3", "sd3.5-medium", "sd3.5-large", "flux")
 
 
 def files_of(name: str) -> list[tuple[str, str]]:
@@ -116,12 +123,15 @@ def report_cached(name: str) -> None:
 
 def report_models(name: str | None) -> None:
     """One model, or all that have a name, and the login."""
-    for known in weights.NAMES if name is None else [name]:
+    names = weights.NAMES if name is None else [name]
+    for known in names:
         if known in weights.EMBEDDED:
             report_embedded(known)
         elif known != "flux-released":                   # whose files are flux's
             report_cached(known)
     say("model", f"what is missing, the first command with --model NAME downloads to {constants.HF_HUB_CACHE}")
+    say("model", "first with a new one: `python evaluate.py --model NAME`, drawn scenes that need no data set "
+        "(docs/data.md)")
     there = os.environ.get("HF_TOKEN") or Path(constants.HF_TOKEN_PATH).is_file()
     say("login", "a token is there" if there else "no token: `hf auth login`; models behind a licence need one")
 
@@ -146,7 +156,7 @@ def report_data(root: Path) -> None:
     for name, reader in readers.items():
         try:
             data = reader()
-        except ValueError as e:
+        except (ValueError, OSError) as e:               # OSError: a folder that may not be listed
             said = first_line(e).partition(". Expected")[0]
             _, _, why = said.partition(" was not found: ")
             say("data", f"{name}: {why or said}")
@@ -156,9 +166,9 @@ def report_data(root: Path) -> None:
         line = f"{name}: {len(data.names)} pictures" + (f"; also {others}" if others else "")
         if len(data.names) != expected:
             line += f"; {expected} were expected"
-        holes = [path for path in data.files if not path.is_file()]
+        holes = [path for path in data.files if not os.path.isfile(path)]    # Path's raises at names that cannot be
         if holes:
-            line += f"; {len(holes)} files are missing, the first is {holes[0]}: unpack its archive again"
+            line += f"; missing files: {len(holes)}, the first is {holes[0]}: unpack its archive again"
         say("data", line)
     if found < len(readers):
         say("data", f"looked below {root} (--data-root or SEG4DIFF_DATA); docs/data.md says what to get, and where it "
@@ -207,34 +217,43 @@ COMMANDS = {"segment": "evaluate.py --dataset voc", "generate": "seg4diff.py gen
 PICTURES = {"segment": 1449, "generate": 1, "magnet": 3000 * 16}             # VOC's; one; COCO's steps of 16 pictures
 
 
+def remedy(shapes: costs.Shapes, task: str, option: str | None, device: torch.device) -> str:
+    """What makes a task fit that does not: an option (forecast.way_out), a GPU's machine in its place, or nothing."""
+    if option is not None:
+        return f"{option} makes it fit"
+    slow = forecast.need(shapes, task, torch.float32, "cpu", 0, forecast.BATCH[task]).device
+    if device.type == "cuda" and slow <= host_memory():
+        return f"--device cpu, which takes {gigabytes(slow)} of host memory and is slow, makes it fit"
+    return "no option makes it fit"
+
+
 def report_task(shapes: costs.Shapes, name: str, task: str, rates: forecast.Rates, device: torch.device,
                 dtype: torch.dtype) -> None:
     """Seconds and bytes of one command with one model, or what makes it fit."""
     what = f"{COMMANDS[task]} --model {name}"
     batch = forecast.BATCH[task]
-    extra = ""
     forced = ""
     if task == "magnet" and dtype == torch.float16:      # in which training is refused
         dtype = torch.float32
         forced = "--dtype float32"
-        extra = f", with {forced}"
     memory = device_memory(device)
+    host = host_memory()
     free = forecast.usable(memory, device.type)
     need = forecast.need(shapes, task, dtype, device.type, free, batch)
-    bytes_of = f"{need.device / 1e9:.1f} of {free / 1e9:.1f} GB"
+    room = f"{need.device / 1e9:.1f} of {gigabytes(free)}"
+    if forced:
+        room += f", with {forced}"
     if need.waiting:
-        extra += f", {forecast.waits(need.waiting)} in {need.host / 1e9:.1f} GB of host memory"
-    option = forecast.way_out(shapes, task, dtype, half(device), device.type, memory, batch)
+        room += f", {forecast.waits(need.waiting)} in {need.host / 1e9:.1f} of {gigabytes(host)} of host memory"
+    option = forecast.way_out(shapes, task, dtype, half(device), device.type, memory, batch, host)
     if option != "":
-        slow = forecast.need(shapes, task, torch.float32, "cpu", 0, batch).device
-        if option is None and device.type == "cuda" and slow <= host_memory():
-            option = f"--device cpu, which takes {slow / 1e9:.1f} GB of host memory and is slow,"
-        way = "no option makes it fit" if option is None else f"{forced} {option} makes it fit".strip()
-        say("forecast", f"{what}: does not fit, {bytes_of}{extra}; {way}")
+        if option is not None:
+            option = f"{forced} {option}".strip()
+        say("forecast", f"{what}: does not fit, {room}; {remedy(shapes, task, option, device)}")
         return
     one = forecast.picture_seconds(shapes, task, rates, need, dtype)
     each = f", {forecast.human(one)} a picture" if PICTURES[task] > 1 else ""
-    say("forecast", f"{what}: {forecast.human(PICTURES[task] * one)}{each}; {bytes_of}{extra}")
+    say("forecast", f"{what}: {forecast.human(PICTURES[task] * one)}{each}; {room}")
 
 
 def report_forecasts(names: list[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -253,7 +272,8 @@ def report_forecasts(names: list[str], device: torch.device, dtype: torch.dtype)
         shapes = costs.published(name)
         for task in COMMANDS:
             report_task(shapes, name, task, rates, device, dtype)
-    say("forecast", "docs/gpu.md has tables for other cards, and how to send what you have measured")
+    say("forecast", "checked on a CPU alone, where seconds were within a factor of 1.5 of these; docs/gpu.md has "
+        "tables for other cards, and how to send what you have measured")
 
 
 # ---------------------------------------------------------------------------- the whole report
@@ -266,6 +286,8 @@ def report(name: str | None, device: str, dtype: str, root: Path | None) -> None
     """
     if name is not None and name not in weights.NAMES:
         raise ValueError(f"doctor knows the models {', '.join(weights.NAMES)}, not {name!r}")
+    if name == "flux-released":
+        name = "flux"                                    # the same files, read in another way
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     report_machine(device, dtype)

@@ -67,10 +67,11 @@ def usable(memory: float, kind: str) -> float:
 
 
 def way_out(shapes: Shapes, task: str, dtype: torch.dtype, half: torch.dtype | None, kind: str, memory: float,
-            batch: int) -> str | None:
+            batch: int, host: float = math.inf) -> str | None:
     """The options that make a task fit: "" where none is needed, None where none helps.
 
-    half: the 16 bits that this device is good at, None if it is at none.  MAGNET is refused in float16.
+    half: the 16 bits that this device is good at, None if it is at none.  MAGNET is refused in float16.  host: bytes of
+    the machine's memory, where blocks of a GPU wait.
     """
     ways = [("", dtype, batch)]
     if dtype == torch.float32 and half is not None and not (task == "magnet" and half == torch.float16):
@@ -79,7 +80,8 @@ def way_out(shapes: Shapes, task: str, dtype: torch.dtype, half: torch.dtype | N
         ways += [(f"{option} --batch 1".strip(), smaller, 1) for option, smaller, _ in ways]
     free = usable(memory, kind)
     for option, smaller, pictures in ways:
-        if need(shapes, task, smaller, kind, free, pictures).device <= free:
+        found = need(shapes, task, smaller, kind, free, pictures)
+        if found.device <= free and found.host <= host:
             return option
     return None
 
@@ -178,7 +180,8 @@ def human(duration: float) -> str:
     """Seconds as a person says them."""
     for unit, length in (("years", 31557600), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if duration >= 2 * length:
-            return f"{duration / length:.0f} {unit}" if duration >= 10 * length else f"{duration / length:.1f} {unit}"
+            digits = 0 if duration >= 10 * length else 1
+            return f"{duration / length:.{digits}f} {unit}"
     return f"{1000 * duration:.0f} ms"
 
 
@@ -224,8 +227,11 @@ def cards_table(dtype: torch.dtype, sizes: list[float]) -> list[str]:
             for size in sizes:
                 option = way_out(shapes, task, dtype, dtype, "cuda", 1e9 * size, BATCH[task])
                 waiting = need(shapes, task, dtype, "cuda", usable(1e9 * size, "cuda"), BATCH[task]).waiting
-                cell = "no" if option is None else f"`{option}`" if option else "fits"
-                if waiting and option is not None:
+                if option is None:
+                    cells.append("no")
+                    continue
+                cell = f"`{option}`" if option else "fits"
+                if waiting:
                     cell += f", {waits(waiting)}"
                 cells.append(cell)
             lines.append(row(name, what, *cells))

@@ -3,6 +3,7 @@
 Tables 1 and 2 our way, then with one choice at a time, then with all together; every setting has a ledger of its own.
 """
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -10,14 +11,17 @@ import released
 from counting import VERSIONS, above_first, count, parts_of, scored_rows
 from protocol import Protocol, evaluation
 from support.cli import show
-from support.files import write_json
+from support.files import Broken, write_json
 from support.ledger import world
 from support.metrics import proposal_scores
 from support.report import plot_waterfall, waterfall_table
 
 
 def settings_of(task, data, model, half):
-    """{"ours": nothing, name: that choice alone, "released": all together} of the choices that matter."""
+    """{"ours": nothing, name: that choice alone, "released": all together} of the choices that matter.
+
+    half: whether float16 is among them.
+    """
     names = released.applicable(task, data.name, model)
     if not half:
         names.remove("half")
@@ -44,24 +48,36 @@ def parts_of_setting(args, model, task, data, choices, out):
 def worth(settings):
     """setting -> picture -> (K, 3), ours the first: {setting: its mIoU, and above_first's three numbers}, and n.
 
-    Pictures that some setting could not score are left out of all.
+    Pictures that some setting could not score are left out of all.  Broken: none is left.
     """
-    common = [name for name in settings["ours"] if all(name in parts for parts in settings.values())]
-    counts = np.array([[parts[name] for parts in settings.values()] for name in common])     # (n, settings, K, 3)
+    common = set(settings["ours"])
+    for parts in settings.values():
+        common &= parts.keys()
+    names = [name for name in settings["ours"] if name in common]
+    if not names:
+        raise Broken("no picture could be scored in every setting")
+    columns = []
+    for parts in settings.values():
+        columns.append(np.stack([parts[name] for name in names]))            # (n, K, 3)
+    counts = np.stack(columns, axis=1)                                       # (n, settings, K, 3)
     rows = {}
     for i, (name, above) in enumerate(zip(settings, above_first(counts))):
         rows[name] = {"mIoU": proposal_scores(counts[:, i].sum(0))["mIoU"], "above ours": above}
-    return rows, len(common)
+    return rows, len(names)
 
 
-def waterfall(args, load, data, out, half):
-    """Table, plot and results.json.  load: dtype -> the model; half: whether float16 is a choice, too."""
+def waterfall(args, load, data, half):
+    """Table, plot and results.json, as evaluate.py's options say, of which `check` has left the usual protocol.
+
+    load: dtype -> the model.  half: float16 is a choice, too; those settings that have it run on a model of their own.
+    """
     start = time.time()
     parts = {task: {} for task in released.TABLES}       # task -> setting -> picture -> (K, 3)
-    dtypes = (args.dtype, "float16") if half else (args.dtype,)
+    dtypes = [args.dtype, "float16"] if half else [args.dtype]
     for dtype in dtypes:
         model = None                                     # makes room for the next one
         model = load(dtype)
+        out = args.out or Path("out") / f"protocol-{data.name}-{model.name}"
         for task in parts:
             for name, choices in settings_of(task, data, model, half).items():
                 if choices.half == (dtype != args.dtype):
