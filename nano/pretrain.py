@@ -383,7 +383,8 @@ def main(args: argparse.Namespace) -> None:
     latents = torch.from_numpy(encode_latents(run, vae, args.device, args.scenes))       # (n, C, h, w) fp16
     train_mmdit(run, args, vae, *networks, latents, facts)
     choose_presets(run / "nano.safetensors", args.device)
-    show(f"wrote {run / 'nano.safetensors'}; copy it to nano/nano.safetensors to make it the embedded model")
+    embedded = weights.EMBEDDED["nano-flux" if args.arch == "flux" else "nano"]
+    show(f"wrote {run / 'nano.safetensors'}; copy it to {embedded} to make it the embedded model")
 
 
 if __name__ == "__main__":
