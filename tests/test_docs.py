@@ -19,7 +19,7 @@ from support import cli
 from support.data import DATASETS, TRAINING_SETS
 
 ROOT = Path(cli.__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "nano/README.md", "nano/judge.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "nano/README.md", "nano/flux.md", "nano/judge.md"]
 PAGES += sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
 # A page, and the commands all of whose options it explains.
 EXPLAINED = [("evaluate.py", "docs/protocol.md"), ("seg4diff.py", "docs/protocol.md"),
