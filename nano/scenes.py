@@ -13,6 +13,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":                     # Ctrl-C is answered while packages are imported, too
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from support import ctrl_c
+    ctrl_c.answer_early()
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -285,7 +290,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from support.cli import Parser, at_least, command
 
     parser = Parser(description=__doc__)

@@ -12,9 +12,7 @@ from support import ctrl_c
 
 ROOT = Path(seg4diff.__file__).parent
 FILES = [path for folder in (".", "nano", "tools") for path in sorted(ROOT.glob(f"{folder}/*.py"))]
-# nano/scenes.py is left as it is: its text is part of the identity of a pretraining run, which would begin anew
-COMMANDS = [str(path.relative_to(ROOT)) for path in FILES
-            if "\n    command(" in path.read_text() and path.name != "scenes.py"]
+COMMANDS = [str(path.relative_to(ROOT)) for path in FILES if "\n    command(" in path.read_text()]
 
 
 @pytest.fixture(scope="module")
