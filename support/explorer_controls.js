@@ -34,7 +34,7 @@ function readHash() {
 // ------------------------------------------------------------------------------------------ controls
 
 const many = data.variants.length > 1;
-const bases = ["mask", "picture"].concat(truthKnown ? ["truth"] : [], many ? ["changes"] : []);
+const bases = ["mask", "picture"].concat(truthKnown ? ["truth", "errors"] : [], many ? ["changes"] : []);
 function buildStage() {
   $("title").textContent = `Where does ${data.variants.map(v => v.name).join(", and where does ")} look?`;
   const made = data.generated ? "Drawn from the prompt" : "A picture, with the prompt";
@@ -108,6 +108,7 @@ function buildWords() {
     const stripes = `repeating-linear-gradient(45deg, rgb(${r} ${g} ${b}) 0 4px, #fff 4px 6px)`;
     patch.style.background = k < COLOURS.length ? `rgb(${r} ${g} ${b})` : stripes;
     wordButton(make("button", chip, name), `c${k}`);
+    if (truthKnown) make("output", chip, "", { title: `IoU of ${name} in the mask, %` });
   });
   data.columns.forEach((column, t) => {
     const row = make("button", $("tokens"), "", { class: "token", "data-word": `t${t}` });

@@ -113,19 +113,24 @@ function drawPicture(v) {
   pen.imageSmoothingEnabled = true;
   const labels = view.base === "truth" ? data.truth : labelsOf(v, view);
   const others = data.variants.filter(other => other !== v).map(other => labelsOf(other, view));
-  const shown = i => labels[i] !== 255 && (view.base !== "changes" || others.some(other => other[i] !== labels[i]));
+  const shown = i => {
+    if (view.base === "changes") return others.some(other => other[i] !== labels[i]);
+    if (view.base === "errors") return labels[i] !== data.truth[i];
+    return labels[i] !== 255;
+  };
+  const opacity = view.base === "changes" || view.base === "errors" ? 255 : 150;
   pen.drawImage(view.base === "picture" ? image.colour : image.grey, 0, 0, v.left.width, v.left.height);
   if (view.base !== "picture") {
     paint(v.left, width, height, (x, y) => {
       const i = y * width + x;
-      return shown(i) ? [...colourOf(labels[i], x, y), view.base === "changes" ? 255 : 150] : [0, 0, 0, 0];
+      return shown(i) ? [...colourOf(labels[i], x, y), opacity] : [0, 0, 0, 0];
     });
     nameRegions(v.left, labels);
   }
   if (patchNow() >= 0) outline(v.left, patchNow());
   const score = truthKnown ? `, mIoU ${mIoU(v, view).toFixed(1)} %` : "";
   const what = { mask: `Mask (${view.reading})${score}`, truth: "True mask",
-                 changes: `Where the masks differ${score}`,
+                 errors: `Where the mask is wrong${score}`, changes: `Where the masks differ${score}`,
                  picture: data.generated ? "The sampler's estimate" : "Picture" };
   v.leftCaption.textContent = what[view.base];
 }
@@ -182,8 +187,12 @@ function drawTokens() {
   document.querySelectorAll(".chip").forEach((chip, k) => {
     chip.classList.toggle("on", `c${k}` === wordNow() && !showsPatch());
     chip.querySelector("input").checked = !view.off.includes(k);
+    if (truthKnown) chip.querySelector("output").textContent = data.variants.map(v => classScore(v, view, k)).join(" | ");
   });
 }
+
+const classScore = (v, at, k) => IoUs(v, at)[k]?.toFixed(0) ?? "-";
+const chosenClass = () => truthKnown && view.word[0] === "c" ? +view.word.slice(1) : null;
 
 // What the small plot shows of a block: mIoU with the view's other choices, or the share of attention that text gets.
 function blockValue(v, block) {
@@ -192,7 +201,8 @@ function blockValue(v, block) {
   return remember("text" + keyOf(v, at), () => 100 * textShare(v, at));
 }
 
-// The small plot that is also the slider of the blocks. All that goes into its text are numbers.
+// The small plot that is also the slider of the blocks; where truth is known, with a thin line for the chosen class
+// alone. All that goes into its text are numbers.
 const xOf = block => 30 + ($("plot").clientWidth - 40) * block / Math.max(1, data.depth - 1);
 function drawPlot() {
   const values = data.variants.map(v => Array.from({ length: data.depth }, (_, block) => blockValue(v, block)));
@@ -221,12 +231,20 @@ function drawPlot() {
            + `fill="${colour}"/>`;
     });
   });
+  const only = chosenClass();
+  if (only !== null) data.variants.forEach((v, i) => {
+    const ious = values[i].map((_, block) => IoUs(v, settled({ ...view, block }, "block"))[only] ?? 0);
+    const points = ious.map((iou, block) => `${xOf(block)},${yOf(iou)}`);
+    svg += `<polyline points="${points.join(" ")}" fill="none" stroke="${i ? "var(--second)" : "var(--first)"}" `
+         + `stroke-width="1" stroke-dasharray="${i ? "2 3" : "none"}"/>`;
+  });
   const chosen = values.map(line => line[view.block].toFixed(1)).join(" | ");
   const x = Math.min(Math.max(xOf(view.block), 60), right - 30);
   const y = yOf(Math.max(...values.map(line => line[view.block]))) - 9;
   $("plot").innerHTML = svg + `<text class="value" x="${x}" y="${y}" text-anchor="middle">${chosen}</text>`;
   const what = truthKnown ? "mIoU of the mask" : "Attention that goes to text";
-  $("plotname").textContent = `Block: ${view.block}${view.block === data.expert ? " (expert)" : ""}. ${what}, %:`;
+  const thin = only === null ? "" : ` (thin: ${data.classes[only].name})`;
+  $("plotname").textContent = `Block: ${view.block}${view.block === data.expert ? " (expert)" : ""}. ${what}${thin}, %:`;
   $("plot").setAttribute("aria-valuenow", view.block);
   $("plot").setAttribute("aria-valuetext", `block ${view.block}, ${what} ${chosen} %`);
 }
@@ -264,9 +282,18 @@ function sentence() {
   return `Block ${view.block}${expert}, ${heads}, ${stepName(data.levels[view.level])}: ${what} ${second}`;
 }
 
+// What each head would find of the chosen class, where truth is known and heads are few.
+function byHead() {
+  const k = chosenClass();
+  if (k === null || data.heads > 8) return "";
+  const heads = [...Array(data.heads).keys()];
+  const scores = data.variants.map(v => heads.map(head => classScore(v, settled({ ...view, head }, "head"), k)).join(" "));
+  return `. ${data.classes[k].name} by head: ${scores.join(" | ")}`;
+}
+
 function drawControls() {
   const level = `${data.generated ? "Sampling step" : "Noise level"}: ${stepName(data.levels[view.level])}`;
-  const head = `Head: ${view.head < 0 ? `mean over ${data.heads}` : view.head}`;
+  const head = `Head: ${view.head < 0 ? `mean over ${data.heads}` : view.head}${byHead()}`;
   for (const [name, text] of [["level", level], ["head", head]]) {
     $(name).value = view[name];
     $(name + "name").textContent = text;

@@ -171,19 +171,23 @@ function labelsOf(v, at) {
   });
 }
 
-// Mean IoU over the classes that are in the truth, in percent (Eq. 14).
-function mIoU(v, at) {
-  return remember("mIoU" + keyOf(v, at), () => {
-    const K = data.classes.length;
-    const counts = Array.from({ length: K }, () => ({ both: 0, found: 0, there: 0 }));
+// IoU of every class of the mask, in percent; null for one that is not in the truth.
+function IoUs(v, at) {
+  return remember("IoUs" + keyOf(v, at), () => {
+    const counts = data.classes.map(() => ({ both: 0, found: 0, there: 0 }));
     labelsOf(v, at).forEach((label, i) => {
       counts[label].found++;
       counts[data.truth[i]].there++;
       if (label === data.truth[i]) counts[label].both++;
     });
-    const ious = counts.filter(c => c.there > 0).map(c => c.both / (c.found + c.there - c.both));
-    return 100 * ious.reduce((a, b) => a + b) / ious.length;
+    return counts.map(c => c.there > 0 ? 100 * c.both / (c.found + c.there - c.both) : null);
   });
+}
+
+// Mean IoU over the classes that are in the truth, in percent (Eq. 14).
+function mIoU(v, at) {
+  const known = IoUs(v, at).filter(iou => iou !== null);
+  return known.reduce((a, b) => a + b) / known.length;
 }
 
 // ------------------------------------------------------------------------------------------ what can be shown

@@ -1,6 +1,6 @@
 """The explorer: its page holds what the library computes, and asks for nothing from elsewhere.
 
-What a reader does in the page: test_explore_browser.py.
+What a reader does in the page: test_explore_browser.py and test_explore_tasks.py.
 """
 import base64
 import gzip
@@ -21,6 +21,7 @@ from lora import add_lora, save_lora
 from mmdit import JointQKV, i2i, i2t_attention, joint_probs, t2i_attention
 from nano import scenes
 from support.metrics import classes_in
+from support.page import write
 
 NAMES = ["car", "sky", "teddy bear"]
 PROMPT = "A small red car, left of a teddy bear with sand under the sky"
@@ -223,6 +224,15 @@ def test_the_file_is_whole_and_the_same_again(page, photo, tmp_path):
     assert text.count("</script>") == 2 and "default-src 'none'" in text
     page(photo, "car", name)
     assert (tmp_path / "explorer.html").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["explorer.html", "explorer_generation.html"])
+def test_committed_pages_are_of_this_version(name, tmp_path):
+    """All of a page in docs/ but its data is what would be written today."""
+    committed = (Path(explore.__file__).parent / "docs" / name).read_text(encoding="utf-8")
+    write(tmp_path / name, {})
+    start, end = (tmp_path / name).read_text(encoding="utf-8").split("{}</script>")
+    assert committed.startswith(start) and committed.endswith(end)
 
 
 @pytest.mark.parametrize("args, said", [
