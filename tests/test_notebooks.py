@@ -1,6 +1,7 @@
 """Every notebook runs top to bottom with nano, and is committed as it ran: in order, without errors, small.
 
-They run on fewer pictures than the committed ones (SEG4DIFF_QUICK, see notebooks/start.py), and on as many with
+They run on fewer pictures than the committed ones (SEG4DIFF_QUICK, see notebooks/start.py), one after the other in one
+kernel, which saves four seconds of imports each.  With as many pictures, and each in a kernel of its own, by
 
     SEG4DIFF_FULL=1 pytest -q tests/test_notebooks.py
 """
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -27,17 +30,29 @@ def test_there_are_some():
     assert len(NOTEBOOKS) == 6
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """A kernel that the quick notebooks share; it is started by the first of them."""
+    kernel = AsyncKernelManager(kernel_name="python3")
+    yield kernel
+    if kernel.has_kernel:
+        run_sync(kernel.shutdown_kernel)(now=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs(path, monkeypatch):
+def test_runs(path, monkeypatch, kernel):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")               # pytest runs as many tests at once as there are cores
     monkeypatch.delenv("SEG4DIFF_QUICK", raising=False)
-    if not os.environ.get("SEG4DIFF_FULL"):
-        monkeypatch.setenv("SEG4DIFF_QUICK", "1")
     monkeypatch.delenv("SEG4DIFF_MODEL", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
+    if os.environ.get("SEG4DIFF_FULL"):
+        kernel = None                                        # a new one
+    else:
+        monkeypatch.setenv("SEG4DIFF_QUICK", "1")
+        notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))     # forget the notebook before
     folder = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=folder).execute()
+    NotebookClient(notebook, km=kernel, timeout=240, kernel_name="python3", resources=folder).execute()
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert sum(bool(o.get("data", {}).keys() & PICTURES) for o in outputs) >= 3
     assert not without_figure(notebook.cells)
