@@ -286,8 +286,30 @@ def main(args) -> None:
     base = {} if args.against is None else scores_of(args.against, compared, judge.columns)
     folder = (args.out or Path("out") / f"quality-{Path(source).stem}-{model.name}") / arm.name
     generate_missing(model, arm, prompts, seeds, folder)
-    if rank == 0:
-        report(args, model, arm, judge, Path(source).name, compared, base, folder, start)
+    if rank > 0:
+        return
+
+    scores = judged(judge, prompts, seeds, folder)
+    means = {column: mean_and_error(x) for column, x in scores.items()}
+    facts = {"task": "quality", "prompts": f"{len(prompts)} of {Path(source).name}",
+             "seeds": " ".join(map(str, seeds)), "model": f"{model.name} ({model.fingerprint})", "arm": arm.name,
+             "judge": f"{judge.name} ({judge.fingerprint})"}
+    rows = {column: {"mean": known(mean), "error": known(error), "prompts": n}
+            for column, (mean, error, n) in means.items()}
+    seconds = time.time() - start
+    write_json(folder / "results.json", {
+        "facts": facts, "arguments": {k: str(v) for k, v in vars(args).items()}, "options": arm.options,
+        "rows": rows, "seconds": seconds, **compared,
+        "scores": {column: listed(x) for column, x in scores.items()}})
+    write_sheet(folder / "sheet.png", folder, prompts, seeds[0])
+    print_table(facts, means)
+    for column, x in base.items():
+        found = compare(scores[column], x)
+        show(f"{column}, against {args.against}: {found.difference:+.3f} (95 % interval: {found.interval}), "
+             f"{found.verdict}")
+    if "CLIPScore" in scores:
+        show(beside_table_3(f"{model.name}, ours", Path(source).name, means["CLIPScore"][0]))
+    show(f"{seconds:.0f} s; wrote {folder}/results.json and sheet.png")
 
 
 def scores_of(path: Path, compared: dict, columns: Sequence[str]) -> dict[str, np.ndarray]:
@@ -307,39 +329,20 @@ def scores_of(path: Path, compared: dict, columns: Sequence[str]) -> dict[str, n
     return scores
 
 
-def report(args, model, arm, judge, source, compared, base, folder, start):
-    """Judges what a folder holds; results.json and a sheet of pictures, then the table."""
-    prompts = compared["prompts"]
-    seeds = compared["seeds"]
-    scores = judged(judge, prompts, seeds, folder)
-    means = {column: mean_and_error(x) for column, x in scores.items()}
-    rows = {}
-    for column, (mean, error, n) in means.items():
-        rows[column] = {"mean": known(mean), "error": known(error), "prompts": n}
-    facts = {"task": "quality", "prompts": f"{len(prompts)} of {source}", "seeds": " ".join(map(str, seeds)),
-             "model": f"{model.name} ({model.fingerprint})", "arm": arm.name,
-             "judge": f"{judge.name} ({judge.fingerprint})"}
-    seconds = time.time() - start
-    write_json(folder / "results.json", {
-        "facts": facts, "arguments": {k: str(v) for k, v in vars(args).items()}, "options": arm.options,
-        "rows": rows, "seconds": seconds, **compared,
-        "scores": {column: listed(x) for column, x in scores.items()}})
-    shown = range(min(12, len(prompts)))
-    images = [open_stored(path_of(folder, i, seeds[0])) for i in shown]
-    write_picture(folder / "sheet.png", sheet(images, [prompts[i] for i in shown], side=256))
+def print_table(facts: dict, means: dict[str, tuple[float, float, int]]) -> None:
     for fact, value in facts.items():
         show(f"{fact + ':':9s}{value}")
     show(f"{'':14s}{'mean':>9s}{'error':>9s}{'prompts':>9s}")
     for column, (mean, error, n) in means.items():
         show(f"{column:14s}{mean:9.4f}{error:9.4f}{n:9d}")
     show("error: standard error over the prompts; the seeds of a prompt are averaged first")
-    for column, x in base.items():
-        found = compare(scores[column], x)
-        show(f"{column}, against {args.against}: {found.difference:+.3f} (95 % interval: {found.interval}), "
-             f"{found.verdict}")
-    if "CLIPScore" in scores:
-        show(beside_table_3(f"{model.name}, ours", source, means["CLIPScore"][0]))
-    show(f"{seconds:.0f} s; wrote {folder}/results.json and sheet.png")
+
+
+def write_sheet(path: Path, folder: Path, prompts: Sequence[str], seed: int) -> None:
+    """The first twelve pictures of a folder, with their prompts."""
+    prompts = list(prompts[:12])
+    images = [open_stored(path_of(folder, i, seed)) for i in range(len(prompts))]
+    write_picture(path, sheet(images, prompts, side=256))
 
 
 # ---------------------------------------------------------------------------- Fig. 13

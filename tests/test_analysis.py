@@ -262,13 +262,16 @@ def own_lora(quick_file, tmp_path) -> Path:
 
 
 def test_a_lora_changes_what_is_read(command, quick_file, own_lora, tmp_path):
-    for out, options in (("a", ["shares"]), ("b", ["shares", "magnet", "--lora", own_lora])):
+    for out, options in (("a", ["shares"]), ("b", ["shares", "magnet", "compare", "--lora", own_lora])):
         assert command("figures.py", *options, "--model", quick_file, "--limit", 1, "--out", tmp_path / out)[0] == 0
     a, b = (json.loads((tmp_path / out / "shares.json").read_text()) for out in "ab")
     assert b["model"][0] == a["model"][0] + "+own" and b["model"] != a["model"] and b["shares"] != a["shares"]
     found = json.loads((tmp_path / "b" / "magnet.json").read_text())
-    assert found["change of generated pictures [grey levels of 255]"] > 1 and len(found["pictures"]) == 3
-    assert all(Image.open(tmp_path / "b" / f).height > 300 for f in ("magnet.png", "magnet_pictures.png"))
+    assert len(found["pictures"]) == 3
+    drawn = json.loads((tmp_path / "b" / "compare.json").read_text())
+    assert drawn["change of generated pictures [grey levels of 255]"] > 1 and drawn["prompts"] == 1
+    assert Image.open(tmp_path / "b/magnet.png").height > 300
+    assert Image.open(tmp_path / "b/compare.png").height > 100
 
 
 def test_broken_pictures_are_named_counted_and_left_out(command, quick_file, own_lora, tmp_path):

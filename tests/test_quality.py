@@ -298,7 +298,7 @@ def experiment(name: str, depth: int = 8, out: Path = Path("none")) -> experimen
     preset = SimpleNamespace(cfg=3.0, block=5)
     transformer = SimpleNamespace(config=SimpleNamespace(depth=depth))
     model = SimpleNamespace(transformer=transformer, preset=preset, name="nano", fingerprint="0")
-    return experiments.EXPERIMENTS[name](model, out)
+    return experiments.EXPERIMENTS[name](model, Fake(), out)
 
 
 def test_arms_of_the_experiments(tmp_path):
@@ -312,8 +312,8 @@ def test_arms_of_the_experiments(tmp_path):
             sign = 1 if column == "last" else -1
             rows.append({"arm": f"b{block}", "column": column, "difference": sign * difference})
     arms = {f"b{block}": {"pag": 1.0, "blocks": [block]} for block in range(5)}
-    content = {"model": ["nano", "0"], "columns": ["first", "last"], "comparisons": rows, "arms": arms,
-               "prompts": [""] * 9}
+    content = {"model": ["nano", "0"], "judge": ["fake", "0"], "columns": ["first", "last"],
+               "comparisons": rows, "arms": arms, "prompts": [""] * 9}
     (tmp_path / "blocks.json").write_text(json.dumps(content))
     guidance = experiment("guidance", out=tmp_path)
     assert {arm.blocks for arm, _ in guidance.pairs} == {(1,), (3,), (5,)} and "on 9 other captions" in guidance.title
@@ -321,7 +321,10 @@ def test_arms_of_the_experiments(tmp_path):
     (tmp_path / "blocks.json").write_text(json.dumps(content | {"model": ["other", "0"]}))
     with pytest.raises(ValueError, match="another model"):
         experiment("guidance", out=tmp_path)
-    (tmp_path / "blocks.json").write_text(json.dumps({"model": ["nano", "0"]}))
+    (tmp_path / "blocks.json").write_text(json.dumps(content | {"judge": ["fake", "1"]}))
+    with pytest.raises(ValueError, match="another judge"):
+        experiment("guidance", out=tmp_path)
+    (tmp_path / "blocks.json").write_text(json.dumps({"model": ["nano", "0"], "judge": ["fake", "0"]}))
     with pytest.raises(Broken, match="result of the experiment blocks"):
         experiment("guidance", out=tmp_path)
     magnet = experiment("magnet")
@@ -338,11 +341,14 @@ def test_names_that_a_reader_understands():
     assert list(map(experiments.readable, names)) == said
 
 
-def test_a_flux_is_blurred_and_guided_at_cfg_1(tiny_flux):
-    """Its two double and two single blocks: half as many arms for as many blocks."""
+def test_a_flux_has_fewer_arms(tiny_flux, monkeypatch):
+    """Its two double and two single blocks: blurred and as guidance at cfg 1 alone; the best at two scales of cfg."""
     model = replace(tiny_flux, preset=tiny_flux.preset.changed(cfg=3.0))
-    arms = experiments.blocks(model, Path("none")).arms
+    arms = experiments.blocks(model, Fake(), Path("none")).arms
     assert len(arms) == 1 + 2 * 4 and {arm.cfg for arm in arms} == {1.0}
+    monkeypatch.setattr(experiments, "best_blocks", lambda path, model, judge: ([0, 2, 3], 9))
+    arms = experiments.guidance(model, Fake(), Path("none")).arms
+    assert len(arms) == 2 + 2 * 3 * 2 and {arm.cfg for arm in arms} == {1.0, 2.0}
 
 
 def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
@@ -367,7 +373,8 @@ def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
 
 
 def test_what_is_no_experiment(quick_file, tmp_path, monkeypatch):
-    args = SimpleNamespace(experiment="blocks", model=quick_file, device="cpu", dtype="auto", out=tmp_path / "out")
+    args = SimpleNamespace(experiment="blocks", model=quick_file, judge=None, device="cpu", dtype="auto",
+                           out=tmp_path / "out")
     monkeypatch.setattr(experiments, "MOST", 10)
     with pytest.raises(ValueError, match="11 arms are more than 10"):
         experiments.main(args)

@@ -59,7 +59,7 @@ class Experiment(NamedTuple):
 # ---------------------------------------------------------------------------- experiments
 
 
-def blocks(model: Seg4Diff, out: Path) -> Experiment:
+def blocks(model: Seg4Diff, judge, out: Path) -> Experiment:
     """Every block: guidance by it at cfg 1 (Fig. 6), and its blur at cfg 1 and at the preset's cfg (Fig. 5, 18)."""
     depth = range(model.transformer.config.depth)
     usual = model.preset.cfg
@@ -70,16 +70,18 @@ def blocks(model: Seg4Diff, out: Path) -> Experiment:
     return Experiment("Each block as guidance (s) and blurred", 0, 128, range(1), pairs)
 
 
-def best_blocks(path: Path, model: Seg4Diff) -> tuple[list[int], int]:
+def best_blocks(path: Path, model: Seg4Diff, judge) -> tuple[list[int], int]:
     """The two blocks whose guidance raised the judge's last column most, and the expert; from how many captions.
 
-    ValueError: that experiment is not there, or another model's.
+    ValueError: that experiment is not there, or another model's or judge's.
     """
     if not path.exists():
         raise ValueError(f"there is no {path}, which the blocks are chosen from; run the experiment blocks first")
     found = read_json(path)
     if found.get("model") != [model.name, model.fingerprint]:
         raise ValueError(f"{path} is of another model: {found.get('model')}")
+    if found.get("judge") != [judge.name, judge.fingerprint]:
+        raise ValueError(f"{path} is by another judge: {found.get('judge')}")
     with reading(path, "result of the experiment blocks"):
         last = found["columns"][-1]
         guidance = [row for row in found["comparisons"] if row["column"] == last and found["arms"][row["arm"]]["pag"]]
@@ -89,18 +91,18 @@ def best_blocks(path: Path, model: Seg4Diff) -> tuple[list[int], int]:
         return chosen, len(found["prompts"])
 
 
-def guidance(model: Seg4Diff, out: Path) -> Experiment:
-    """Eq. 7 by the best blocks of `blocks` and by the expert, s 1 and 3, over four scales of cfg; other captions."""
-    chosen, n = best_blocks(out / "blocks.json", model)
+def guidance(model: Seg4Diff, judge, out: Path) -> Experiment:
+    """Eq. 7 by the best blocks of `blocks` and by the expert, s 1 and 3, over scales of cfg; other captions."""
+    chosen, n = best_blocks(out / "blocks.json", model, judge)
     pairs = []
-    for cfg in (1.0, 1.5, 2.0, 3.0):
+    for cfg in (1.0, 2.0) if isinstance(model.transformer, Flux) else (1.0, 1.5, 2.0, 3.0):
         for block in chosen:
             pairs += [(named(cfg, pag, [block]), named(cfg)) for pag in (1.0, 3.0)]
     title = f"Guidance by a blurred branch (Eq. 7), blocks chosen on {n} other captions"
     return Experiment(title, 128, 256, range(1), pairs)
 
 
-def magnet(model: Seg4Diff, out: Path) -> Experiment:
+def magnet(model: Seg4Diff, judge, out: Path) -> Experiment:
     """MAGNET's LoRA against none, at cfg 1 and at the preset's, three seeds."""
     bases = [named(cfg) for cfg in dict.fromkeys([1.0, model.preset.cfg])]
     pairs = [(base._replace(name=f"{base.name}-MAGNET", lora=LORA), base) for base in bases]
@@ -233,11 +235,11 @@ def main(args):
         raise ValueError(f"the captions are the toy world's, which {args.model} does not draw; for other models: "
                          "python evaluate.py --task quality")
     out = args.out or Path("out") / f"experiments-{model.name}"
-    experiment = EXPERIMENTS[args.experiment](model, out)
+    judge = quality.pick_judge(args.judge, model, quality.captions(0, 1))
+    experiment = EXPERIMENTS[args.experiment](model, judge, out)
     if len(experiment.arms) > MOST:
         raise ValueError(f"{len(experiment.arms)} arms are more than {MOST}: {args.model} has too many blocks for this")
     prompts = quality.captions(experiment.first, min(experiment.captions, args.limit or experiment.captions))
-    judge = quality.pick_judge(args.judge, model, prompts)
     loras = {arm.lora for arm in experiment.arms} - {None}
     models = {lora: seg4diff.load(args.model, args.device, args.dtype, lora=lora) for lora in loras} | {None: model}
     run(experiment, args.experiment, prompts, models, judge, out)
