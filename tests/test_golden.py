@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -124,6 +125,20 @@ def test_vae():
         same(model.decode(g["out.z"]), g["out.decoded"])
         differ(model.decode(g["out.mean"]), g["out.decoded"])   # shift and scale belong inside decode
     same((g["out.mean"] - vae.SHIFT) * vae.SCALE, g["out.z"])
+
+
+def test_norm_of_large_maps():
+    """A million values a group, as 1024 x 1024 pixels have: against fp64, in both memory formats."""
+    norm = vae.Norm(2, 8)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 8, 512, 512, generator=torch.Generator().manual_seed(1)) + 1
+    exact = F.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double(), norm.eps)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=memory)
+        got = norm(given)
+        assert got.is_contiguous(memory_format=memory) and (got - exact).abs().max() < 1e-5
+    norm.bfloat16()
+    assert torch.allclose(norm(x.bfloat16()).double(), exact, rtol=0.05, atol=0.05)
 
 
 # ---------------------------------------------------------------------------- text towers
