@@ -5,7 +5,7 @@
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
     python figures.py perturb guide                     # Fig. 5, 31 and 18, 20, 23 (--judge); Fig. 6, 32
     python figures.py expert text                       # which block is the expert? at which noise do words matter?
-    python figures.py magnet compare --lora nano/magnet.safetensors      # Fig. 12, 33: maps without and with; Fig. 13
+    python figures.py magnet compare --lora nano/magnet.safetensors      # Fig. 12: maps without and with; Fig. 13, 33
 
 Pictures are generated from prompts; attention is that of a second pass at t = 8 of 28 steps left (shares: 28, too).
 Prompts: captions of the toy world for nano, else the paper's 50 of DrawBench (support/prompts.txt).
@@ -63,8 +63,8 @@ def picture_rows(path, title, labels, rows, titles, **options):
 
 
 # ---------------------------------------------------------------------------- attention while pictures are generated
-# Every figure is a function of a Seg4Diff, a list of prompts and a folder (Path), and perhaps of a data set. It writes
-# NAME.png into the folder and returns the numbers of NAME.json, a dict.
+# Every figure is a function of a Seg4Diff, a folder `out` (Path) and what NEEDS says. It writes NAME.png into `out`
+# and returns the numbers of NAME.json, a dict.
 
 
 def shares(model, prompts, out):
@@ -140,7 +140,7 @@ def heads(model, prompts, out):
     return {"prompt": prompts[0], "tokens": names}
 
 
-def pads(model, prompts, out):
+def pads(model, out):
     """Fig. 9 (b), 30: a picture generated from the empty prompt, and the I2T maps of all its text tokens."""
     image, names, i2t, _ = analysis.expert_maps(model, "")
     pictures = [image, *i2t.mean(0)]
@@ -185,7 +185,7 @@ def expert(model, prompts, out, data, limit=100):
             "rank correlation": {f"{a} ~ {b}": spearmanr(rows[a], rows[b]).statistic for a, b in combinations(rows, 2)}}
 
 
-def text_matters(model, prompts, out, data, limit=100):
+def text_matters(model, out, data, limit=100):
     """How much of a picture's flow loss its class names save, and those of the next picture, at each noise level."""
     names, broken = usable(data, subset(data.names, min(limit, 32)))
     items = [data.read(name) for name in names]
@@ -222,7 +222,7 @@ def class_shares(model, item, data, reading):
     return names, argmax, list(seg.maps / seg.maps.sum(0))                   # K x (h, w)
 
 
-def strip(model, prompts, out, data, reading="paper"):
+def strip(model, out, data, reading="paper"):
     """Fig. 7: a picture, a heat map for each class name, and the argmax over them."""
     (name,), broken = usable(data, data.names, 1)
     item = data.read(name)
@@ -233,8 +233,8 @@ def strip(model, prompts, out, data, reading="paper"):
     return {"picture": name, "broken": broken, "reading": reading}
 
 
-def magnet_maps(model, prompts, out, data, base, reading="paper"):
-    """Fig. 12, 33: class maps of noised pictures without (base) and with a LoRA."""
+def magnet_maps(model, out, data, base, reading="paper"):
+    """Fig. 12: class maps of noised pictures without (base) and with a LoRA."""
     shown, broken = usable(data, data.names, 3)
     items = [data.read(name) for name in shown]
     rows = []
@@ -246,7 +246,7 @@ def magnet_maps(model, prompts, out, data, base, reading="paper"):
             rows.append([picture, argmax, *maps[:6]])
             titles.append([caption, "argmax", *names])
     title = (f"Block {model.preset.block} without and with the LoRA {model.name.removeprefix(base.name + '+')} "
-             f"(Fig. 12, 33), {reading}; maps: each class's share among the classes, dark 0, bright 1")
+             f"(Fig. 12), {reading}; maps: each class's share among the classes, dark 0, bright 1")
     picture_rows(out / "magnet.png", title, ["without", "with"] * len(items), rows, titles, vmin=0, vmax=1)
     return {"pictures": shown, "broken": broken}
 
@@ -271,6 +271,11 @@ def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[s
 FIGURES = {"shares": shares, "values": values, "pca": pca, "tokens": tokens, "heads": heads, "pads": pads,
            "gallery": gallery, "perturb": perturb, "guide": guide, "strip": strip, "expert": expert,
            "text": text_matters, "magnet": magnet_maps, "compare": quality.compare_lora}
+# What each is given beside the model and the folder
+NEEDS = {"shares": ["prompts"], "values": ["prompts"], "pca": ["prompts"], "tokens": ["prompts"], "heads": ["prompts"],
+         "pads": [], "gallery": ["prompts"], "perturb": ["prompts", "judge"], "guide": ["prompts"],
+         "strip": ["data", "reading"], "expert": ["prompts", "data", "limit"], "text": ["data", "limit"],
+         "magnet": ["data", "base", "reading"], "compare": ["prompts", "base"]}
 
 
 def main(args):
@@ -284,18 +289,13 @@ def main(args):
     judge = load_judges(args.judge, model) if "perturb" in args.figures else None
     make_folder(out)
     for figure in args.figures:
-        inputs = [model, prompts, out]
-        if figure in ("strip", "expert", "text", "magnet"):
-            inputs.append(DATASETS[args.dataset or ("scenes-dev" if toy(model) else "voc")](args.data_root))
-        if figure in ("expert", "text"):
-            inputs.append(2 * args.limit)
-        if figure == "perturb":
-            inputs.append(judge)
-        if figure in ("magnet", "compare"):
-            inputs.append(seg4diff.load(args.model, args.device, args.dtype))
-        if figure in ("strip", "magnet"):
-            inputs.append(args.reading)
-        numbers = {"model": [model.name, model.fingerprint], **FIGURES[figure](*inputs)}
+        inputs = {"prompts": prompts, "limit": 2 * args.limit, "judge": judge, "reading": args.reading}
+        if "data" in NEEDS[figure]:
+            inputs["data"] = DATASETS[args.dataset or ("scenes-dev" if toy(model) else "voc")](args.data_root)
+        if "base" in NEEDS[figure]:
+            inputs["base"] = seg4diff.load(args.model, args.device, args.dtype)
+        needed = {name: inputs[name] for name in NEEDS[figure]}
+        numbers = {"model": [model.name, model.fingerprint], **FIGURES[figure](model, out=out, **needed)}
         write_json(out / f"{figure}.json", numbers)
         for key, value in numbers.items():
             if key not in ("heads", "model", "broken"):

@@ -345,11 +345,11 @@ def write_sheet(path: Path, folder: Path, prompts: Sequence[str], seed: int) -> 
     write_picture(path, sheet(images, prompts, side=256))
 
 
-# ---------------------------------------------------------------------------- Fig. 13
+# ---------------------------------------------------------------------------- Fig. 13, 33
 
 
 def compare_lora(model: Seg4Diff, prompts: Sequence[str], out: Path, base: Seg4Diff) -> dict:
-    """Fig. 13: pictures from the same noise without a LoRA (base) and with it, side by side, of twelve prompts at most.
+    """Fig. 13, 33: pictures from the same noise without a LoRA (base) and with it, of twelve prompts at most.
 
     Writes compare.png into `out`; returns the numbers of compare.json.
     """

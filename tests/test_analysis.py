@@ -245,7 +245,7 @@ def test_words_matter_where_segmentation_reads(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(analysis, "CAPTION_DRAWS", 1)
     model = seg4diff.load("nano", device="cpu")
-    numbers = figures.text_matters(model, [], tmp_path, DATASETS["scenes-dev"](), limit=8)
+    numbers = figures.text_matters(model, tmp_path, DATASETS["scenes-dev"](), limit=8)
     rows = numbers["flow loss saved by class names [%]"]
     assert numbers["n"] == 8 and rows[0.515]["own"] > 3 * rows[0.515]["error"] > 0
     assert rows[0.515]["others"] < rows[0.515]["own"] and abs(rows[0.1]["own"]) < rows[0.515]["own"] < rows[0.9]["own"]

@@ -346,18 +346,13 @@ def test_figures(near, loaded, tmp_path, monkeypatch, name):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.touch())
     monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=5))
     monkeypatch.setattr(figures, "picture_rows", lambda path, title, labels, rows, *args, **kwargs: look_at(rows))
-    data = DATASETS["scenes-dev"]()
-    inputs = [["a red car"], tmp_path]
-    if name in ("strip", "expert", "text", "magnet"):
-        inputs.append(data)
-    if name in ("expert", "text"):
-        inputs.append(1)
-    if name in ("magnet", "compare"):
-        inputs.append(near)
-    here = figures.FIGURES[name](near, *inputs)
+    inputs = {"prompts": ["a red car"], "limit": 1, "judge": None, "reading": "paper", "base": near,
+              "data": DATASETS["scenes-dev"]()}
+    needed = {key: inputs[key] for key in figures.NEEDS[name]}
+    here = figures.FIGURES[name](near, out=tmp_path, **needed)
     card, far = loaded["cuda"]
     with pretend("cuda", card=card):
-        there = figures.FIGURES[name](far, *inputs)
+        there = figures.FIGURES[name](far, out=tmp_path, **needed)
     assert numbers(there) == pytest.approx(numbers(here), rel=1e-2, abs=1e-2)
     assert card.crossings and not card.refused
 
