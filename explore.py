@@ -56,26 +56,11 @@ def columns_of(tokens: Sequence[str], M: int) -> list[slice]:
     return [rows for rows in columns if rows.start < rows.stop]
 
 
-def grid_of(model: Seg4Diff) -> tuple[int, list[int]]:
-    """Side of the square grid of patches, h = w; and the blocks whose I2I is kept: if it is large, the expert alone."""
-    blocks = range(model.transformer.config.depth)
-    return model.grid, list(blocks) if model.grid <= HEAD_SIDE else [model.preset.block]
-
-
-def evenly(n: int, most: int) -> Tensor:
-    """At most so many of the numbers 0 to n-1, evenly spread: the middle one of each of `most` equal parts."""
-    m = min(n, most)
-    return ((torch.arange(m) + 0.5) * n / m).long()                          # (m,)
-
-
-def kept_patches(grid: tuple[int, int], side: int) -> Tensor:
-    """Numbers of the patches whose maps the page holds, (n,): all, or of a larger grid side x side.
-
-    The maps of all of SD3's 4096 patches would take longer than its forward passes.
-    """
-    rows = evenly(grid[0], side)
-    columns = evenly(grid[1], side)
-    return (rows[:, None] * grid[1] + columns).flatten()                     # (n,)
+def i2i_blocks(model: Seg4Diff) -> list[int]:
+    """The blocks whose I2I is kept: all of a small grid, of a large one the expert alone."""
+    if model.grid > HEAD_SIDE:
+        return [model.preset.block]
+    return list(range(model.transformer.config.depth))
 
 
 def levels_of(preset: Preset, every: int) -> dict[int, float]:
@@ -190,16 +175,16 @@ def image_attention(qkv: JointQKV, side: int) -> Tensor:
 @torch.inference_mode()
 def attention(model: Seg4Diff, latents: dict[int, Tensor], levels: dict[int, float], cond: TextCond,
               columns: Sequence[slice]) -> dict[str, Tensor]:
-    """All maps of the page, in fp32 on the CPU, at n of the N patches (kept_patches).
+    """All maps of the page, in fp32 on the CPU, at n of the N patches: SIDE x SIDE, spread over a larger grid.
 
+    Those of all of SD3's 4096 patches would take longer than its forward passes.
     i2t, t2i (levels, depth, T, n): means over heads (Eq. 10).  At the preset's level: i2t_heads, t2i_heads
     (depth, H, T, n), of fewer patches, and i2i (blocks, n, n), averaged down to them.
     """
     depth = model.transformer.config.depth
-    _, i2i_blocks = grid_of(model)
-    grid = (model.grid, model.grid)
-    patches = kept_patches(grid, SIDE)                                       # (n,)
-    fewer = kept_patches((min(grid[0], SIDE), min(grid[1], SIDE)), HEAD_SIDE)        # of those that are kept
+    side = min(model.grid, SIDE)
+    patches = readings.spread_patches((model.grid, model.grid), SIDE)        # (n,)
+    fewer = readings.spread_patches((side, side), HEAD_SIDE)                 # of those that are kept
     maps = {"i2t": [], "t2i": [], "i2t_heads": [], "t2i_heads": [], "i2i": []}
     for t, z in tqdm(latents.items(), desc=f"{model.name}: noise levels", unit="level"):
         sigma = torch.tensor([levels[t]], device=z.device)
@@ -212,7 +197,7 @@ def attention(model: Seg4Diff, latents: dict[int, Tensor], levels: dict[int, flo
                 maps[name].append(heads.mean(0).cpu())
                 if t == model.preset.noise_steps:
                     maps[f"{name}_heads"].append(heads[:, :, fewer].cpu())
-            if t == model.preset.noise_steps and block in i2i_blocks:
+            if t == model.preset.noise_steps and block in i2i_blocks(model):
                 maps["i2i"].append(image_attention(qkv, SIDE).cpu())
     out = {name: torch.stack(parts) for name, parts in maps.items()}
     for name in ("i2t", "t2i"):
@@ -235,11 +220,11 @@ def facts(model: Seg4Diff, levels: dict[int, float], tokens: Sequence[str], colu
     """What the page has to know beside the maps; the same without and with a LoRA."""
     cfg = model.transformer.config
     labels = [*tokens, "<empty>"]                        # of the column that follows the last token
-    side, i2i_blocks = grid_of(model)
+    side = model.grid
     return {
         "patches": side, "side": min(side, SIDE), "head_side": min(side, HEAD_SIDE), "depth": cfg.depth,
-        "heads": cfg.heads, "expert": model.preset.block, "i2i_blocks": i2i_blocks, "steps": model.preset.steps,
-        "preset": list(levels).index(model.preset.noise_steps),
+        "heads": cfg.heads, "expert": model.preset.block, "i2i_blocks": i2i_blocks(model),
+        "steps": model.preset.steps, "preset": list(levels).index(model.preset.noise_steps),
         "levels": [{"left": t, "sigma": sigma} for t, sigma in levels.items()],
         "columns": [{"label": labels[c.start], "first": c.start, "count": c.stop - c.start} for c in columns],
         "classes": [{"name": name, "columns": list(range(s.start, s.stop))} for name, s in spans.items()]}
@@ -275,7 +260,10 @@ def main(args):
     image, names, truth = read_input(args)
     prompt = " ".join(names) if image else args.generate
     variants = []
-    for lora in [None, args.lora] if args.lora else [None]:
+    loras = [None]
+    if args.lora:
+        loras.append(args.lora)
+    for lora in loras:
         model = seg4diff.load(args.model, args.device, args.dtype, lora=lora)
         levels = levels_of(model.preset, args.every or (8 if model.grid > SIDE else 4))
         if image is None:

@@ -148,13 +148,13 @@ def refine(maps: Tensor, colours: Tensor, reach: int, rounds: int = ROUNDS) -> T
 ANCHORS = 8                             # to a side of the picture
 
 
-def anchors(grid: tuple[int, int], side: int = ANCHORS) -> Tensor:
+def spread_patches(grid: tuple[int, int], side: int = ANCHORS) -> Tensor:
     """The patches at the centres of side x side cells of the picture, their numbers, (side*side,) at most."""
     h, w = grid
     centres = (torch.arange(side) + 0.5) / side
     rows = (centres * h).long().unique()
     columns = (centres * w).long().unique()
-    return (rows[:, None] * w + columns).flatten()                           # (anchors,)
+    return (rows[:, None] * w + columns).flatten()                           # (n,)
 
 
 def image_rows(qkv: JointQKV, rows: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def anchor_maps(qkv: JointQKV, rows: Tensor, chunk: int = 512) -> Tensor:
 
 def anchor_reading(qkv: JointQKV) -> Tensor:
     """What regions are made of: anchor_maps, and these read like class maps, shares and i2i: (2, anchors, h, w)."""
-    maps = anchor_maps(qkv, anchors(qkv.grid).to(qkv.q.device))              # (anchors, h, w)
+    maps = anchor_maps(qkv, spread_patches(qkv.grid).to(qkv.q.device))       # (anchors, h, w)
     return torch.stack([maps, i2i_step(qkv, shares(maps))])                  # (2, anchors, h, w)
 
 

@@ -212,9 +212,9 @@ def test_segment_errors(tiny, picture, options, sentence):
 
 
 def test_anchors_are_the_centres_of_cells():
-    assert readings.anchors((4, 6), 2).tolist() == [7, 10, 19, 22]           # rows 1 and 3, columns 1 and 4
-    assert readings.anchors((2, 3), 8).tolist() == list(range(6))            # no more than there are patches
-    assert len(readings.anchors((64, 64))) == readings.ANCHORS ** 2
+    assert readings.spread_patches((4, 6), 2).tolist() == [7, 10, 19, 22]    # rows 1 and 3, columns 1 and 4
+    assert readings.spread_patches((2, 3), 8).tolist() == list(range(6))     # no more than there are patches
+    assert len(readings.spread_patches((64, 64))) == readings.ANCHORS ** 2
 
 
 def test_anchor_maps_are_rows_of_the_squared_matrix():

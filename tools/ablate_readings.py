@@ -109,7 +109,7 @@ def region_variants(qkv: JointQKV) -> dict[str, Tensor]:
     out = {}
     all_rows = readings.image_rows(qkv, torch.arange(qkv.n_img))             # (N, N)
     for side in (4, 8, 16):
-        anchors = readings.anchors(qkv.grid, side)
+        anchors = readings.spread_patches(qkv.grid, side)
         p = all_rows[anchors]                                                # (anchors, N)
         for steps in (1, 2, 3):
             members = readings.i2i_step(qkv, readings.shares(p.unflatten(1, qkv.grid)))      # (anchors, h, w)
@@ -124,7 +124,7 @@ def region_variants(qkv: JointQKV) -> dict[str, Tensor]:
                     groups = readings.merge_greedy(p.clamp_min(1e-30).log(), threshold)
                     out[f"{name}, greedy"] = torch.stack([members[group].sum(0) for group in groups])
             p = p @ all_rows                                                 # (anchors, N)
-    means = all_rows[readings.anchors(qkv.grid)] @ all_rows                  # (anchors, N)
+    means = all_rows[readings.spread_patches(qkv.grid)] @ all_rows           # (anchors, N)
     groups = readings.merge_greedy(means.clamp_min(1e-30).log(), 1.0)
     out["8 x 8 anchors, 2 steps, KL 1, greedy, means of the groups"] = torch.stack(
         [means[group].mean(0) for group in groups]).unflatten(1, qkv.grid)   # (P, h, w)
