@@ -48,68 +48,67 @@ class Variant(NamedTuple):
     regions: str = "pad"                # seg4diff.REGIONS
 
 
-def ovss(m):
+def ovss(model):
     """Table 1; and below the paper's reading the one beyond it that looks at the model's attention alone."""
-    block = m.preset.block
-    sigma = m.preset.sigma
-    return [Variant(m.name, block, sigma), Variant(f"{m.name} i2i", block, sigma, reading="i2i")]
+    block = model.preset.block
+    sigma = model.preset.sigma
+    return [Variant(model.name, block, sigma), Variant(f"{model.name} i2i", block, sigma, reading="i2i")]
 
 
-def readings(m):
+def readings(model):
     """Beyond the paper: all readings of one pass (readings.py)."""
-    return [Variant(r, m.preset.block, m.preset.sigma, reading=r) for r in seg4diff.READINGS]
+    return [Variant(r, model.preset.block, model.preset.sigma, reading=r) for r in seg4diff.READINGS]
 
 
-def layers(m):
+def layers(model):
     """Fig. 8: every block, I2T and T2I."""
-    blocks = range(m.transformer.config.depth)
-    i2t = [Variant(f"block {i} I2T", i, m.preset.sigma) for i in blocks]
-    t2i = [Variant(f"block {i} T2I", i, m.preset.sigma, kind="t2i") for i in blocks]
+    blocks = range(model.transformer.config.depth)
+    i2t = [Variant(f"block {i} I2T", i, model.preset.sigma) for i in blocks]
+    t2i = [Variant(f"block {i} T2I", i, model.preset.sigma, kind="t2i") for i in blocks]
     return i2t + t2i
 
 
-def heads(m):
+def heads(model):
     """Fig. 17: every head of every block."""
-    cfg = m.transformer.config
+    cfg = model.transformer.config
     pairs = product(range(cfg.depth), range(cfg.heads))
-    return [Variant(f"block {i} head {h}", i, m.preset.sigma, head=h) for i, h in pairs]
+    return [Variant(f"block {i} head {h}", i, model.preset.sigma, head=h) for i, h in pairs]
 
 
-def timesteps(m):
+def timesteps(model):
     """Fig. 15: noise levels, by the number of steps that are left."""
-    steps = m.preset.steps
-    schedule = m.preset.sigmas(steps).tolist()
-    return [Variant(f"t = {n} of {steps}", m.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
+    steps = model.preset.steps
+    schedule = model.preset.sigmas(steps).tolist()
+    return [Variant(f"t = {n} of {steps}", model.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
 
 
-def normalization(m):
+def normalization(model):
     """Table 5: scores before and after the softmax, each map as it is or scaled to [0, 1]."""
-    block = m.preset.block
-    sigma = m.preset.sigma
+    block = model.preset.block
+    sigma = model.preset.sigma
     return [Variant("before softmax", block, sigma, "logits"),
             Variant("before softmax, min-max", block, sigma, "logits", minmax=True),
             Variant("after softmax", block, sigma),
             Variant("after softmax, min-max", block, sigma, minmax=True)]
 
 
-def unsup(m):
+def unsup(model):
     """Table 2."""
-    p = m.preset
-    return [Variant(m.name, p.block, p.sigma, threshold=p.threshold, scaling=p.scaling)]
+    preset = model.preset
+    return [Variant(model.name, preset.block, preset.sigma, threshold=preset.threshold, scaling=preset.scaling)]
 
 
-def unsup_i2i(m):
+def unsup_i2i(model):
     """Beyond the paper: regions of the image-to-image attention."""
-    p = m.preset
-    return [Variant(f"{m.name} i2i", p.block, p.sigma, regions="i2i", threshold=p.i2i_threshold)]
+    preset = model.preset
+    return [Variant(f"{model.name} i2i", preset.block, preset.sigma, regions="i2i", threshold=preset.i2i_threshold)]
 
 
-def thresholds(m):
+def thresholds(model):
     """How <pad> maps are merged: what Table 2's presets are chosen from."""
-    block = m.preset.block
-    sigma = m.preset.sigma
+    preset = model.preset
     pairs = product(seg4diff.SCALINGS, (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
-    return [Variant(f"{scaling} {t:g}", block, sigma, threshold=t, scaling=scaling) for scaling, t in pairs]
+    return [Variant(f"{s} {t:g}", preset.block, preset.sigma, threshold=t, scaling=s) for s, t in pairs]
 
 
 # ---------------------------------------------------------------------------- predictions
@@ -224,7 +223,7 @@ class Task(NamedTuple):
     variants: Callable                  # model -> list[Variant]
     predict: Callable                   # one of the four above
     scoring: Scoring
-    floor: str = "floor"                # name of a variant's floor: random maps, as many as compete in it
+    own_floor: bool = False             # each variant has its own floor: random maps, as many as compete in it
     overlays: bool = False              # evaluate.py shows label maps and the IoU of each class in place of a plot,
     intervals: bool = False             # what each variant is above the first one, and how certain that is,
     note: str = ""                      # and what the rows of several variants mean
@@ -234,8 +233,10 @@ BOTH_READINGS = "{0}: the paper's reading; {1}: beyond it, a step through the bl
 TASKS = {"ovss": Task(ovss, predict_named, NAMED, overlays=True, note=BOTH_READINGS),
          "unsup": Task(unsup, predict_unnamed, UNNAMED, overlays=True),
          "readings": Task(readings, predict_named, BORDERS, intervals=True),
-         "thresholds": Task(thresholds, sweep_unnamed, UNNAMED, "{} floor"), "layers": Task(layers, sweep_named, NAMED),
-         "heads": Task(heads, sweep_named, NAMED), "timesteps": Task(timesteps, sweep_named, NAMED),
+         "thresholds": Task(thresholds, sweep_unnamed, UNNAMED, own_floor=True),
+         "layers": Task(layers, sweep_named, NAMED),
+         "heads": Task(heads, sweep_named, NAMED),
+         "timesteps": Task(timesteps, sweep_named, NAMED),
          "normalization": Task(normalization, sweep_named, NAMED)}
 
 
@@ -256,9 +257,9 @@ class Evaluation(NamedTuple):
     def rows(self):
         """Names of the table's rows: variants, the floor of each or of all, the ceiling, and that of refined maps."""
         names = [v.name for v in self.variants]
-        floors = [TASKS[self.task].floor.format(name) for name in names]
+        floors = [f"{name} floor" for name in names] if TASKS[self.task].own_floor else ["floor"]
         refined = ["ceiling pixels"] if any(v.reading == "pixels" for v in self.variants) else []
-        return [*names, *dict.fromkeys(floors), "ceiling", *refined]
+        return [*names, *floors, "ceiling", *refined]
 
     @property
     def grid(self):
@@ -299,8 +300,8 @@ class Evaluation(NamedTuple):
         batch = Batch([p.square for p in pictures], [p.names for p in pictures], seeds)
         competed = [{} for _ in pictures]                # name of a floor -> what competes in it
         for b, row, labels, P in task.predict(model, batch, self.variants, self.protocol.draws):
-            classes = pictures[b].ids if task.scoring.named else np.arange(P, dtype=np.uint8)    # (P,)
-            competed[b].setdefault(task.floor.format(row), classes)
+            classes = pictures[b].ids if task.scoring.named else np.arange(P)                # (P,)
+            competed[b].setdefault(f"{row} floor" if task.own_floor else "floor", classes)
             shape = pictures[b].item.labels.shape
             yield b, row, released.as_scored(labels, shape, model.preset.size, self.protocol.choices), classes
         for b, picture in enumerate(pictures):
@@ -333,12 +334,11 @@ class Evaluation(NamedTuple):
                 borders[b][row] = border_counts(pictures[b].item.labels, classes[labels.cpu().numpy()], K)
         out = []
         for b, rows in enumerate(found):
-            together = torch.cat([overlap for overlap, _ in rows.values()], dim=1).cpu().numpy()         # (K+1, all P)
+            sizes = [len(classes) for _, classes in rows.values()]
+            together = torch.cat([overlap for overlap, _ in rows.values()], dim=1).cpu()     # (K+1, all P)
             counts = {}
-            for row, (_, classes) in rows.items():
-                overlap = together[:, :len(classes)]                         # (K+1, P)
-                together = together[:, len(classes):]                        # (K+1, all that is left)
-                counts[row] = self.scoring.count(overlap, classes)
+            for (row, (_, classes)), overlap in zip(rows.items(), together.split(sizes, dim=1)):         # (K+1, P)
+                counts[row] = self.scoring.count(overlap.numpy(), classes)
                 if self.scoring.borders:
                     counts[row] = np.concatenate([counts[row], borders[b][row]], axis=1)     # (K, K + 2)
             out.append(counts)

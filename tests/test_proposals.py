@@ -6,10 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+import protocol
 import seg4diff
 from mmdit import i2t_attention
 from nano import scenes
 from seg4diff import SCALINGS, merge_maps
+from support.data import DATASETS
+from support.metrics import match_proposals
 
 
 def merged(maps: np.ndarray, threshold: float, scaling: str) -> tuple[list[list[int]], list[np.ndarray]]:
@@ -160,3 +163,20 @@ def test_propose_errors(tiny, options, sentence):
 def test_merge_maps_errors(threshold, scaling):
     with pytest.raises(ValueError, match="must be"):
         merge_maps(torch.zeros(3, 2, 2), threshold, scaling)
+
+
+def test_more_than_256_regions(tiny, monkeypatch):
+    """As many as Flux has rows of text: no two of them become one in what is shown, or in what is counted."""
+    data = DATASETS["scenes-dev"]()
+    item = data.read(data.names[0])
+    height, width = item.labels.shape
+    labels = np.arange(height * width).reshape(height, width) % 512          # every pixel is a region's of 512
+    found = torch.from_numpy(labels)
+    task = protocol.TASKS["unsup"]._replace(predict=lambda *inputs: [(0, "tiny", found, 512)])
+    monkeypatch.setitem(protocol.TASKS, "unsup", task)
+    ev = protocol.evaluation(tiny, data, "unsup")
+    (shown,) = ev.predict([item])
+    assert np.array_equal(shown["tiny"], labels) and shown["floor"].max() > 256
+    (counts,) = ev.count_batch([ev.prepare(item)])
+    assert np.array_equal(counts["tiny"][:-1], match_proposals(item.labels, labels, len(data.classes))[0])
+    assert counts["tiny"][-1].tolist() == [512, 1, 0]
