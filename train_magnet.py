@@ -30,7 +30,7 @@ import seg4diff
 from loading import Seg4Diff, image_seed
 from lora import add_lora, read_lora, save_lora
 from magnet import NORMALISATIONS, Settings, batch_losses, features, flow_matching, gradient
-from support.checkpoint import check_weight, peak_megabytes, pick_device, pick_dtype
+from support.checkpoint import check_finite, check_weight, peak_megabytes, pick_device, pick_dtype
 from support.cli import Parser, add_model_options, at_least, command, positive, progress, show
 from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, measurable, read_ahead, subset
 from support.files import Broken, check_kind, code_stamp, read_tensors, reading, stamp, write_json, write_tensors
@@ -44,7 +44,7 @@ RECIPES = {                                 # what differs between data sets; th
     "sa1b": Settings(maps="heads"),
 }
 MEANINGS = {"steps": "of the optimiser", "warmup": "steps until the full rate", "lr": "learning rate",
-            "batch": "pictures at once and process", "rank": "of the LoRA", "mask_weight": "lambda_mask of Eq. 13",
+            "batch": "pictures at once, in each process", "rank": "of the LoRA", "mask_weight": "lambda_mask of Eq. 13",
             "val": "data set measured on the way", "match": "a mask gets the map that fits, or that of its name",
             "maps": "candidates: mean over heads, or each head's", "normalise": "maps, to [0, 1]",
             "sigma": "how noise levels are drawn"}
@@ -69,7 +69,7 @@ def flow_loss(model, data, names, seed):
         eps = seg4diff.noise(z0.shape[1:], seeds).to(model.device)           # (4, C, ., .)
         cond = model.text.encode([protocol.names_of(model, item, data.classes)] * len(sigma))
         loss, _ = flow_matching(model, z0, eps, sigma, cond.ctx, cond.pooled)
-        seg4diff.check_finite(loss, "flow losses")
+        check_finite(loss, "flow losses")
         total += loss.item() / len(names)
     return total
 
@@ -122,7 +122,7 @@ def readable(data, names):
     return read
 
 
-def batches(model, data, names, settings, accumulate, done):
+def batches(model, data, settings, accumulate, done):
     """What this process learns from after `done` steps: pictures and seeds of their noise, settings.batch at a time.
 
     The g-th picture of a run and its noise are the same for any number of processes and after any kill.
@@ -131,10 +131,10 @@ def batches(model, data, names, settings, accumulate, done):
     share = settings.batch * accumulate                  # pictures of a process in a step
     size = share * processes
     order = []                                           # the g-th picture's name
-    for epoch in range(math.ceil(settings.steps * size / len(names))):
-        order += np.random.default_rng([settings.seed, epoch]).permutation(names).tolist()
+    for epoch in range(math.ceil(settings.steps * size / len(data.names))):
+        order += np.random.default_rng([settings.seed, epoch]).permutation(data.names).tolist()
     mine = [g for g in range(done * size, settings.steps * size) if g // share % processes == rank]
-    pairs = read_ahead(readable(data, names), [order[g] for g in mine])
+    pairs = read_ahead(readable(data, data.names), [order[g] for g in mine])
     for i in range(0, len(mine), settings.batch):
         batch = []
         for _, pair in islice(pairs, settings.batch):
@@ -221,30 +221,37 @@ def print_change(log):
             show(f"{key:12s} {before:8.4f} -> {measured[-1][key]:8.4f}")
 
 
+def identity_of(args, settings, model, data, val, size):
+    """What the weights, and what is measured on the way, depend on; size: pictures a step."""
+    return settings._asdict() | {
+        "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "code": code_stamp(CODE),
+        "data": [data.name, len(data.names)], "batch": size, "val_limit": len(val.names),
+        "checkpointing": None,                           # changes no number but by rounding
+        "data_root": str(args.data_root.resolve()) if data.files or val.files else None,
+        "captions": str(args.captions), "files that are trained on": stamp(data.files),
+        "files that are measured on": stamp(val.files)}
+
+
+def check_losses(losses, step, out):
+    """ValueError: one of them is not finite; then they must not reach the weights, nor these weights a file."""
+    if not all(map(math.isfinite, losses.values())):
+        kept = f"{out} has the last good state" if (out / "state.pt").exists() else "nothing was saved yet"
+        raise ValueError(f"not finite at step {step}: {losses}; {kept}; a smaller --lr may help")
+
+
 def train(args, settings, model, data, val, out):
     """settings.steps steps of AdamW on a new LoRA; the first process validates and saves."""
     start = time.time()
     rank, processes = world()
-    names = subset(data.names, args.limit)
     accumulate = args.accumulate or math.ceil(STEP / (settings.batch * processes))
     size = settings.batch * accumulate * processes       # pictures a step
-    identity = settings._asdict() | {                    # what the weights and what is measured depend on
-        "model": [model.name, model.fingerprint, str(model.dtype), model.device.type], "code": code_stamp(CODE),
-        "data": [data.name, len(names)], "batch": size, "val_limit": len(val.names), "checkpointing": None,
-        "data_root": str(args.data_root.resolve()) if data.files or val.files else None,
-        "captions": str(args.captions), "files that are trained on": stamp(data.files),
-        "files that are measured on": stamp(val.files)}
+    identity = identity_of(args, settings, model, data, val, size)
     # alpha = rank: released code
     generator = torch.Generator().manual_seed(settings.seed % 2**63)
     params = add_lora(model.transformer, settings.rank, settings.rank, generator)
     model.transformer.checkpointing = settings.checkpointing
     opt = torch.optim.AdamW(params, settings.lr, weight_decay=DECAY)
     done, log = resume(out / "state.pt", identity, params, opt)
-
-    def check(step, losses):
-        if not all(map(math.isfinite, losses.values())):
-            kept = f"{out} has the last good state" if (out / "state.pt").exists() else "nothing was saved yet"
-            raise ValueError(f"not finite at step {step}: {losses}; {kept}; a smaller --lr may help")
 
     def validate(step):
         if val.names and rank == 0:
@@ -261,7 +268,7 @@ def train(args, settings, model, data, val, out):
 
     if not log:
         validate(0)
-    stream = batches(model, data, names, settings, accumulate, done)
+    stream = batches(model, data, settings, accumulate, done)
     steps = range(done + 1, settings.steps + 1)
     bar = progress("MAGNET", "step", settings.steps, done, rank > 0)
     for step in steps:
@@ -270,7 +277,7 @@ def train(args, settings, model, data, val, out):
         learned = list(islice(stream, accumulate))
         losses = gradient(model, params, learned, settings)
         losses["norm"] = torch.nn.utils.clip_grad_norm_(params, CLIP).item()
-        check(step, losses)                              # they must not reach the weights
+        check_losses(losses, step, out)                  # before they reach the weights
         opt.step()
         log.append({"step": step, "lr": opt.param_groups[0]["lr"], **losses})
         bar.set_postfix({key: f"{losses[key]:.4f}" for key in ("flow", "focal", "dice")}, refresh=False)
@@ -278,7 +285,7 @@ def train(args, settings, model, data, val, out):
         validating = step % args.val_every == 0 or step == settings.steps
         saving = step % args.save_every == 0 and step < settings.steps
         if validating or saving:
-            check(step, trial(model, params, *learned[0], settings))         # nor these weights a file
+            check_losses(trial(model, params, *learned[0], settings), step, out)             # before these reach a file
         if validating:
             validate(step)
         if saving:
@@ -310,6 +317,7 @@ def main(args):
                          "(auto is float16 on a GPU before compute capability 8.0)")
     captions = False if settings.match == "name" else args.captions          # then the names are the prompt
     data = TRAINING_SETS[args.dataset](args.data_root, captions)
+    data = replace(data, names=subset(data.names, args.limit))
     model = seg4diff.load(settings.model, args.device, args.dtype)
     out = args.out or Path("out") / f"magnet-{args.dataset}-{model.name}-{settings.seed}"
     out.mkdir(parents=True, exist_ok=True)
