@@ -34,7 +34,7 @@ from nano import scenes
 from quality import toy
 from support.cli import Parser, add_model_options, at_least, command, show
 from support.data import DATASETS, ROOT, subset, usable
-from support.effects import known, mean_and_error
+from support.effects import mean_and_error, or_none
 from support.files import make_folder, read_text, write_figure, write_json
 from support.metrics import classes_in, scores
 from support.pictures import overlay, palette
@@ -199,7 +199,7 @@ def text_matters(model, out, data, limit=100):
         other = analysis.loss_saved(losses, 2, 1)                            # (n,)
         mean, error, _ = mean_and_error(true[:, None])
         errors.append(error)
-        rows[sigma] = {"own": mean, "error": known(error), "others": float(other.mean()),
+        rows[sigma] = {"own": mean, "error": or_none(error), "others": float(other.mean()),
                        "own explain better than others [% of pictures]": 100 * np.mean(true > other)}
     fig, [[ax]] = new_figure(1, 1, f"At which noise levels words matter, {model.name}, {data.name}")
     ax.errorbar(list(rows), [row["own"] for row in rows.values()], errors, fmt="o-",

@@ -20,7 +20,7 @@ import seg4diff
 from loading import Seg4Diff
 from nano import scenes
 from quality import toy
-from support.effects import known, mean_and_error
+from support.effects import mean_and_error, or_none
 from support.files import write_figure, write_picture
 from support.pictures import sheet
 
@@ -69,7 +69,7 @@ def compare_pictures(model, prompts, variants, path, title):
         saved = analysis.loss_saved(losses, 0, -1)                           # (n,)
         gain, error, _ = mean_and_error(saved[:, None])
         errors.append(error)
-        rows[variant] = {"accuracy": analysis.caption_accuracy(losses[:, :-1]), "gain": gain, "error": known(error)}
+        rows[variant] = {"accuracy": analysis.caption_accuracy(losses[:, :-1]), "gain": gain, "error": or_none(error)}
     choices = min(analysis.CHOICES, n)
     enough = choices == analysis.CHOICES                 # a choice of two captions says little
     fig, axes = new_figure(1, 1 + enough, f"{title}; {n} pictures")
@@ -133,7 +133,7 @@ def judge_pictures(model, prompts, variants, path, title, judge):
             mean, error, _ = found[variant][column]
             values.append(mean)
             errors.append(error)
-            rows[variant] |= {column: mean, f"{column} error": known(error)}
+            rows[variant] |= {column: mean, f"{column} error": or_none(error)}
         ax.errorbar(list(found), values, errors, fmt="o-")
         ax.set(ylabel=f"{column} [%]")
         ax.tick_params("x", rotation=90)

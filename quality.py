@@ -28,7 +28,7 @@ from nano import scenes
 from nano.judge import CaptionJudge, claims
 from support.cli import progress, show
 from support.data import DATASETS, need, objects
-from support.effects import compare, known, listed, mean_and_error
+from support.effects import compare, listed, mean_and_error, or_none
 from support.files import (
     check_kind,
     code_stamp,
@@ -214,10 +214,10 @@ def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) ->
 
 
 def captions(first: int, count: int) -> list[str]:
-    """Captions of the toy world from scene `first` of scenes-dev on, and of the scenes after it."""
+    """Captions of the toy world from scene `first` of scenes-dev on and of the scenes after it, as many as there are."""
     start = int(DATASETS["scenes-dev"]().names[0]) + first                   # a scene's name is its seed
-    return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed))
-            for seed in scenes.VAL_SEEDS[start:start + count]]
+    seeds = range(start, min(start + count, scenes.VAL_SEEDS.stop))
+    return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed)) for seed in seeds]
 
 
 def coco_captions(root: Path) -> list[str]:
@@ -247,7 +247,7 @@ def prompts_of(source: str, count: int, root: Path) -> list[str]:
 
 # ---------------------------------------------------------------------------- evaluate.py --task quality
 
-# Options of segmentation, which generation does not read, and their defaults
+# Options of segmentation, which generation does not read, and evaluate.py's defaults
 NOT_READ = {"dataset": "scenes", "limit": None, "prompt": "present", "resize": "squash", "draws": 1, "reading": None,
             "regions": None, "threshold": None, "scaling": None, "batch_size": None, "protocol": "ours",
             "control": "none"}
@@ -270,7 +270,7 @@ def main(args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to segmentation; --task quality draws --prompts")
     Preset().changed(cfg=args.cfg)                       # ValueError before the model is loaded
     start = time.time()
-    rank, _ = world()
+    world()                                              # what is wrong with it is said before the work
     name = args.model
     if name is None:
         name = "nano" if args.prompts in (None, "scenes-dev") else "sd3"
@@ -280,21 +280,25 @@ def main(args) -> None:
     if source is None:
         source = "scenes-dev" if toy(model) else "coco"
     prompts = prompts_of(source, args.images or 100, args.data_root)
-    seeds = range(args.seed, args.seed + (args.seeds or 1))
     judge = pick_judge(args.judge, model, prompts)       # one that is missing is named before the work
+    run(args, model, arm, source, prompts, judge, start)
+
+
+def run(args, model: Seg4Diff, arm: Arm, source: str, prompts: list[str], judge, start: float) -> None:
+    """Pictures that are missing are generated, all are judged; results.json and sheet.png, then what is printed."""
+    seeds = range(args.seed, args.seed + (args.seeds or 1))
     compared = {"prompts": prompts, "seeds": list(seeds), "judge": [judge.name, judge.fingerprint]}
     base = {} if args.against is None else scores_of(args.against, compared, judge.columns)
     folder = (args.out or Path("out") / f"quality-{Path(source).stem}-{model.name}") / arm.name
     generate_missing(model, arm, prompts, seeds, folder)
-    if rank > 0:
+    if world()[0] > 0:
         return
-
     scores = judged(judge, prompts, seeds, folder)
     means = {column: mean_and_error(x) for column, x in scores.items()}
     facts = {"task": "quality", "prompts": f"{len(prompts)} of {Path(source).name}",
              "seeds": " ".join(map(str, seeds)), "model": f"{model.name} ({model.fingerprint})", "arm": arm.name,
              "judge": f"{judge.name} ({judge.fingerprint})"}
-    rows = {column: {"mean": known(mean), "error": known(error), "prompts": n}
+    rows = {column: {"mean": or_none(mean), "error": or_none(error), "prompts": n}
             for column, (mean, error, n) in means.items()}
     seconds = time.time() - start
     write_json(folder / "results.json", {

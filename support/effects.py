@@ -99,11 +99,11 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
     return holds
 
 
-def known(x: float) -> float | None:
-    """A number for a JSON file, which has no nan."""
+def or_none(x: float) -> float | None:
+    """A number for a JSON file, which has no nan: None in its place."""
     return None if math.isnan(x) else x
 
 
 def listed(scores: np.ndarray) -> list[list[float | None]]:
     """(prompts, seeds) for a JSON file."""
-    return [[known(x) for x in row] for row in scores.tolist()]
+    return [[or_none(x) for x in row] for row in scores.tolist()]

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_design import reachable
+from test_docs import parser_of
 
 import quality
 import seg4diff
@@ -190,6 +191,8 @@ def test_captions_of_the_two_stages_share_no_scene():
     for caption, name in zip(first, DATASETS["scenes-dev"]().names):
         assert caption == scenes.caption(scenes.draw(int(name)), np.random.default_rng(int(name)))
     assert quality.captions(2, 2) == first[2:] and len(first) == 4
+    last = scenes.VAL_SEEDS[-1]
+    assert quality.captions(4999, 2) == [scenes.caption(scenes.draw(last), np.random.default_rng(last))]
     stages = [range(e.first, e.first + e.captions) for e in (experiment("blocks"), experiment("magnet"))]
     assert not set(stages[0]) & set(stages[1])
 
@@ -291,6 +294,11 @@ def test_scores_that_are_no_base(tmp_path):
 def test_bad_options(command, quick_file, options, says):
     code, out, err = command("evaluate.py", "--task", "quality", "--images", 1, "--model", quick_file, *options)
     assert code == 2 and out == "" and err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
+def test_defaults_of_the_options_that_are_not_read():
+    parser = parser_of("evaluate.py")
+    assert {name: parser.get_default(name) for name in quality.NOT_READ} == quality.NOT_READ
 
 
 def experiment(name: str, depth: int = 8, out: Path = Path("none")) -> experiments.Experiment:

@@ -30,7 +30,7 @@ from flux import Flux  # noqa: E402
 from loading import Seg4Diff  # noqa: E402
 from quality import Arm, named  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
-from support.effects import Comparison, compare, holm, known, listed, mean_and_error  # noqa: E402
+from support.effects import Comparison, compare, holm, listed, mean_and_error, or_none  # noqa: E402
 from support.files import open_stored, read_json, reading, write_figure, write_json, write_picture  # noqa: E402
 from support.ledger import world  # noqa: E402
 from support.pictures import sheet  # noqa: E402
@@ -141,7 +141,7 @@ def entry(row: Row) -> dict:
     """A line for the JSON file."""
     numbers = {"with": row.with_it, "without": row.without, **row.found._asdict(), "could be seen": row.found.seen}
     return {"arm": row.arm, "base": row.base, "column": row.column, "verdict": row.found.verdict,
-            "survives Holm": row.survives, **{key: known(x) for key, x in numbers.items()}}
+            "survives Holm": row.survives, **{key: or_none(x) for key, x in numbers.items()}}
 
 
 def table(rows: list[Row]) -> str:
