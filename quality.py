@@ -27,7 +27,7 @@ from loading import Preset, Seg4Diff, image_seed
 from nano import scenes
 from nano.judge import CaptionJudge, claims
 from support.cli import progress, show
-from support.data import DATASETS, need, objects
+from support.data import DATASETS, first_captions, need
 from support.effects import compare, listed, mean_and_error, or_none
 from support.files import (
     check_kind,
@@ -214,7 +214,7 @@ def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) ->
 
 
 def captions(first: int, count: int) -> list[str]:
-    """Captions of the toy world from scene `first` of scenes-dev on and of the scenes after it, as many as there are."""
+    """Captions of the toy world from scene `first` of scenes-dev on and of the scenes after it, up to the last."""
     start = int(DATASETS["scenes-dev"]().names[0]) + first                   # a scene's name is its seed
     seeds = range(start, min(start + count, scenes.VAL_SEEDS.stop))
     return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed)) for seed in seeds]
@@ -224,12 +224,8 @@ def coco_captions(root: Path) -> list[str]:
     """The first caption of each picture of COCO's val2017, in the file's order.  ValueError: the file is not there."""
     path = need("captions of COCO", root, "coco/annotations", "captions_val2017.json") / "captions_val2017.json"
     content = read_json(path)
-    first = {}                                           # number of a picture -> its caption
     with reading(path, "file of COCO's captions"):
-        for entry in objects(content, "annotations"):
-            caption = check_kind(entry["caption"], str, "a caption")
-            first.setdefault(check_kind(entry["image_id"], int, "an image_id"), caption.strip())
-    return list(first.values())
+        return list(first_captions(content).values())
 
 
 def prompts_of(source: str, count: int, root: Path) -> list[str]:

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nano import scenes
-from support.files import Broken, check_kind, open_labels, open_stored, read_json, read_text, reading
+from support.files import Broken, check_kind, objects, open_labels, open_stored, read_json, read_text, reading
 from support.ledger import world
 from support.metrics import IGNORE, classes_in
 
@@ -127,11 +127,13 @@ def lookup(key, background=False, ids=None):
     Other ids go to IGNORE, or with `background` to class 0; the named classes then count from 1. Id 255, which the
     files keep for pixels that are not scored, goes to IGNORE.
     """
-    names = FACTS[key]["classes"]
+    ids = FACTS[key]["source_ids"] if ids is None else ids
+    named = FACTS[key]["classes"]
+    classes = ["background", *named] if background else named
     table = np.full(65536, 0 if background else IGNORE, np.uint8)            # (65536,)
     table[255] = IGNORE
-    table[ids or FACTS[key]["source_ids"]] = np.arange(len(names)) + background
-    return ["background"] * background + names, table
+    table[ids] = [classes.index(name) for name in named]
+    return classes, table
 
 
 def need(name, root, folder, *tree):
@@ -167,17 +169,8 @@ def paired(name, pairs, classes, table, always=()):
         return Item(image, table[open_labels(label_path, image.size)], key)  # labels: (height, width)
 
     names = sorted(pairs)
-    files = []
-    for key in names:
-        files += pairs[key]
+    files = [path for key in names for path in pairs[key]]
     return Dataset(name, names, read, classes, str(files[1].parent.resolve()), always, tuple(files))
-
-
-def objects(value, key):
-    """The list of objects below a key of a JSON object.  ValueError: it is something else."""
-    for entry in check_kind(value.get(key), list, repr(key)):
-        check_kind(entry, dict, f"an entry of {key!r}")
-    return value[key]
 
 
 def runs_of(code, size):
@@ -351,6 +344,15 @@ def class_masks(labels, classes):
     return labels == ids[:, None, None], [classes[i] for i in ids]
 
 
+def first_captions(content):
+    """{number of a picture: its first caption}, in order, of what COCO's captions_*.json hold."""
+    first = {}
+    for entry in objects(content, "annotations"):
+        caption = check_kind(entry["caption"], str, "a caption")
+        first.setdefault(check_kind(entry["image_id"], int, "an image_id"), caption.strip())
+    return first
+
+
 def captions_of(path, names):
     """{name of a picture: its caption} from a JSON file, as far as it has captions of these; no path: nothing.
 
@@ -364,8 +366,7 @@ def captions_of(path, names):
     found = {}                                           # by number
     with reading(path, "file of captions, {image id: caption}"):
         if "annotations" in captions:
-            for a in reversed(objects(captions, "annotations")):
-                found[number(str(a["image_id"]))] = check_kind(a["caption"], str, "a caption").strip()
+            found = {number(str(i)): caption for i, caption in first_captions(captions).items()}
         else:
             for key, caption in captions.items():
                 sentences = re.split(r"(?<=[.!?])\s+", check_kind(caption, str, f"the caption of {key!r}").strip())

@@ -79,6 +79,13 @@ def check_kind(value, kind, what):
     return value
 
 
+def objects(value, key):
+    """The list of objects below a key of a JSON object.  ValueError: it is something else."""
+    for entry in check_kind(value.get(key), list, repr(key)):
+        check_kind(entry, dict, f"an entry of {key!r}")
+    return value[key]
+
+
 def read_tensors(path: str | Path, kind: str) -> object:
     """What torch.save wrote, as long as it is made of tensors, numbers, texts, lists and dictionaries.
 
