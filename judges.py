@@ -7,7 +7,7 @@ with one class token more, whose row is the answer.  Keys are those of the publi
     judge = judges.load_judge("clip")                    # or a folder
     judge.score(images, prompts)                         # {"CLIPScore": (n,)}, 100 x cosine
 
-What a judge is, says quality.py.
+quality.py says what a judge is.
 """
 import math
 from collections.abc import Iterable, Sequence
@@ -280,11 +280,11 @@ def load_judge(name_or_path: str | Path = "clip", device: str | torch.device = "
 
     ValueError: no such file, one that is broken, or of another network.
     """
-    from support import judge_files  # here, because it imports the hub's client, which networks do not need
+    from support import judge_files, weights  # here: they import the hub's client, which networks do not need
     files = judge_files.find("clip", name_or_path)
     clip = CLIP.from_state_dict(judge_files.read(files), pick_device(device), torch.float32)
     with reading(files.merges, "list of CLIP's merges"):
-        tokenizer = clip_tokenizer(judge_files.merges(files))
+        tokenizer = clip_tokenizer(weights.read_merges(files.merges))
     if tokenizer.get_vocab_size() != clip.text_tower.vocab:
         raise ValueError(f"the parts of {files.weights} do not fit each other: {tokenizer.get_vocab_size()} tokens in "
                          f"the merges, {clip.text_tower.vocab} in the weights")

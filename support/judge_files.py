@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support import weights
 from support.checkpoint import check_weight
-from support.files import read_tensors, read_text, reading
+from support.files import read_tensors, reading
 
 HUB = {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vits16"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")     # the first that is there
@@ -72,11 +72,6 @@ def read(files: Files) -> dict[str, Tensor]:
             if not key.endswith("position_ids"):         # whole numbers, in old files
                 check_weight(key, tensor)
     return sd
-
-
-def merges(files: Files) -> list[str]:
-    """CLIP's byte-pair merges, "a b" each, from below the first line of the file."""
-    return read_text(files.merges).strip().split("\n")[1:]
 
 
 def fingerprint(files: Files) -> str:

@@ -386,10 +386,15 @@ def header(files):
         return f.metadata() or {}
 
 
+def read_merges(path):
+    """The byte-pair merges of CLIP's merges.txt, "a b" each, from below its first line."""
+    return read_text(path).strip().split("\n")[1:]
+
+
 def merges(files):
-    """CLIP's byte-pair merges, "a b" each: from the model's header, or from a merges.txt below its first line."""
+    """CLIP's byte-pair merges, "a b" each: from the model's header, or from a merges.txt."""
     if files.merges is not None:
-        return read_text(files.merges).strip().split("\n")[1:]
+        return read_merges(files.merges)
     with reading(files.parts["mmdit"][0][0], "model file with merges in its header"):
         return json.loads(header(files)["merges"])
 

@@ -44,8 +44,7 @@ def random_sd3(device: torch.device, dtype: torch.dtype, preset: Preset, depth: 
     cfg = replace(shapes.mmdit.config, depth=depth, whole=whole)
     with torch.device("meta"):
         shapes = shapes._replace(mmdit=MMDiT(cfg), preset=preset)
-    symbols = text.byte_symbols()
-    merges = [f"{a} {b}" for a in symbols for b in symbols][:shapes.clip_l.vocab - 2 * len(symbols) - 2]
+    merges = costs.some_merges(shapes.clip_l.vocab)
     parts = [forecast.random_on(part, device, dtype).requires_grad_(False) for part in shapes[:4]]
     mmdit, vae, clip_l, clip_g = parts
     mmdit.pos_embed.zero_()                              # a buffer, which nothing else fills

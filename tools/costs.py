@@ -16,7 +16,7 @@ from flux import Flux, FluxConfig, SingleBlock
 from loading import Preset, Seg4Diff, flux_preset
 from mmdit import JointBlock, MMDiT, MMDiTConfig
 from t5 import T5
-from text import CLIPText
+from text import CLIPText, byte_symbols
 from vae import VAE
 
 # ---------------------------------------------------------------------------- the published models, by their numbers
@@ -76,6 +76,12 @@ def shapes_of(model: Seg4Diff) -> Shapes:
     """The shapes of an SD3 that is loaded, T5 not among them."""
     parts = (model.transformer, model.vae, model.text.clip_l, model.text.clip_g)
     return Shapes(*(copy.deepcopy(part).to("meta") for part in parts), None, model.preset)
+
+
+def some_merges(vocab: int) -> list[str]:
+    """Merges for CLIP's tokenizer, pairs of bytes, as many as its vocabulary is large."""
+    symbols = byte_symbols()
+    return [f"{a} {b}" for a in symbols for b in symbols][:vocab - 2 * len(symbols) - 2]
 
 
 # ---------------------------------------------------------------------------- operations, counted

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import seg4diff
-import text
 from loading import flux_preset
 from nano.flux_model import word_unigrams
 from support import weights
 from support.checkpoint import peak_megabytes
 from support.cli import show
 from support.files import write_json
+from tools.costs import some_merges
 
 FILES = {"flux_dev": "flux1-dev.safetensors", "t5xxl": "t5xxl_fp16.safetensors", "clip_l": "clip_l.safetensors",
          "vae": "ae.safetensors"}
@@ -57,9 +57,7 @@ def write(folder: Path, shapes: dict[str, dict[str, list[int]]]) -> Path:
     for layout, name in FILES.items():
         write_random(folder / name, kept if layout == "flux_dev" else shapes[layout])
     vocab = shapes["clip_l"]["text_model.embeddings.token_embedding.weight"][0]
-    symbols = text.byte_symbols()
-    merges = [f"{a} {b}" for a in symbols for b in symbols][:vocab - 2 * len(symbols) - 2]
-    (folder / "merges.txt").write_text("\n".join(["#version", *merges]), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version", *some_merges(vocab)]), encoding="utf-8")
     (folder / "tokenizer_2").mkdir()
     write_json(folder / weights.T5_TOKENIZER, json.loads(word_unigrams(["cat", "dog", "sky"]).to_str()))
     return folder / FILES["flux_dev"]

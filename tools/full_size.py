@@ -35,7 +35,6 @@ from safetensors.torch import save_file
 
 import magnet  # noqa: E402
 import seg4diff  # noqa: E402
-import text  # noqa: E402
 from lora import add_lora  # noqa: E402
 from mmdit import i2t_attention  # noqa: E402
 from support import weights  # noqa: E402
@@ -44,6 +43,7 @@ from support.cli import Parser, command, show  # noqa: E402
 from support.files import read_json, replacing  # noqa: E402
 from tools import full_flux  # noqa: E402
 from tools.bench import megabytes  # noqa: E402
+from tools.costs import some_merges  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {"mmdit": "sd3_medium", "vae": "vae", "clip_l": "clip_l", "clip_g": "clip_g"}
@@ -58,10 +58,8 @@ def write(path, shapes):
             scale = 1 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1
             sd[weights.PREFIXES[part] + key] = (scale * torch.randn(shape, generator=generator)).half()
     vocab = len(sd[weights.PREFIXES["clip_l"] + "text_model.embeddings.token_embedding.weight"])
-    symbols = text.byte_symbols()
-    merges = [f"{a} {b}" for a in symbols for b in symbols][:vocab - 2 * len(symbols) - 2]
     with replacing(path) as new:
-        save_file(sd, new, {"merges": json.dumps(merges)})
+        save_file(sd, new, {"merges": json.dumps(some_merges(vocab))})
 
 
 @torch.inference_mode()
