@@ -27,11 +27,13 @@ def identity_of(ev: Evaluation) -> dict:
     """Everything that the counts depend on; the ledger keeps runs apart by it."""
     model = ev.model
     data = ev.data
-    exact = model.device.type == "cpu" and model.dtype == torch.float32      # there the batch size changes no number
+    batch = ev.batch
+    if model.device.type == "cpu" and model.dtype == torch.float32:          # there it changes no number
+        batch = True
     return {"task": ev.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
             "always": data.always, "data": stamp(data.files), "variants": ev.variants,
             "protocol": ev.protocol._asdict() | {"choices": released.names_on(ev.protocol.choices)},
-            "code": code_stamp(CODE), "batch": exact or ev.batch,
+            "code": code_stamp(CODE), "batch": batch,
             "model": [model.name, model.fingerprint, str(model.dtype), model.device.type]}
 
 
@@ -60,9 +62,9 @@ def count_into(ledger, ev, names, silent):
 
 
 def count(ev: Evaluation, limit: int | None, out: Path) -> tuple[Ledger, list[str]] | None:
-    """Count what the ledger of an evaluation lacks -> it, and the names of its pictures; None but in one process.
+    """Count what the ledger of an evaluation lacks -> it, and the names of its pictures.
 
-    limit: of pictures, None: all.  The processes of torchrun share them out.
+    limit: of pictures, None: all.  The processes of torchrun share them out; None in every process but the first.
     """
     rank, processes = world()
     names = subset(ev.data.names, limit)

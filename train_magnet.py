@@ -174,7 +174,10 @@ def check_log(log):
 
 
 def check_state(state, params, steps):
-    """The same for the state of a run of so many steps: steps done, log, LoRA and the optimiser's moments."""
+    """ValueError, or what a list or dictionary raises: not the state of a run of so many steps.
+
+    A state is the steps done, the log, the LoRA and the optimiser's moments.
+    """
     if not 0 <= check_kind(state["step"], int, "its number of steps") <= steps:
         raise ValueError(f"its number of steps should be from 0 to {steps}, not {state['step']}")
     check_log(state["log"])

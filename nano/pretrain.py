@@ -185,7 +185,10 @@ def new_model(args: argparse.Namespace, latent: int) -> tuple[MMDiT | Flux, Text
 
 
 def read_model(args: argparse.Namespace) -> tuple[MMDiT | Flux, TextEncoders | FluxText, list[str], VAE]:
-    """The same of the file --init and its VAE, with more blocks if --depth says so.  ValueError: a Flux cannot grow."""
+    """MM-DiT, text encoders, merges and VAE of the file --init, with more blocks if --depth says so.
+
+    ValueError: a Flux cannot grow.
+    """
     model = seg4diff.load(args.init, "cpu", torch.float32)
     mmdit = model.transformer
     if args.depth is not None:

@@ -113,7 +113,7 @@ def usable(data: Dataset, names: Sequence[str], most: int | None = None) -> tupl
 
 
 def measurable(data, names):
-    """The same of all pictures, those that cannot be read named once on stderr.  ValueError: there is none."""
+    """All usable pictures; those that cannot be read are named once on stderr.  ValueError: there is none."""
     found, broken = usable(data, names)
     for name, why in broken.items():
         if world()[0] == 0:

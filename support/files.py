@@ -222,18 +222,21 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_tensors(path: str | Path, value: object) -> None:
-    """The same for torch.save."""
+    """A file of torch.save's that is there as a whole or not at all."""
     with replacing(path) as new, open(new, "wb") as file:
         torch.save(value, file)
 
 
 def write_picture(path: str | Path, image: Image.Image) -> None:
-    """The same for a picture, in the format of its file name (check_out in pictures.py: before the work begins)."""
+    """A picture file that is there as a whole or not at all, in the format of its name.
+
+    Whether there is such a format, pictures.check_out says before the work begins.
+    """
     with replacing(path) as new:
         image.save(new, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
 def write_figure(path: str | Path, figure, **options) -> None:
-    """The same for a figure of matplotlib, as PNG."""
+    """A figure of matplotlib as a PNG that is there as a whole or not at all."""
     with replacing(path) as new:
         figure.savefig(new, format="png", **options)

@@ -9,10 +9,9 @@ a line of its own, and a line that is not whole is passed over: neither a kill n
 same file can damage another line.
 
 All rows of a picture see the same truth.  So a line is believed if each of them counts the same labelled pixels of each
-class, and as many as the line says; else the picture is counted again.  What no line can tell is whether its pixels
-were predicted as it says: who moves counts from one prediction to another, or multiplies all counts of all rows and the
-number of pixels alike, is believed.  Nor is there a check of what is no share of the truth: pixels that a region has
-outside its class, numbers of regions, borders.
+class, and as many as the line says; else the picture is counted again.  Not detected: counts moved between predictions;
+all counts and the pixel number multiplied alike; numbers that are no part of the truth (regions, borders, what a region
+has outside its class).
 """
 import atexit
 import hashlib

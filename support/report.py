@@ -136,7 +136,7 @@ def waterfall_table(found):
 
 
 def plot_waterfall(found, path):
-    """The same as bars: what each choice alone adds to ours, and all together, with the interval of each."""
+    """waterfall_table as bars: what each choice alone adds to ours, and all together, with the interval of each."""
     fig, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), layout="constrained", squeeze=False)
     for ax, (title, rows) in zip(axes[0], found.items()):
         names = [name for name in rows if name != "ours"]

@@ -1,8 +1,8 @@
 """Where a model's tensors come from, and every loading error.
 
-A model is named by what the hub calls it ("sd3"), by a .safetensors file in SD3's original layout, or by a
-folder in the original or the diffusers layout.  `find` says which files hold which part; `read` casts each tensor while
-it is read and returns one state dict per part in the original key layout.
+A model is named by a short name of NAMES ("sd3"), by a .safetensors file in the original layout, SD3's or Flux's, or
+by a folder in that or the diffusers layout.  `find` says which files hold which part; `read` casts each tensor while it
+is read and returns one state dict per part in the original key layout.
 """
 import hashlib
 import json
@@ -46,7 +46,7 @@ FLUX_HUB = {"vae": ["ae.safetensors"], "clip_l": ["text_encoder/model.safetensor
             "t5xxl": [f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2)]}
 T5_TOKENIZER = "tokenizer_2/tokenizer.json"
 
-# ---------------------------------------------------------------------------- diffusers' keys -> SD3's
+# ---------------------------------------------------------------------------- diffusers' keys -> the original ones
 
 # "key#q": the rows of three keys, stacked in the order q, k, v, make the original's fused one.
 MMDIT_KEYS = {
@@ -183,7 +183,7 @@ def first_of(folder, *names):
 def find(name_or_path: str | Path) -> Files:
     """A name of NAMES, a .safetensors file or a folder -> the files of each part.
 
-    Text towers that a file does not hold are looked for beside it (in text_encoders/ too), then in SD3's
+    Text towers that a file does not hold are looked for beside it (in text_encoders/ too), then in SD3's or Flux's
     repository on the hub, CLIP's merges in a tokenizer/ folder, then on the hub.  ValueError says what is missing.
     """
     name = str(name_or_path)
@@ -358,7 +358,7 @@ def sizes(files, last_block=None):
 
 
 def read(files, last_block=None, device=None, dtype=None, waiting=()):
-    """The state dict of each part under SD3's original keys, without prefix, each tensor cast before the next is read.
+    """The state dict of each part under its original keys, without prefix, each tensor cast before the next is read.
 
     With `last_block`, blocks after it are not read: segmentation needs no more (less than half of SD3's transformer).
     The blocks of parts in `waiting` stay in host memory (support.checkpoint.on_device).
