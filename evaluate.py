@@ -244,8 +244,8 @@ def main(args):
         special = args.control
     if args.protocol != "ours":
         special = args.protocol
-    choices = [x for x in (special, args.reading, args.regions) if x is not None]
-    out = args.out or Path("out") / "-".join([args.task, args.dataset, model.name, *choices])
+    parts = [x for x in (special, args.reading, args.regions) if x is not None]
+    out = args.out or Path("out") / "-".join([args.task, args.dataset, model.name, *parts])
     if special is not None:
         model.name += f" ({special})"
     if args.dataset != "all":

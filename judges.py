@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from support.checkpoint import Device, Dtype, assign, check_finite, count, full_float32, pick_device, shape
-from support.files import reading
+from support.files import decoding
 from text import CLIP_MARKS, CLIPText, Layer, clip_tokenizer, tokenize
 
 # ---------------------------------------------------------------------------- pictures -> tensors
@@ -283,7 +283,7 @@ def load_judge(name_or_path: str | Path = "clip", device: str | torch.device = "
     from support import judge_files, weights  # here: they import the hub's client, which networks do not need
     files = judge_files.find("clip", name_or_path)
     clip = CLIP.from_state_dict(judge_files.read(files), pick_device(device), torch.float32)
-    with reading(files.merges, "list of CLIP's merges"):
+    with decoding(files.merges, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.read_merges(files.merges))
     if tokenizer.get_vocab_size() != clip.text_tower.vocab:
         raise ValueError(f"the parts of {files.weights} do not fit each other: {tokenizer.get_vocab_size()} tokens in "

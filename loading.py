@@ -23,7 +23,7 @@ from lora import load_lora, merge_lora
 from mmdit import MMDiT
 from support import weights
 from support.checkpoint import pick_device, pick_dtype
-from support.files import check_kind, reading
+from support.files import check_kind, decoding
 from t5 import T5, t5_tokenizer
 from text import CLIPText, FluxText, TextEncoders, clip_tokenizer
 from vae import FLUX_SCALE, FLUX_SHIFT, SCALE, SHIFT, VAE
@@ -234,11 +234,11 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     if t5 is not None:
         files = weights.with_t5(files, t5)
     path = files.parts["mmdit"][0][0]
-    with reading(path, "model file with presets in its header"):
+    with decoding(path, "model file with presets in its header"):
         preset = preset_of(files).changed(text_length=text_length)
     if name_or_path == "flux-released":
         preset = released(preset)
-    with reading(files.merges or path, "list of CLIP's merges"):
+    with decoding(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
     last_block = preset.block if segment_only else None
     waiting = what_waits(weights.sizes(files, last_block), dtype, free_memory(device))
@@ -248,7 +248,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     clip_l = CLIPText.from_state_dict(sd["clip_l"])
     t5xxl = words = None
     if "t5xxl" in sd:
-        with reading(files.t5_tokenizer or path, "tokenizer of T5"):
+        with decoding(files.t5_tokenizer or path, "tokenizer of T5"):
             words = t5_tokenizer(weights.t5_tokenizer(files))
         t5xxl = T5.from_state_dict(sd["t5xxl"])
     if "clip_g" in sd:

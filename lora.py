@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flux import Flux
 from mmdit import MMDiT
 from support.checkpoint import check_finite, check_weight
-from support.files import check_kind, read_tensors, reading, replacing
+from support.files import check_kind, decoding, read_tensors, replacing
 
 # The layers of a block under the names that LoRA files give them (diffusers'), and where their pair stands here: beside
 # a linear layer, for one group of its rows, as q, k and v are one matrix. MAGNET adapts the image stream; pairs of
@@ -225,7 +225,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, LowRank], dict | None]:
     ValueError: no such file, broken, no LoRA in it, half a pair, another naming, numbers that are not finite.
     """
     meta = {}
-    with reading(path, "LoRA"):
+    with decoding(path, "LoRA"):
         if Path(path).suffix == ".safetensors":
             sd = load_file(path)
             with safe_open(path, framework="pt") as f:

@@ -32,11 +32,11 @@ from support.effects import compare, listed, mean_and_error, or_none
 from support.files import (
     check_kind,
     code_stamp,
+    decoding,
     make_folder,
     open_stored,
     read_json,
     read_text,
-    reading,
     write_json,
     write_picture,
 )
@@ -107,7 +107,7 @@ def claim(folder: Path, identity: dict) -> None:
         raise ValueError(f"{folder} holds pictures without the identity.json that says how they were made; name "
                          "another --out, or remove it")
     saved = read_json(path)
-    with reading(path, "list of what pictures were made of"):
+    with decoding(path, "list of what pictures were made of"):
         kept = check_kind(saved["prompts"], list, "its prompts")
     changed = [f"{key} {saved.get(key)} instead of {value}" for key, value in identity.items()
                if key != "prompts" and saved.get(key) != value]
@@ -224,7 +224,7 @@ def coco_captions(root: Path) -> list[str]:
     """The first caption of each picture of COCO's val2017, in the file's order.  ValueError: the file is not there."""
     path = need("captions of COCO", root, "coco/annotations", "captions_val2017.json") / "captions_val2017.json"
     content = read_json(path)
-    with reading(path, "file of COCO's captions"):
+    with decoding(path, "file of COCO's captions"):
         return list(first_captions(content).values())
 
 
@@ -317,7 +317,7 @@ def scores_of(path: Path, compared: dict, columns: Sequence[str]) -> dict[str, n
     found = read_json(path)
     shape = (len(compared["prompts"]), len(compared["seeds"]))
     scores = {}
-    with reading(path, "result of --task quality to compare with"):
+    with decoding(path, "result of --task quality to compare with"):
         for key, value in compared.items():
             if found[key] != value:
                 raise ValueError(f"its {key!r} is {found[key]!s:.60}, this run's is {value!s:.60}")

@@ -33,7 +33,7 @@ from magnet import NORMALISATIONS, Settings, batch_losses, features, flow_matchi
 from support.checkpoint import check_finite, check_weight, peak_megabytes, pick_device, pick_dtype
 from support.cli import Parser, add_model_options, at_least, command, positive, progress, show
 from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, measurable, read_ahead, subset
-from support.files import Broken, check_kind, code_stamp, read_tensors, reading, stamp, write_json, write_tensors
+from support.files import Broken, check_kind, code_stamp, decoding, read_tensors, stamp, write_json, write_tensors
 from support.ledger import wait_for_all, world
 from support.report import plot_losses
 
@@ -76,9 +76,9 @@ def flow_loss(model, data, names, seed):
 
 def measure(model: Seg4Diff, data: Dataset, names: list[str], seed: int) -> dict[str, float]:
     """What MAGNET should raise, mIoU in percent with names and without, and what it should not spoil, the flow loss."""
-    choices = protocol.Protocol(seed)
-    named = protocol.measure(model, data, names, "ovss", protocol=choices)[model.name]["mIoU"]
-    unnamed = protocol.measure(model, data, names, "unsup", protocol=choices)[model.name]["mIoU"]
+    ours = protocol.Protocol(seed)
+    named = protocol.measure(model, data, names, "ovss", protocol=ours)[model.name]["mIoU"]
+    unnamed = protocol.measure(model, data, names, "unsup", protocol=ours)[model.name]["mIoU"]
     return {"mIoU": named, "unsup mIoU": unnamed, "flow loss": flow_loss(model, data, names, seed)}
 
 
@@ -202,13 +202,13 @@ def resume(path, identity, params, opt):
         return 0, []
     kind = "state of a run (remove it, or name another --out)"
     state = read_tensors(path, kind)
-    with reading(path, kind):
+    with decoding(path, kind):
         saved = check_kind(check_kind(state, dict, "its content")["run"], dict, "its identity")
     other = [f"{key} {saved.get(key)} instead of {value}" for key, value in identity.items()
              if str(saved.get(key)) != str(value)]
     if other:
         raise ValueError(f"{path.parent} holds a run with {'; '.join(other)}; name another --out, or remove it")
-    with reading(path, kind):
+    with decoding(path, kind):
         check_state(state, params, identity["steps"])
     opt.load_state_dict(opt.state_dict() | {"state": state["opt"]["state"]})
     for p, values in zip(params, state["lora"], strict=True):

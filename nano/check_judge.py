@@ -19,7 +19,7 @@ from nano import scenes
 from nano.judge import COLUMNS, THERE, Claim, Judge, Seen, claims, holding, look, truth, verdict
 from nano.scenes import COLOURS, STUFF, THINGS, VAL_SEEDS, Scene
 from support.cli import show
-from support.files import reading
+from support.files import decoding
 from support.pictures import to_image
 
 LIST = Path(__file__).with_name("judged.csv")
@@ -121,7 +121,7 @@ def read_judged() -> list[dict[str, str]]:
 
     perturb: the blocks that were blurred throughout (Fig. 5).  files.Broken: the list is not there.
     """
-    with reading(LIST, "list of judged pictures"), open(LIST, newline="", encoding="utf-8") as file:
+    with decoding(LIST, "list of judged pictures"), open(LIST, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

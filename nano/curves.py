@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from nano.pretrain import block_scores  # noqa: E402
 from support import pictures, weights  # noqa: E402
 from support.cli import Parser, at_least, command, show  # noqa: E402
-from support.files import check_kind, read_json, read_tensors, reading, stamp, write_figure, write_json  # noqa: E402
+from support.files import check_kind, decoding, read_json, read_tensors, stamp, write_figure, write_json  # noqa: E402
 
 
 def history(run: Path) -> tuple[int, list[tuple[int, float]]]:
@@ -31,7 +31,7 @@ def history(run: Path) -> tuple[int, list[tuple[int, float]]]:
     if not path.exists():
         raise ValueError(f"{run} is not the folder of a run of pretrain.py: it holds no mmdit.pt")
     state = read_tensors(path, "state of a training")
-    with reading(path, "state of a training"):
+    with decoding(path, "state of a training"):
         check_kind(state, dict, "its content")
         for samples, loss in check_kind(state["log"], list, "log"):
             check_kind(samples, int, "a number of samples")
@@ -42,7 +42,7 @@ def history(run: Path) -> tuple[int, list[tuple[int, float]]]:
 def samples_of(file: Path) -> int:
     """Samples that a snapshot has seen.  Broken: it is no snapshot of pretrain.py."""
     header = weights.header(weights.find(file))
-    with reading(file, "snapshot of pretrain.py"):
+    with decoding(file, "snapshot of pretrain.py"):
         return check_kind(check_kind(json.loads(header["trained"]), dict, "trained")["samples"], int, "samples")
 
 
@@ -51,7 +51,7 @@ def measured_before(path: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     measured = read_json(path)
-    with reading(path, "list of what was measured"):
+    with decoding(path, "list of what was measured"):
         for point in measured.values():
             check_kind(check_kind(point, dict, "a point")["samples"], int, "samples")
             for score in [point["floor"], *check_kind(point["mIoU"], list, "mIoU")]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nano.scenes import CLASSES, COLOURS, SIDE, STUFF, THINGS, Scene  # noqa: E402
 from support.checkpoint import assign  # noqa: E402
 from support.cli import Parser, command  # noqa: E402
-from support.files import code_stamp, reading  # noqa: E402
+from support.files import code_stamp, decoding  # noqa: E402
 
 FILE = Path(__file__).with_name("judge.safetensors")
 THERE = 0.5                             # the least probability of what counts as there
@@ -117,7 +117,7 @@ class Judge(nn.Module):
 def load(path: str | Path | None = None) -> Judge:
     """The judge of a file, by default the one beside this file.  files.Broken: it is none."""
     path = FILE if path is None else path
-    with reading(path, "judge of nano's pictures"):
+    with decoding(path, "judge of nano's pictures"):
         return Judge.from_state_dict(load_file(path))
 
 

@@ -51,7 +51,7 @@ from support import pictures, weights  # noqa: E402
 from support.checkpoint import pick_device  # noqa: E402
 from support.cli import Parser, at_least, command, positive, show  # noqa: E402
 from support.data import DATASETS  # noqa: E402
-from support.files import read_json, reading, replacing, write_json, write_picture  # noqa: E402
+from support.files import decoding, read_json, replacing, write_json, write_picture  # noqa: E402
 from text import HEAD_DIM, CLIPText, FluxText, TextEncoders, clip_tokenizer  # noqa: E402
 from vae import VAE  # noqa: E402
 
@@ -79,7 +79,7 @@ def draw_scenes(run: Path, n: int) -> None:
 def read_facts(path: Path, n: int) -> list[scenes.Scene]:
     """The scenes of facts.json, without their pictures.  Broken: it is cut, or not of `n` scenes of this world."""
     facts = []
-    with reading(path, "list of scenes"):
+    with decoding(path, "list of scenes"):
         for stuff, things in read_json(path, list):
             scene = scenes.Scene(None, None, stuff, [scenes.Thing(*thing) for thing in things])
             known = set(scene.stuff) <= {*scenes.STUFF}

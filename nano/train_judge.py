@@ -34,9 +34,9 @@ from support.cli import Parser, at_least, command, progress, show  # noqa: E402
 from support.files import (  # noqa: E402
     check_kind,
     code_stamp,
+    decoding,
     make_folder,
     read_tensors,
-    reading,
     replacing,
     write_tensors,
 )
@@ -179,7 +179,7 @@ def soft_scenes(run: Path, n: int) -> dict[str, Tensor]:
                 model = model or seg4diff.load("nano", device="cpu", dtype="float32")
                 write_tensors(path, make_shard(model.vae, seeds))
             shard = read_tensors(path, "file of soft scenes")
-            with reading(path, "file of soft scenes"):
+            with decoding(path, "file of soft scenes"):
                 for key in PARTS:
                     if len(check_kind(shard, dict, "its content")[key]) != len(seeds):
                         raise ValueError(f"it has not {len(seeds)} scenes; remove it, and it is made anew")

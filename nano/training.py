@@ -10,7 +10,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from support.checkpoint import check_finite
-from support.files import check_kind, read_json, read_tensors, reading, write_json, write_tensors
+from support.files import check_kind, decoding, read_json, read_tensors, write_json, write_tensors
 
 
 class Muon(torch.optim.Optimizer):
@@ -141,7 +141,7 @@ def resume(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Opt
     if not path.exists():
         return False
     state = read_tensors(path, "state of this run")
-    with reading(path, "state of this run"):
+    with decoding(path, "state of this run"):
         if check_kind(state, dict, "its content")["origin"] != origin:
             raise ValueError("it is another run's; remove it, or name another --run")
         for name, module in modules.items():
@@ -165,7 +165,7 @@ def resume(path: Path, modules: dict[str, nn.Module], opts: list[torch.optim.Opt
 
 def read_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """A .npy file of this dtype and shape, read when it is looked at.  Broken: anything else."""
-    with reading(path, "array of this run"):
+    with decoding(path, "array of this run"):
         array = open_memmap(path, "r")
         if (array.dtype, array.shape) != (dtype, shape):
             raise ValueError(f"it holds {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}; remove it, "

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nano import scenes
-from support.files import Broken, check_kind, objects, open_labels, open_stored, read_json, read_text, reading
+from support.files import Broken, check_kind, decoding, objects, open_labels, open_stored, read_json, read_text
 from support.ledger import world
 from support.metrics import IGNORE, classes_in
 
@@ -245,7 +245,7 @@ def context(root, name):
     base = need(name, root, "VOCdevkit/VOC2010", "JPEGImages/*.jpg", "trainval_merged.json")
     source = base / "trainval_merged.json"
     merged = read_json(source)
-    with reading(source, "list of pictures and masks"):
+    with decoding(source, "list of pictures and masks"):
         val = {}
         for im in objects(merged, "images"):
             if im["phase"] == "val":
@@ -262,7 +262,7 @@ def context(root, name):
     def read(file_name):
         image = open_stored(base / "JPEGImages" / file_name)
         ids = np.zeros((image.height, image.width), np.uint16)               # (height, width), 0: no mask
-        with reading(source, "list of masks"):
+        with decoding(source, "list of masks"):
             for anno in masks[val[file_name]]:
                 category = check_kind(anno.get("category_id"), int, "a category_id")
                 if not 0 <= category <= 65535:
@@ -364,7 +364,7 @@ def captions_of(path, names):
         return {}
     captions = read_json(path)
     found = {}                                           # by number
-    with reading(path, "file of captions, {image id: caption}"):
+    with decoding(path, "file of captions, {image id: caption}"):
         if "annotations" in captions:
             found = {number(str(i)): caption for i, caption in first_captions(captions).items()}
         else:
@@ -431,7 +431,7 @@ def sa1b_pairs(root, captions):
     def read(stem):
         image = open_stored(paths[stem].with_suffix(".jpg"))
         content = read_json(paths[stem])
-        with reading(paths[stem], "list of masks"):
+        with decoding(paths[stem], "list of masks"):
             runs = [runs_of(a.get("segmentation"), image.size) for a in objects(content, "annotations")]
         runs.sort(key=area, reverse=True)
         least = LEAST_AREA * image.width * image.height

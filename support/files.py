@@ -1,6 +1,6 @@
 """Files from outside and files that we write: a broken one is a sentence that names it, a good one is never lost.
 
-    with files.reading(path):                            # whatever decoding raises becomes files.Broken
+    with files.decoding(path):                            # whatever decoding raises becomes files.Broken
         image = Image.open(path)
     with files.replacing(path) as new:                   # what is written to `new` takes the place of `path` as a whole
         image.save(new, "PNG")
@@ -38,7 +38,7 @@ def first_line(e: BaseException) -> str:
 
 
 @contextmanager
-def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
+def decoding(path: str | Path, kind: str = "file") -> Iterator[None]:
     """Around the lines that decode a file, and around no others.
 
     Broken: it is not there, it is no regular file (a pipe would wait for ever), or decoding it raises one of DECODING.
@@ -59,13 +59,13 @@ def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
 
 def read_text(path: str | Path) -> str:
     """A text file in UTF-8, with or without a byte-order mark.  Broken: it is not one."""
-    with reading(path, "text file in UTF-8"):
+    with decoding(path, "text file in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_json(path: str | Path, kind: type = dict) -> dict | list:
     """A JSON file that holds an object, or a list.  Broken: anything else."""
-    with reading(path, "JSON file"):
+    with decoding(path, "JSON file"):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         check_kind(value, kind, "its content")
         return value
@@ -91,7 +91,7 @@ def read_tensors(path: str | Path, kind: str) -> object:
 
     Broken: anything else; a broken pickle can raise whatever it likes, so all of it is caught here.
     """
-    with reading(path, kind):
+    with decoding(path, kind):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
@@ -105,7 +105,7 @@ def decoded(path: str | Path, kind: str, size: tuple[int, int] | None = None) ->
 
     files.Broken: no such file, a pipe, no format that PIL reads, another size, infinite or undefined values.
     """
-    with reading(path, kind):
+    with decoding(path, kind):
         try:
             image = Image.open(path)
             if size not in (None, image.size):
@@ -129,7 +129,7 @@ def open_labels(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     size: (width, height) of its picture.  files.Broken: see decoded; it holds something else.
     """
     image = decoded(path, "label map", size)
-    with reading(path, "label map"):
+    with decoding(path, "label map"):
         if image.mode not in ("P", "L", "I", "I;16"):
             held = {"1": "single bits", "F": "fractions"}.get(image.mode, "colours")
             raise ValueError(f"it holds {held} (mode {image.mode}), not the numbers of classes")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support import weights
 from support.checkpoint import check_weight
-from support.files import read_tensors, reading
+from support.files import decoding, read_tensors
 
 HUB = {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vits16"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")     # the first that is there
@@ -61,13 +61,13 @@ def read(files: Files) -> dict[str, Tensor]:
     """The state dict.  ValueError: a broken file, or tensors that hold no floats, but for numbers of positions."""
     if files.weights.suffix == ".bin":
         sd = read_tensors(files.weights, "state dict of a judge")
-        with reading(files.weights, "state dict of a judge"):
+        with decoding(files.weights, "state dict of a judge"):
             if not isinstance(sd, dict) or not all(isinstance(key, str) for key in sd):
                 raise ValueError("it holds no tensors by name")
     else:
         with weights.opened(files.weights) as f:
             sd = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no dict)
-    with reading(files.weights, "state dict of a judge"):
+    with decoding(files.weights, "state dict of a judge"):
         for key, tensor in sd.items():
             if not key.endswith("position_ids"):         # whole numbers, in old files
                 check_weight(key, tensor)

@@ -23,7 +23,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 
-from support.files import make_folder, reading
+from support.files import decoding, make_folder
 
 Counts = dict[str, np.ndarray]                           # row of the table -> whole numbers (K, ...)
 MOST = 2 ** 40                                           # more pixels than a picture has; int64 holds sums of millions
@@ -105,7 +105,7 @@ class Ledger:
     def read(self):
         """What every process has written so far; a picture whose line is not whole and valid will be counted again."""
         for path in sorted(self.path.parent.glob(f"ledger-{self.hash}-*.jsonl")):
-            with reading(path, "ledger"):
+            with decoding(path, "ledger"):
                 data = path.read_bytes()
             for text in data.split(b"\n"):
                 try:

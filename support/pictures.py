@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from support.files import decoded, reading
+from support.files import decoded, decoding
 from support.metrics import IGNORE
 
 SHOWN = (512, 1024)                     # `panels` brings the longer side of a picture between these, in pixels
@@ -176,6 +176,6 @@ def open_image(path: str | Path) -> Image.Image:
             if x.max() <= usual:
                 white = usual
         image = Image.fromarray((255 * x / white).round().astype(np.uint8))
-    with reading(path, "picture"):                       # how it is to be turned can be written in a broken way
+    with decoding(path, "picture"):                       # how it is to be turned can be written in a broken way
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

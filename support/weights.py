@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from support.checkpoint import check_weight, count, shape
-from support.files import read_text, reading
+from support.files import decoding, read_text
 
 PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
             "clip_l": "text_encoders.clip_l.transformer.", "clip_g": "text_encoders.clip_g.transformer.",
@@ -165,7 +165,7 @@ def hub(repo, file, option="--model"):
 @contextmanager
 def opened(path):
     """A .safetensors file, whose tensors are read when they are asked for.  Broken: cut off, or another format."""
-    with reading(path, ".safetensors file"), safe_open(path, framework="pt") as f:
+    with decoding(path, ".safetensors file"), safe_open(path, framework="pt") as f:
         yield f
 
 
@@ -395,7 +395,7 @@ def merges(files):
     """CLIP's byte-pair merges, "a b" each: from the model's header, or from a merges.txt."""
     if files.merges is not None:
         return read_merges(files.merges)
-    with reading(files.parts["mmdit"][0][0], "model file with merges in its header"):
+    with decoding(files.parts["mmdit"][0][0], "model file with merges in its header"):
         return json.loads(header(files)["merges"])
 
 

@@ -25,7 +25,7 @@ import seg4diff  # noqa: E402
 from quality import Arm, claim, identity_of  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 from support.effects import mean_and_error  # noqa: E402
-from support.files import check_kind, make_folder, read_json, read_text, reading, write_picture  # noqa: E402
+from support.files import check_kind, decoding, make_folder, read_json, read_text, write_picture  # noqa: E402
 from support.ledger import wait_for_all, world  # noqa: E402
 
 EACH = 10                               # pictures of a prompt; the evaluator of "complex" counts on it
@@ -105,7 +105,7 @@ def read_scores(path: Path) -> np.ndarray:
     An answer is a number, or (BLIP-VQA) a text that is one.  Broken: another file, numbers that are not 0 to n - 1.
     """
     found = read_json(path, list)
-    with reading(path, "list of scores"):
+    with decoding(path, "list of scores"):
         scores = {}
         for row in found:
             check_kind(row, dict, "a row")

@@ -31,7 +31,7 @@ from loading import Seg4Diff  # noqa: E402
 from quality import Arm, named  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
 from support.effects import Comparison, compare, holm, listed, mean_and_error, or_none  # noqa: E402
-from support.files import open_stored, read_json, reading, write_figure, write_json, write_picture  # noqa: E402
+from support.files import decoding, open_stored, read_json, write_figure, write_json, write_picture  # noqa: E402
 from support.ledger import world  # noqa: E402
 from support.pictures import sheet  # noqa: E402
 
@@ -82,7 +82,7 @@ def best_blocks(path: Path, model: Seg4Diff, judge) -> tuple[list[int], int]:
         raise ValueError(f"{path} is of another model: {found.get('model')}")
     if found.get("judge") != [judge.name, judge.fingerprint]:
         raise ValueError(f"{path} is by another judge: {found.get('judge')}")
-    with reading(path, "result of the experiment blocks"):
+    with decoding(path, "result of the experiment blocks"):
         last = found["columns"][-1]
         guidance = [row for row in found["comparisons"] if row["column"] == last and found["arms"][row["arm"]]["pag"]]
         guidance.sort(key=lambda row: row["difference"], reverse=True)
