@@ -301,9 +301,8 @@ def fingerprint(files):
     """
     digest = hashlib.sha256()
     paths = {path for paths, _ in files.parts.values() for path in paths}
-    if files.merges is not None:
-        paths.add(files.merges)
-    for path in sorted(paths):
+    tokenizers = {files.merges, files.t5_tokenizer} - {None}
+    for path in sorted(paths | tokenizers):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with open(path, "rb") as f:

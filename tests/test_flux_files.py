@@ -197,6 +197,13 @@ def test_what_is_missing_beside_the_file_is_named(tiny_flux_file, tmp_path):
             loading.load(path, "cpu")
 
 
+def test_another_tokenizer_of_t5_is_another_model(tiny_flux_file, tmp_path):
+    path = published(tiny_flux_file, tmp_path)
+    usual = weights.fingerprint(weights.find(path))
+    (tmp_path / "tokenizer_2/tokenizer.json").write_text("{}")
+    assert weights.fingerprint(weights.find(path)) != usual
+
+
 def diffusers_folder(path, folder, shards=2):
     """The golden transformer in diffusers' own keys, in shards; the other parts in their folders."""
     tensors = parts(path)
