@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx2  # the hub's own client, whose errors it lets through
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, HTTPError  # the second is its HTTP client's
 from safetensors import safe_open
 from torch import Tensor
 
@@ -157,7 +156,7 @@ def hub(repo, file, option="--model"):
         return Path(hf_hub_download(repo, file))
     except GatedRepoError:
         raise ValueError(f"{file} is behind a licence: accept it at {page}, then log in with `hf auth login`") from None
-    except (httpx2.HTTPError, OSError) as e:             # the hub's own errors are of these kinds, too
+    except (HTTPError, OSError) as e:                    # the hub's own errors are of these kinds, too
         raise ValueError(f"{file} is not in the cache and cannot be fetched ({type(e).__name__}): connect to the "
                          f"network, or download it from {page} and pass its path with {option}") from None
 

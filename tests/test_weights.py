@@ -1,7 +1,7 @@
 """Where tensors come from: both layouts, files beside the model, the hub's refusals, no more read than needed."""
 from pathlib import Path
 
-import httpx2
+import httpx2  # the hub's HTTP client, which comes with it
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
