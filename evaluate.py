@@ -29,7 +29,6 @@ if __name__ == "__main__":                               # Ctrl-C is answered wh
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +224,10 @@ def main(args):
     if name is None:
         name = "nano" if args.dataset.startswith("scenes") else "sd3"
     segment_only = args.task not in ("layers", "heads")
-    load = partial(seg4diff.load, name, args.device, segment_only=segment_only, lora=args.lora)      # of a dtype
+
+    def load(dtype):
+        return seg4diff.load(name, args.device, dtype, segment_only=segment_only, lora=args.lora)
+
     # the released code's precision, where it is fast and exact enough, or asked for
     half = args.dtype == "auto" and (pick_device(args.device).type == "cuda" or args.protocol == "half")
     if args.task == "protocol":
