@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from flux import Flux, FluxConfig
 from lora import load_lora, merge_lora
-from mmdit import MMDiT
+from mmdit import JointQKV, MMDiT
 from support import weights
 from support.checkpoint import pick_device, pick_dtype
 from support.files import check_kind, reading
@@ -209,6 +210,16 @@ class Seg4Diff:
         cfg = self.transformer.config
         patch = cfg.patch_of(self.vae.channels) if isinstance(cfg, FluxConfig) else cfg.patch
         return self.preset.size // self.vae.factor // patch
+
+    def __call__(self, z: Tensor, sigma: float | Tensor, ctx: Tensor, pooled: Tensor, **options: Any
+                 ) -> tuple[Tensor | None, dict[int, JointQKV]]:
+        """The transformer at a noise level, a number or (B,): velocity (B, C, ., .), and q, k, v of captured blocks.
+
+        z (B, C, ., .), ctx (B, M, ctx_dim), pooled (B, pooled_dim); options: those of MMDiT.forward and Flux.forward,
+        whose guidance strength, where one is read, is the preset's.
+        """
+        levels = torch.as_tensor(sigma, device=z.device).expand(len(z))      # (B,)
+        return self.transformer(z.to(self.dtype), levels, ctx, pooled, **options, **self.preset.distilled)
 
     def guided(self, guidance: float | None) -> "Seg4Diff":
         """This model with another strength to read, None: with the preset's.  ValueError: it reads none."""

@@ -62,7 +62,7 @@ def flow_matching(model: Seg4Diff, z0: Tensor, eps: Tensor, sigma: Tensor, ctx: 
     z0 (B or 1, C, ., .), eps (B, C, ., .): clean latents and their noise, fp32; sigma (B,): noise levels in [0, 1].
     """
     z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])              # (B, C, ., .)
-    vel, taps = model.transformer(z.to(model.dtype), sigma, ctx, pooled, capture=capture)
+    vel, taps = model(z, sigma, ctx, pooled, capture=capture)
     return F.mse_loss(vel.float(), eps - z0), taps                           # Eq. 2
 
 

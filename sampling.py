@@ -74,8 +74,8 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
     mix |= dict.fromkeys(perturb, blurred)
 
     def velocity(z, sigma):
-        z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
-        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix, **model.preset.distilled)
+        z = z.repeat(n, 1, 1, 1)                                             # (n*B, C, ., .)
+        vel, _ = model(z, sigma.repeat(n), ctx, pooled, mix=mix)
         vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
         vel_cond = guided = vel[0]
         if cfg != 1:

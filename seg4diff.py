@@ -150,9 +150,7 @@ def one_draw(model: Seg4Diff, z0: Tensor, prompts: Sequence[tuple[int, Sequence[
     for start in range(0, len(prompts), B):              # never more than B rows at once
         pictures, names = zip(*prompts[start:start + B])
         cond = model.text.encode(list(names))                                # Eq. 9
-        levels = torch.full((len(pictures),), sigma, device=z.device)
-        _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
-                                    stop_at=max(blocks))
+        _, taps = model(z[list(pictures)], sigma, cond.ctx, cond.pooled, capture=set(blocks), stop_at=max(blocks))
         spans = [found if words else columns for found, words in zip(cond.spans, names)]
         for i, kind in scores[0]:
             for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
