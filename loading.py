@@ -183,7 +183,7 @@ def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
     return replace(dev, steps=4, noise_steps=0, shift=1.0, guidance=None, level=dev.sigma, text_length=256)
 
 
-def released(preset: Preset) -> Preset:
+def released_preset(preset: Preset) -> Preset:
     """Dev's preset as the released code has it (NOTE(official)), `--model flux-released`.
 
     It takes the 16 latent channels for the number of image tokens, so that its noise level is 0.232 instead of 0.376;
@@ -235,8 +235,13 @@ class Seg4Diff:
 
 @torch.inference_mode()
 def encode_image(model: Seg4Diff, image: Images) -> Tensor:
-    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time."""
+    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time.
+
+    ValueError: an empty list.
+    """
     images = [image] if isinstance(image, Picture) else image
+    if not images:
+        raise ValueError("there is no picture to encode")
     latents = []
     for picture in images:
         square = picture if isinstance(picture, Square) else squash(picture, model.preset.size)
@@ -266,7 +271,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     with reading(path, "model file with presets in its header"):
         preset = preset_of(files).changed(text_length=text_length)
     if name_or_path == "flux-released":
-        preset = released(preset)
+        preset = released_preset(preset)
     with reading(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
     last_block = preset.block if segment_only else None
