@@ -36,18 +36,23 @@ def uniform_share(qkv):
     return qkv.n_img / qkv.k.shape[2]
 
 
-def value_norms(qkv: JointQKV, words: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def word_columns(spans: Sequence[slice]) -> slice:
+    """The text columns of a prompt's words, which stand together; none if the prompt is empty."""
+    return slice(spans[0].start, spans[-1].stop) if spans else slice(0, 0)
+
+
+def value_norms(qkv: JointQKV, words: Sequence[slice]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fig. 4, 28: mean L2 norm of the values of "image" tokens, of all "text" tokens and of the "prompt"'s words.
 
-    words[b]: how many of sample b's text columns, after <sos>, are words. Returns the norms of whole values, (B,) for
-    each kind, and those of each head's part, (B, H).  A sample without words has nan for "prompt".
+    words[b]: the text columns of sample b's words (word_columns). Returns the norms of whole values, (B,) for each
+    kind, and those of each head's part, (B, H).  A sample without words has nan for "prompt".
     """
     N = qkv.n_img
     heads = qkv.v.float().norm(dim=-1)                                       # (B, H, N+M)
     whole = heads.square().sum(1).sqrt()                                     # (B, N+M)
 
     def means(norms):
-        prompt = [norms[b, ..., N + 1:N + 1 + n].mean(-1) for b, n in enumerate(words)]      # B x () or (H,)
+        prompt = [norms[b, ..., N:][..., columns].mean(-1) for b, columns in enumerate(words)]       # B x () or (H,)
         return {"image": norms[..., :N].mean(-1), "text": norms[..., N:].mean(-1), "prompt": torch.stack(prompt)}
 
     return means(whole), means(heads)
@@ -101,8 +106,8 @@ def taps_of(model, prompts, at, seed=0):
     schedule = model.preset.sigmas(steps).to(model.device)                   # (S+1,)
     taps = {}
     for t in at:
-        _, taps[t] = model.transformer(latents[t].to(model.dtype), schedule[steps - t].expand(B), cond.ctx, cond.pooled,
-                                       capture=range(model.transformer.config.depth))
+        _, taps[t] = model(latents[t], schedule[steps - t], cond.ctx, cond.pooled,
+                           capture=range(model.transformer.config.depth))
     return images, cond, taps
 
 
@@ -151,7 +156,7 @@ def mean_norms(model, prompts):
     each = defaultdict(list)                             # (kind, block) -> a norm for each prompt
     by_head = defaultdict(list)                          # (kind, block) -> norms (B, H) of each batch of prompts
     for cond, _, block, qkv in captured(model, prompts, [model.preset.noise_steps], "values"):
-        words = [tokens.index("<eos>") - 1 for tokens in cond.tokens]        # between <sos> and <eos>
+        words = [word_columns(spans) for spans in cond.spans]
         whole, heads = value_norms(qkv, words)
         for kind in whole:
             each[kind, block] += whole[kind].tolist()
@@ -189,12 +194,10 @@ def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Seq
         loss = 0.0
         for k in range(CAPTION_DRAWS):
             eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)      # (1, C, ., .)
-            z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)
+            z = seg4diff.add_noise(z0, eps, sigma)                           # (1, C, ., .)
             vel = []
             for ctx, pooled in zip(cond.ctx.split(size), cond.pooled.split(size)):
-                B = len(ctx)
-                level = torch.full((B,), sigma, device=z.device)
-                vel.append(model.transformer(z.expand(B, -1, -1, -1), level, ctx, pooled)[0].float())
+                vel.append(model(z.expand(len(ctx), -1, -1, -1), sigma, ctx, pooled)[0].float())
             loss = loss + (torch.cat(vel) - (eps - z0)).square().mean((1, 2, 3))             # (captions,)
         out.append((loss / CAPTION_DRAWS).cpu().numpy())
     return np.stack(out)                                                     # (pictures, captions)
@@ -234,14 +237,13 @@ def sensitivity(model, items, classes, sigma):
     for item in tqdm(labelled, desc="sensitivity", unit="image"):
         z0 = seg4diff.encode_image(model, item.image).float()                # (1, C, ., .)
         eps = seg4diff.noise(z0.shape[1:], [image_seed(item.name, 0)]).to(z0.device)
-        z = seg4diff.add_noise(z0, eps, sigma).to(model.dtype)
+        z = seg4diff.add_noise(z0, eps, sigma)                               # (1, C, ., .)
         cond = model.text.encode([names_of(model, item, classes)])
-        inputs = (z, torch.full((1,), sigma, device=z.device), cond.ctx, cond.pooled)
-        plain = model.transformer(*inputs)[0].float()                        # (1, C, ., .)
+        plain = model(z, sigma, cond.ctx, cond.pooled)[0].float()            # (1, C, ., .)
         blur = seg4diff.blur_matrix(cond.ctx.shape[1])[None].to(z.device)    # (1, M, M), A.3
         changes = []
         for block in range(model.transformer.config.depth):
-            blurred = model.transformer(*inputs, mix={block: blur})[0].float()
+            blurred = model(z, sigma, cond.ctx, cond.pooled, mix={block: blur})[0].float()
             change = torch.linalg.vector_norm(blurred - plain) / torch.linalg.vector_norm(plain)
             changes.append(100 * change.item())
         out.append(changes)

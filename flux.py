@@ -7,10 +7,10 @@ Module names are the published checkpoints' key names, as in mmdit.py, and so is
 
 What differs from SD3, and why:
     blocks          first double ones, as SD3's: a stream of weights for each modality.  Then single ones, where image
-                    and text share one: fewer weights.  They are counted on: 0 to 18 double, 19 to 56 single.
+                    and text share one: fewer weights.  They are numbered after them: 0 to 18 double, 19 to 56 single.
     single block    attention and MLP read the same input side by side, and one matrix puts both back: one wait less.
-    positions       q and k are rotated by their token's row and column, so that their product knows the distance;
-                    nothing is added to the image tokens, and any grid fits.  Text tokens are not rotated.
+    positions       rotary (RoPE): q and k are rotated by their token's row and column, so that their product knows the
+                    distance; nothing is added to the image tokens, and any grid fits.  Text tokens are not rotated.
     q/k norm        always
     text            T5's rows alone; CLIP-L's pooled vector modulates the blocks, together with the time
     guidance        a number that the network reads (dev): it learned to draw what classifier-free guidance would,
@@ -92,14 +92,14 @@ class FluxConfig:
 # ---------------------------------------------------------------------------- positions
 
 
-class Places(NamedTuple):
-    """Where the joint tokens stand, and the angles by which that rotates their q and k."""
+class Rotary(NamedTuple):
+    """Rotary position embedding (RoPE): the angles by which each token's place rotates its q and k."""
     grid: tuple[int, int]           # (h, w)
     cos: Tensor                     # (N+M, d/2) fp32
     sin: Tensor                     # (N+M, d/2)
 
 
-def places(grid: tuple[int, int], M: int, head_dim: int, device: Device) -> Places:
+def rotary(grid: tuple[int, int], M: int, head_dim: int, device: Device) -> Rotary:
     """Angles of h*w image tokens, row-major, then of M text tokens, whose angles are 0.
 
     A head's d numbers are d/2 pairs: the first d/16 belong to an axis that generation leaves at 0, the next 7d/32 turn
@@ -113,13 +113,13 @@ def places(grid: tuple[int, int], M: int, head_dim: int, device: Device) -> Plac
     angles = torch.zeros(h * w + M, head_dim // 2, device=device)            # (N+M, d/2)
     angles[:h * w, -2 * pairs:-pairs] = rows.repeat_interleave(w, dim=0)     # (N, 7d/32)
     angles[:h * w, -pairs:] = columns.repeat(h, 1)                           # (N, 7d/32)
-    return Places(grid, angles.cos(), angles.sin())
+    return Rotary(grid, angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, where: Places) -> Tensor:
+def rotate(x: Tensor, rope: Rotary) -> Tensor:
     """Turn each pair of neighbouring numbers of q or k (B, H, N+M, d) by its token's angle, in fp32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                       # 2 x (B, H, N+M, d/2)
-    turned = torch.stack([a * where.cos - b * where.sin, a * where.sin + b * where.cos], dim=-1)
+    turned = torch.stack([a * rope.cos - b * rope.sin, a * rope.sin + b * rope.cos], dim=-1)     # (B, H, N+M, d/2, 2)
     return turned.flatten(-2).to(x.dtype)                                    # (B, H, N+M, d)
 
 
@@ -211,18 +211,18 @@ class DoubleBlock(nn.Module):
         self.txt_attn = Attention(cfg)
         self.txt_mlp = feed_forward(cfg)
 
-    def joint(self, x, text, c, where):
+    def joint(self, x, text, c, rope):
         """x (B, N, D), text (B, M, D), conditioning c (B, D) -> both streams' q, k, v joined, and their modulations."""
         image_mod = self.img_mod(c)                                          # 6 x (B, D)
         text_mod = self.txt_mod(c)                                           # 6 x (B, D)
-        image = self.img_attn.heads_of(modulate(x, image_mod[0], image_mod[1]))              # 3 x (B, H, N, d)
-        words = self.txt_attn.heads_of(modulate(text, text_mod[0], text_mod[1]))             # 3 x (B, H, M, d)
+        image = self.img_attn.heads_of(modulate(x, *image_mod[:2]))              # 3 x (B, H, N, d)
+        words = self.txt_attn.heads_of(modulate(text, *text_mod[:2]))             # 3 x (B, H, M, d)
         q, k, v = (torch.cat(both, dim=2) for both in zip(image, words))     # Eq. 3, 3 x (B, H, N+M, d)
-        return JointQKV(rotate(q, where), rotate(k, where), v, x.shape[1], where.grid), (image_mod, text_mod)
+        return JointQKV(rotate(q, rope), rotate(k, rope), v, x.shape[1], rope.grid), (image_mod, text_mod)
 
-    def forward(self, x, text, c, where, edit=None, mix=None):
+    def forward(self, x, text, c, rope, edit=None, mix=None):
         """One block of both streams: x (B, N, D), text (B, M, D) after it, and the q, k, v of its attention."""
-        qkv, (image_mod, text_mod) = self.joint(x, text, c, where)
+        qkv, (image_mod, text_mod) = self.joint(x, text, c, rope)
         out = joint_attention(qkv, edit, mix)                                # (B, N+M, D)
         N = qkv.n_img
         x = self.update(x, out[:, :N], image_mod, self.img_attn.proj, self.img_mlp)          # (B, N, D)
@@ -249,17 +249,18 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(cfg.head_dim)
         self.linear2 = nn.Linear(cfg.width + cfg.mlp, cfg.width)
 
-    def joint(self, x, text, c, where):
+    def joint(self, x, text, c, rope):
         """x (B, N, D), text (B, M, D), conditioning c (B, D) -> q, k, v; the joined stream, its MLP's input, a gate."""
         joined = torch.cat([x, text], dim=1)                                 # (B, N+M, D)
         shift, scale, gate = self.modulation(c)                              # 3 x (B, D)
-        qkv, hidden = self.linear1(modulate(joined, shift, scale)).split(self.rows, dim=-1)
+        both = self.linear1(modulate(joined, shift, scale))
+        qkv, hidden = both.split(self.rows, dim=-1)                          # (B, N+M, 3D), (B, N+M, mlp)
         q, k, v = split_heads(qkv, self.norm, self.head_dim)                 # Eq. 3, 3 x (B, H, N+M, d)
-        return JointQKV(rotate(q, where), rotate(k, where), v, x.shape[1], where.grid), (joined, hidden, gate)
+        return JointQKV(rotate(q, rope), rotate(k, rope), v, x.shape[1], rope.grid), (joined, hidden, gate)
 
-    def forward(self, x, text, c, where, edit=None, mix=None):
+    def forward(self, x, text, c, rope, edit=None, mix=None):
         """As a double block's: x (B, N, D), text (B, M, D) after it, and the q, k, v of its attention."""
-        qkv, (joined, hidden, gate) = self.joint(x, text, c, where)
+        qkv, (joined, hidden, gate) = self.joint(x, text, c, rope)
         out = joint_attention(qkv, edit, mix)                                # (B, N+M, D)
         both = torch.cat([out, F.gelu(hidden, approximate="tanh")], dim=-1)  # (B, N+M, D+mlp)
         joined = clamped(joined + gate[:, None] * self.linear2(both))        # (B, N+M, D)
@@ -321,7 +322,7 @@ class Flux(nn.Module):
         p = self.config.patch_of(z.shape[1])
         check_run(self.config, p, z, capture, stop_at, edit, mix)
         grid = z.shape[-2] // p, z.shape[-1] // p                            # (h, w)
-        where = places(grid, ctx.shape[1], self.config.head_dim, z.device)
+        rope = rotary(grid, ctx.shape[1], self.config.head_dim, z.device)
         x = self.img_in(F.pixel_unshuffle(z, p).flatten(2).mT)               # (B, N, D), channels slowest in a patch
         text = self.txt_in(ctx)                                              # (B, M, D)
         c = self.condition(sigma, pooled, guidance)                          # (B, D)
@@ -330,10 +331,10 @@ class Flux(nn.Module):
             block = on_device(block, z.device)           # where they do not all fit, each comes for its turn
             if i == stop_at:
                 if i in capture:
-                    taps[i], _ = block.joint(x, text, c, where)
+                    taps[i], _ = block.joint(x, text, c, rope)
                 return None, taps
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
-            x, text, qkv = run(x, text, c, where, edit.get(i), mix.get(i))
+            x, text, qkv = run(x, text, c, rope, edit.get(i), mix.get(i))
             if i in capture:
                 taps[i] = qkv
         y = self.final_layer(x, c).mT.unflatten(2, grid)                     # (B, C*p*p, h, w)

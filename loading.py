@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from flux import Flux, FluxConfig
 from lora import load_lora, merge_lora
-from mmdit import MMDiT
+from mmdit import JointQKV, MMDiT
 from support import weights
 from support.checkpoint import pick_device, pick_dtype
 from support.files import check_kind, decoding
@@ -76,10 +77,15 @@ class Square:
     image: Image.Image                  # that it was made from
 
 
+Picture = Image.Image | Square
+Images = Picture | Sequence[Picture]                     # one picture, or several, which return lists
+
+
 def squash(image: Image.Image, size: int) -> Square:
     """A picture to the model's square.
 
-    NOTE(official): the paper crops the centre; its code squashes, in two steps, and so do we, in one antialiased step.
+    NOTE(official): the paper crops the centre; its code squashes the whole picture, in two steps; here it is squashed
+    in one antialiased step.
     """
     square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return Square(np.array(square), image)
@@ -144,7 +150,7 @@ class Preset:
         return Preset(**presets)
 
     def changed(self, **given: float | str | None) -> "Preset":
-        """This preset with those that are given, not None, in place of its own.  ValueError: one that cannot be."""
+        """A copy with the given values; None keeps the preset's.  ValueError: one that cannot be."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def sigmas(self, steps: int) -> Tensor:
@@ -177,7 +183,7 @@ def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
     return replace(dev, steps=4, noise_steps=0, shift=1.0, guidance=None, level=dev.sigma, text_length=256)
 
 
-def released(preset: Preset) -> Preset:
+def released_preset(preset: Preset) -> Preset:
     """Dev's preset as the released code has it (NOTE(official)), `--model flux-released`.
 
     It takes the 16 latent channels for the number of image tokens, so that its noise level is 0.232 instead of 0.376;
@@ -210,11 +216,39 @@ class Seg4Diff:
         patch = cfg.patch_of(self.vae.channels) if isinstance(cfg, FluxConfig) else cfg.patch
         return self.preset.size // self.vae.factor // patch
 
+    def __call__(self, z: Tensor, sigma: float | Tensor, ctx: Tensor, pooled: Tensor, **options: Any
+                 ) -> tuple[Tensor | None, dict[int, JointQKV]]:
+        """The transformer at a noise level, a number or (B,): velocity (B, C, ., .), and q, k, v of captured blocks.
+
+        z (B, C, ., .), ctx (B, M, ctx_dim), pooled (B, pooled_dim); options: those of MMDiT.forward and Flux.forward,
+        whose guidance strength, where one is read, is the preset's.
+        """
+        levels = torch.as_tensor(sigma, device=z.device).expand(len(z))      # (B,)
+        return self.transformer(z.to(self.dtype), levels, ctx, pooled, **options, **self.preset.distilled)
+
     def guided(self, guidance: float | None) -> "Seg4Diff":
         """This model with another strength to read, None: with the preset's.  ValueError: it reads none."""
         if guidance is not None and self.preset.guidance is None:
             raise ValueError(f"{self.name} reads no guidance strength, as Flux.1-dev does; cfg is what it has")
         return replace(self, preset=self.preset.changed(guidance=guidance))
+
+
+@torch.inference_mode()
+def encode_image(model: Seg4Diff, image: Images) -> Tensor:
+    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time.
+
+    ValueError: an empty list.
+    """
+    images = [image] if isinstance(image, Picture) else image
+    if not images:
+        raise ValueError("there is no picture to encode")
+    latents = []
+    for picture in images:
+        square = picture if isinstance(picture, Square) else squash(picture, model.preset.size)
+        x = torch.from_numpy(square.pixels).to(model.device)                 # (size, size, 3), as bytes over the bus
+        x = x.permute(2, 0, 1)[None].float() / 127.5 - 1                     # (1, 3, size, size)
+        latents.append(model.vae.encode(x.to(model.dtype)))
+    return torch.cat(latents)                                                # (B, C, ., .)
 
 
 def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | torch.dtype = "auto",
@@ -237,7 +271,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
     with decoding(path, "model file with presets in its header"):
         preset = preset_of(files).changed(text_length=text_length)
     if name_or_path == "flux-released":
-        preset = released(preset)
+        preset = released_preset(preset)
     with decoding(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
     last_block = preset.block if segment_only else None
@@ -301,45 +335,40 @@ def preset_of(files: weights.Files) -> Preset:
     return Preset.from_header(header)
 
 
-def check_fit_of_flux(model, path, segment_only):
-    """ValueError: parts of a Flux that are not of one model."""
+def fits(model: Seg4Diff) -> list[tuple[str, int, int]]:
+    """What an SD3's parts have to agree in: what it is, how much of it is there, and how much there should be."""
     cfg = model.transformer.config
     text = model.text
-    if not (cfg.whole or segment_only):
-        raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
-    side = model.vae.factor * cfg.patch_of(model.vae.channels)               # pixels; ValueError
-    blocks = model.preset.block + 1
-    for what, value, wanted in (
-            ("blocks up to the preset's block", min(blocks, cfg.depth), blocks),
-            ("tokens in CLIP's tokenizer", text.clip_tokenizer.get_vocab_size(), text.clip_l.vocab),
-            ("tokens of T5 beyond its weights", max(0, text.tokenizer.get_vocab_size() - text.t5xxl.vocab), 0),
-            ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
-            ("columns of T5", text.width, cfg.ctx_dim),
-            ("pixels beyond whole patches", model.preset.size % side, 0)):
-        if value != wanted:
-            raise ValueError(f"the parts of {path} do not fit each other: {value} {what}, not {wanted}")
-
-
-def check_fit(model, path, segment_only):
-    """ValueError: parts that are not of one model."""
-    if isinstance(model.transformer, Flux):
-        return check_fit_of_flux(model, path, segment_only)
-    cfg = model.transformer.config
-    vae = model.vae
-    text = model.text
-    size = model.preset.size
-    blocks = model.preset.block + 1
-    if not (cfg.whole or segment_only):
-        raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
-    grid = size // vae.factor // cfg.patch
-    for what, value, wanted in (
-            ("blocks up to the preset's block", min(blocks, cfg.depth), blocks),
-            ("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
-            ("channels in the MM-DiT's latent", cfg.channels, vae.channels),
+    pixels = model.vae.factor * cfg.patch                # of a patch's side
+    return [("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
+            ("channels in the MM-DiT's latent", cfg.channels, model.vae.channels),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
             ("text columns that do not fit the context", max(0, text.width - cfg.ctx_dim), 0),
             ("columns of T5", cfg.ctx_dim if text.t5xxl is None else text.t5xxl.width, cfg.ctx_dim),
-            ("patches of a side beyond the model's positions", max(0, grid - cfg.pos_grid), 0),
-            ("pixels beyond whole patches", size % (vae.factor * cfg.patch), 0)):
+            ("patches of a side beyond the model's positions", max(0, model.grid - cfg.pos_grid), 0),
+            ("pixels beyond whole patches", model.preset.size % pixels, 0)]
+
+
+def flux_fits(model: Seg4Diff) -> list[tuple[str, int, int]]:
+    """What a Flux's parts have to agree in, see `fits`."""
+    cfg = model.transformer.config
+    text = model.text
+    pixels = model.vae.factor * cfg.patch_of(model.vae.channels)             # of a patch's side; ValueError
+    return [("tokens in CLIP's tokenizer", text.clip_tokenizer.get_vocab_size(), text.clip_l.vocab),
+            ("tokens of T5 beyond its weights", max(0, text.tokenizer.get_vocab_size() - text.t5xxl.vocab), 0),
+            ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
+            ("columns of T5", text.width, cfg.ctx_dim),
+            ("pixels beyond whole patches", model.preset.size % pixels, 0)]
+
+
+def check_fit(model: Seg4Diff, path: str | Path, segment_only: bool) -> None:
+    """ValueError: parts that are not of one model, or too few blocks."""
+    cfg = model.transformer.config
+    if not (cfg.whole or segment_only):
+        raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
+    blocks = model.preset.block + 1
+    rows = [("blocks up to the preset's block", min(blocks, cfg.depth), blocks)]
+    rows += flux_fits(model) if isinstance(model.transformer, Flux) else fits(model)
+    for what, value, wanted in rows:
         if value != wanted:
             raise ValueError(f"the parts of {path} do not fit each other: {value} {what}, not {wanted}")

@@ -7,8 +7,8 @@ train_magnet.py is the loop around them.  Where the paper is silent, this is wha
   and unit variance before a sigmoid ("zscore") cannot get below 0.4 outside a small mask. NOTE(official): the released
   code sends scores before the softmax through a small network that is trained along and then thrown away; here the
   maps that segmentation uses are the ones that are trained.
-* Candidates are the maps of all CLIP columns, <sos>, <eos> and <pad> too, as the proposals of Sec. 4.2 are; T5's
-  empty rows are no candidates. The cost of a match is the loss itself (Eq. 12), with the same weights.
+* Candidates are the maps of all the prompt's columns, <sos>, <eos> and <pad> too, as the proposals of Sec. 4.2 are;
+  the empty rows in T5's place are none. The cost of a match is the loss itself (Eq. 12), with the same weights.
 * A mask holds a patch if it covers half of it; masks that hold no patch are left out. Losses are means over patches,
   a picture's masks and pictures, so that a crowded picture counts as much as one with a single mask.
 * Both losses see the same noisy latent, whatever its noise level; the LoRA is not dropped out.
@@ -62,7 +62,7 @@ def flow_matching(model: Seg4Diff, z0: Tensor, eps: Tensor, sigma: Tensor, ctx: 
     z0 (B or 1, C, ., .), eps (B, C, ., .): clean latents and their noise, fp32; sigma (B,): noise levels in [0, 1].
     """
     z = seg4diff.add_noise(z0, eps, sigma[:, None, None, None])              # (B, C, ., .)
-    vel, taps = model.transformer(z.to(model.dtype), sigma, ctx, pooled, capture=capture)
+    vel, taps = model(z, sigma, ctx, pooled, capture=capture)
     return F.mse_loss(vel.float(), eps - z0), taps                           # Eq. 2
 
 
@@ -169,7 +169,7 @@ def draw_sigma(kind, shift, generator):
 def candidate_maps(attn, spans, settings, L):
     """One picture's I2T attention (H, N, M) -> the maps that masks are matched with, normalised, (P, N) in [0, 1].
 
-    P = K, the maps of the masks' names at `spans`, or those of all L CLIP columns: P = L, for each head H*L.
+    P = K, the maps of the masks' names at `spans`, or those of all L columns of the prompt: P = L, for each head H*L.
     """
     if settings.match == "name":
         mean = attn.mean(0)                                                  # (N, M)

@@ -10,7 +10,7 @@ joint attention; every attention map in this project is a pure function of those
 Alphabet, used in the whole project:
     B batch   C latent channels   h x w patch grid   N = h*w image tokens   M text tokens   D = H*d width
     H heads   d head width        K classes          S steps                z latents       eps noise
-    L CLIP's rows of text         P maps or regions without names
+    L a prompt's rows of text     P maps or regions without names
     vel = eps - z0                sigma in [0, 1]: 0 clean, 1 noise (the time embedding gets 1000 * sigma)
 Joint order is Eq. 3's: image tokens first, then text.  Blocks count from 0; SD3's expert block is 9.
 """
@@ -40,8 +40,7 @@ class JointQKV(NamedTuple):
 
     def each(self) -> list["JointQKV"]:
         """The samples one by one, B = 1 each."""
-        rows = zip(self.q.split(1), self.k.split(1), self.v.split(1))
-        return [JointQKV(q, k, v, self.n_img, self.grid) for q, k, v in rows]
+        return [self._replace(q=q, k=k, v=v) for q, k, v in zip(self.q.split(1), self.k.split(1), self.v.split(1))]
 
 
 def joint_probs(qkv: JointQKV) -> Tensor:
@@ -264,18 +263,19 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, self.chunks * cfg.width))
 
     def pre_attention(self, x, c):
-        """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v (B, H, L, d) and its modulation."""
-        mod = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)            # 2, 6 or 9 x (B, D)
-        return self.attn.heads_of(modulate(x, mod[0], mod[1])), mod
+        """x (B, L, D), conditioning c (B, D) -> this stream's q, k, v (B, H, L, d) and the rest of its modulation."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)        # 2, 6 or 9 x (B, D)
+        return self.attn.heads_of(modulate(x, shift, scale)), rest
 
     def post_attention(self, x, out, mod):
         """Residual updates of x (B, L, D): with the joint attention's output (B, L, D), then with the MLP's."""
-        gate, shift, scale, gate_mlp = mod[2:6]                              # 4 x (B, D)
+        gate, shift, scale, gate_mlp, *second = mod                          # 4 or 7 x (B, D)
         y = x + gate[:, None] * self.attn.proj(out)                          # Eq. 6, (B, L, D)
         if self.attn2 is not None:                  # SD3.5 Medium: from the block's input, not from y
-            q, k, v = self.attn2.heads_of(modulate(x, mod[6], mod[7]))       # 3 x (B, H, N, d)
+            shift2, scale2, gate2 = second
+            q, k, v = self.attn2.heads_of(modulate(x, shift2, scale2))       # 3 x (B, H, N, d)
             out2 = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)        # (B, N, D)
-            y = y + mod[8][:, None] * self.attn2.proj(out2)
+            y = y + gate2[:, None] * self.attn2.proj(out2)
         return y + gate_mlp[:, None] * self.mlp(modulate(y, shift, scale))
 
 

@@ -105,7 +105,7 @@ def model_of(model: Seg4Diff, choices: Choices) -> Seg4Diff:
         text = copy.copy(text)
         text.length = text.clip_l.positions
         text.room = text.length - 1
-        text.remembered = {}                             # those were prompts of another length
+        text.cache = {}                                  # those were prompts of another length
     return replace(model, preset=preset, vae=vae, text=text)
 
 

@@ -56,14 +56,13 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
     All branches go through the model in one batch. "perturbed" has I2T blurred in `blocks`; `perturb` blurs it in all
     branches (Fig. 5). To blur A_I2T is to mix the text values that image queries see (mmdit.joint_attention).
     """
-    branches = [cond]
-    if cfg != 1:
-        branches.insert(0, uncond)
+    branches = {"uncond": uncond} if cfg != 1 else {}
+    branches["cond"] = cond
     if pag != 0:
-        branches.append(cond)
+        branches["perturbed"] = cond
     n = len(branches)
-    ctx = torch.cat([branch.ctx for branch in branches])                     # (n*B, M, ctx_dim)
-    pooled = torch.cat([branch.pooled for branch in branches])               # (n*B, pooled_dim)
+    ctx = torch.cat([branch.ctx for branch in branches.values()])            # (n*B, M, ctx_dim)
+    pooled = torch.cat([branch.pooled for branch in branches.values()])      # (n*B, pooled_dim)
     B, M, _ = cond.ctx.shape
     blurred = blur_matrix(M).to(ctx.device).expand(n * B, M, M)
     mix = {}
@@ -74,15 +73,14 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
     mix |= dict.fromkeys(perturb, blurred)
 
     def velocity(z, sigma):
-        z = z.to(model.dtype).repeat(n, 1, 1, 1)                             # (n*B, C, ., .)
-        vel, _ = model.transformer(z, sigma.to(z.device).repeat(n), ctx, pooled, mix=mix, **model.preset.distilled)
-        vel = vel.float().chunk(n)                                           # n x (B, C, ., .)
-        vel_cond = guided = vel[0]
+        z = z.repeat(n, 1, 1, 1)                                             # (n*B, C, ., .)
+        out, _ = model(z, sigma.repeat(n), ctx, pooled, mix=mix)
+        vel = dict(zip(branches, out.float().chunk(n)))                      # each (B, C, ., .)
+        guided = vel["cond"]
         if cfg != 1:
-            vel_cond = vel[1]
-            guided = vel[0] + cfg * (vel_cond - vel[0])
+            guided = vel["uncond"] + cfg * (vel["cond"] - vel["uncond"])
         if pag != 0:
-            guided = guided + pag * (vel_cond - vel[-1])                     # Eq. 7
+            guided = guided + pag * (vel["cond"] - vel["perturbed"])         # Eq. 7
         return guided
     return velocity
 

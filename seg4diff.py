@@ -12,7 +12,8 @@ if __name__ == "__main__":                               # Ctrl-C is answered wh
     ctrl_c.answer_early()
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +21,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import readings
-from loading import SCALINGS, Preset, Seg4Diff, Square, load, noise, sigmas, squash  # noqa: F401 - some are public here
+from loading import (  # noqa: F401 - some are public here
+    SCALINGS,
+    Images,
+    Picture,
+    Preset,
+    Seg4Diff,
+    Square,
+    encode_image,
+    load,
+    noise,
+    sigmas,
+    squash,
+)
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from readings import READINGS
 from sampling import add_noise, blur_matrix, generate, guided_velocity, sample  # noqa: F401 - public here, too
@@ -40,27 +52,12 @@ from text import split_classes
 
 # what one pixel-word score can be (Table 5 of the supplement's B.3, Fig. 16): each is (B, H, N, M)
 KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_attention(qkv).mT}
-Picture = Image.Image | Square
-Images = Picture | Sequence[Picture]                     # one picture, or several, which return lists
 
 
 class Segmentation(NamedTuple):
     labels: np.ndarray                  # (height, width) of the picture given, index into classes
     maps: Tensor                        # (K, h, w) on the patch grid, what the argmax is taken of
     classes: list[str]
-
-
-@torch.inference_mode()
-def encode_image(model: Seg4Diff, image: Images) -> Tensor:
-    """A picture, or several, squashed to the model's square -> clean latents (B, C, ., .), one at a time."""
-    images = [image] if isinstance(image, Picture) else image
-    latents = []
-    for picture in images:
-        square = picture if isinstance(picture, Square) else squash(picture, model.preset.size)
-        x = torch.from_numpy(square.pixels).to(model.device)                 # (size, size, 3), as bytes over the bus
-        x = x.permute(2, 0, 1)[None].float() / 127.5 - 1                     # (1, 3, size, size)
-        latents.append(model.vae.encode(x.to(model.dtype)))
-    return torch.cat(latents)                                                # (B, C, ., .)
 
 
 def class_attention(qkv: JointQKV, spans: Sequence[Sequence[slice]], kind: str = "softmax") -> list[Tensor]:
@@ -117,19 +114,33 @@ def labels_of(maps: Tensor, image: Picture, reading: str = "paper") -> np.ndarra
     return label_map(maps, (image.height, image.width), colours).cpu().numpy()
 
 
-def joined(kind: str, prompts: Sequence[Tensor], taps: Sequence[JointQKV]) -> Tensor:
-    """One kind of map of one picture, of all its prompts: their scores (H, K_p, h, w) and q, k, v -> (H, K, h, w).
+def joined(kind: str, attn: Sequence[Tensor], qkvs: Sequence[JointQKV]) -> Tensor:
+    """One kind of map of one picture: all its prompts' scores (H, K_p, h, w) and q, k, v -> (H, K, h, w).
 
     Readings beyond the paper begin with the mean over heads and have 1 in the place of H, "anchors" 2.
     """
     if kind == "anchors":
-        return readings.anchor_reading(taps[0])                              # (2, anchors, h, w)
+        return readings.anchor_reading(qkvs[0])                              # (2, anchors, h, w)
     if kind in KINDS:
-        return torch.cat(list(prompts), dim=1)
-    parts = readings.prompt_shares(prompts)                                  # P x (K_p, h, w)
+        return torch.cat(list(attn), dim=1)
+    parts = readings.prompt_shares(attn)                                     # of each prompt, (K_p, h, w)
     if kind == "i2i":                                    # each prompt's classes go through the I2I of its own pass
-        parts = [readings.i2i_step(qkv, part) for qkv, part in zip(taps, parts)]
+        parts = [readings.i2i_step(qkv, part) for qkv, part in zip(qkvs, parts)]
     return torch.cat(parts)[None]                                            # (1, K, h, w)
+
+
+def passes(model: Seg4Diff, z: Tensor, prompts: Sequence[tuple[int, Sequence[str]]], blocks: Sequence[int],
+           sigma: float) -> Iterator[tuple[Sequence[int], list[list[slice]], dict[int, JointQKV]]]:
+    """All prompts (see `one_draw`) through the transformer, never more than B at once.
+
+    Yields of those that go together: numbers of their pictures, text columns of each one's classes, {block: q, k, v}.
+    """
+    every = [slice(i, i + 1) for i in range(model.text.length)]              # of the empty prompt
+    for start in range(0, len(prompts), len(z)):
+        pictures, names = zip(*prompts[start:start + len(z)])
+        cond = model.text.encode(list(names))                                # Eq. 9
+        _, taps = model(z[list(pictures)], sigma, cond.ctx, cond.pooled, capture=set(blocks), stop_at=max(blocks))
+        yield pictures, [spans if words else every for spans, words in zip(cond.spans, names)], taps
 
 
 @torch.inference_mode()
@@ -137,34 +148,26 @@ def one_draw(model: Seg4Diff, z0: Tensor, prompts: Sequence[tuple[int, Sequence[
              sigma: float, seeds: Sequence[int], kinds: Sequence[str]) -> list[dict[tuple[int, str], Tensor]]:
     """One draw of noise through the model: {(block, kind): (H, K, h, w)} for each picture, see `attend`.
 
-    z0 (B, C, ., .); prompts: pictures' numbers, 0 to B-1, and the names of one prompt each; a prompt without names is
-    the empty one, in which every CLIP column is a class.
+    z0 (B, C, ., .); prompts: pictures' numbers, 0 to B-1, and the names of one prompt each; in the prompt without
+    names, the empty one, every column (CLIP's; of Flux, T5's) is a class.
     """
     B = len(z0)
     eps = noise(z0.shape[1:], seeds).to(z0.device)                           # (B, C, ., .)
-    z = add_noise(z0.float(), eps, sigma).to(model.dtype)                    # Eq. 8
-    columns = [slice(i, i + 1) for i in range(model.text.length)]
+    z = add_noise(z0.float(), eps, sigma)                                    # Eq. 8, (B, C, ., .)
     source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
     scores = [{(i, kind): [] for i in blocks for kind in source.values()} for _ in range(B)]         # of each prompt
-    tapped = [{i: [] for i in blocks} for _ in range(B)]                     # q, k, v of each, where a kind needs them
-    for start in range(0, len(prompts), B):              # never more than B rows at once
-        pictures, names = zip(*prompts[start:start + B])
-        cond = model.text.encode(list(names))                                # Eq. 9
-        levels = torch.full((len(pictures),), sigma, device=z.device)
-        _, taps = model.transformer(z[list(pictures)], levels, cond.ctx, cond.pooled, capture=set(blocks),
-                                    stop_at=max(blocks))
-        spans = [found if words else columns for found, words in zip(cond.spans, names)]
+    qkvs = [{i: [] for i in blocks} for _ in range(B)]                       # of each, where a kind needs them
+    for pictures, spans, taps in passes(model, z, prompts, blocks, sigma):
         for i, kind in scores[0]:
             for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
                 scores[b][i, kind].append(attn)                              # (H, K_p, h, w)
         if not {"i2i", "anchors"}.isdisjoint(kinds):
             for i in blocks:
                 for b, qkv in zip(pictures, taps[i].each()):
-                    tapped[b][i].append(qkv)
-    keys = [(i, kind) for i in blocks for kind in kinds]
-    out = []
-    for b in range(B):
-        out.append({(i, kind): joined(kind, scores[b][i, source[kind]], tapped[b][i]) for i, kind in keys})
+                    qkvs[b][i].append(qkv)
+    out = [{} for _ in range(B)]
+    for b, i, kind in product(range(B), blocks, kinds):
+        out[b][i, kind] = joined(kind, scores[b][i, source[kind]], qkvs[b][i])
     return out                                                               # B x {key: (H, K, h, w)}
 
 
@@ -179,7 +182,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     regions are made, (2, anchors, h, w).  More names than a prompt holds run as several prompts on the same noise:
     softmax maps are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they
     are; shares are formed over the classes of all prompts.
-    classes None: the empty prompt, and every CLIP column, <sos> and <pad> too, is a class.
+    classes None: the empty prompt, and every column of it, <sos> and <pad> too, is a class.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit, no draws.
     """
     if not 0 <= sigma <= 1:
@@ -187,9 +190,10 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     if not all(isinstance(x, Integral) for x in (draws, *seeds)) or draws < 1:
         raise ValueError(f"draws, at least 1, and seeds must be whole numbers, not {draws!r} and {list(seeds)}")
     B = len(z0)
-    for what, values in (("seeds", seeds), ("lists of class names", classes)):
-        if values is not None and len(values) != B:
-            raise ValueError(f"{B} pictures and {len(values)} {what} are not equal lists")
+    if len(seeds) != B:
+        raise ValueError(f"{B} pictures and {len(seeds)} seeds are not equal lists")
+    if classes is not None and len(classes) != B:
+        raise ValueError(f"{B} pictures and {len(classes)} lists of class names are not equal lists")
     prompts = []
     for b in range(B):
         parts = [[]] if classes is None else split_classes(model.text, classes[b])
@@ -199,8 +203,8 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
         drawn.append(one_draw(model, z0, prompts, blocks=blocks, sigma=sigma, seeds=[seed + draw for seed in seeds],
                               kinds=kinds))
     out = []
-    for b in range(B):
-        out.append({key: torch.stack([maps[b][key] for maps in drawn]).mean(0) for key in drawn[0][b]})
+    for maps in zip(*drawn):                             # of one picture, those of each draw
+        out.append({key: torch.stack([draw[key] for draw in maps]).mean(0) for key in maps[0]})
     return out                                                               # B x {key: (H, K, h, w)}
 
 
@@ -270,9 +274,9 @@ class Proposals(NamedTuple):
 def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, list[list[int]]]:
     """Attention maps of tokens (L, h, w) -> proposals (P, h, w), and which tokens each gathers (Table 2).
 
-    Every map becomes a distribution over the positions (softmax after min-max scaling: over the positions of a "map",
-    over the tokens at each position, "token", or "none"). They are merged in token order (readings.merge_greedy), and
-    the mean of a group is a proposal.
+    Maps are scaled to [0, 1], each over its positions ("map"), each position over the tokens ("token"), or not at all
+    ("none"); a softmax over positions then makes each a distribution. They are merged in token order
+    (readings.merge_greedy), and the mean of a group is a proposal.
     NOTE(official): the released code scales over tokens (of two definitions the later wins), threshold 0.1.
     ValueError: a scaling that does not exist, a threshold that is not positive.
     """
@@ -283,14 +287,13 @@ def merge_maps(maps: Tensor, threshold: float, scaling: str) -> tuple[Tensor, li
     log_p = x.log_softmax(dim=1)                                             # (L, N)
     p = log_p.exp()
     members = readings.merge_greedy(log_p, threshold)
-    gathered = p[sum(members, [])].split([len(group) for group in members])  # P x (tokens of the group, N)
-    proposals = torch.stack([group.mean(0) for group in gathered])           # (P, N)
+    proposals = torch.stack([p[group].mean(0) for group in members])         # (P, N)
     return proposals.unflatten(1, maps.shape[1:]), members                   # (P, h, w)
 
 
 @torch.inference_mode()
 def pad_maps(model: Seg4Diff, z0: Tensor, *, block: int, sigma: float, seeds: Sequence[int], draws: int = 1) -> Tensor:
-    """I2T maps of all CLIP columns of the empty prompt, mean over heads: z0 (B, C, ., .) -> (B, L, h, w) (Fig. 9 b)."""
+    """I2T maps of all L columns of the empty prompt, mean over heads: z0 (B, C, ., .) -> (B, L, h, w) (Fig. 9 b)."""
     attn = attend(model, z0, None, blocks=[block], sigma=sigma, seeds=seeds, draws=draws)
     return torch.stack([class_maps(scores[block, "softmax"]) for scores in attn])            # (B, L, h, w)
 

@@ -73,7 +73,8 @@ def tokenize(tokenizer: Tokenizer, marks: Marks, length: int, prompt: str | list
     ids = [] if marks.start is None else [tokenizer.token_to_id(marks.start)]
     pieces = ["<sos>"] * len(ids)
     spans = []
-    for name in prompt.split() if isinstance(prompt, str) else prompt:       # no token crosses a space: one by one
+    names = prompt.split() if isinstance(prompt, str) else prompt
+    for name in names:                                   # no token crosses a space: one by one
         encoding = tokenizer.encode(name, add_special_tokens=False)
         encoding.truncate(length - 1 - len(ids))                             # the end needs a column
         spans.append(slice(len(ids), len(ids) + len(encoding)))
@@ -202,22 +203,22 @@ class TextCond(NamedTuple):
     spans: list[list[slice]]            # for each prompt, the rows of each of its names
 
 
-KEPT = 16                           # lists of prompts; a prompt of Flux takes 4 MB in bf16
+CACHE_SIZE = 16                     # lists of prompts; a prompt of Flux takes 4 MB in bf16
 
 
-def remembered(text, prompts):
-    """What `text.run` makes of prompts.  What inference has encoded is remembered, KEPT lists of prompts at most.
+def cached(text, prompts):
+    """What `text.encode_now` makes of prompts.  What inference encoded is kept: CACHE_SIZE lists of prompts.
 
     Noise levels and draws of one picture share its prompts, and all pictures the empty one; T5 is slow to ask again.
     """
     key = str(prompts)
     if not torch.is_inference_mode_enabled():            # training changes the weights, and wants gradients
-        return text.run(prompts)
-    if key not in text.remembered:
-        if len(text.remembered) == KEPT:
-            text.remembered.clear()
-        text.remembered[key] = text.run(prompts)
-    return text.remembered[key]
+        return text.encode_now(prompts)
+    if key not in text.cache:
+        if len(text.cache) == CACHE_SIZE:
+            text.cache.clear()
+        text.cache[key] = text.encode_now(prompts)
+    return text.cache[key]
 
 
 class TextEncoders(nn.Module):
@@ -238,7 +239,7 @@ class TextEncoders(nn.Module):
         self.room = self.length - 2
         self.width = clip_l.width + clip_g.width         # columns of the context that text fills
         self.pooled_dim = clip_l.width + clip_g.text_projection.out_features
-        self.remembered = {}                             # prompts -> what `encode` made of them
+        self.cache = {}                                  # prompts -> what `encode` made of them
 
     def n_tokens(self, name: str) -> int:
         """How many tokens a text takes, start and end not counted."""
@@ -252,12 +253,12 @@ class TextEncoders(nn.Module):
         """B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
 
         A prompt that is too long is cut after `room` tokens, as published; callers that must not lose a
-        name count with n_tokens first.  What inference has encoded is remembered.
+        name count with n_tokens first.  What inference has encoded is kept.
         """
-        return remembered(self, prompts)
+        return cached(self, prompts)
 
-    def run(self, prompts):
-        """`encode` without a memory."""
+    def encode_now(self, prompts):
+        """`encode` without the cache."""
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
         ids = torch.tensor(ids, device=self.clip_l.device)                   # (B, L)
         after_end = torch.arange(self.length, device=ids.device) > ids.argmax(-1, keepdim=True)  # (B, L)
@@ -285,7 +286,7 @@ class FluxText(nn.Module):
         self.room = length - 1
         self.width = t5xxl.width                         # columns of the context
         self.pooled_dim = clip_l.width
-        self.remembered = {}                             # as in TextEncoders
+        self.cache = {}                                  # as in TextEncoders
 
     def n_tokens(self, name: str) -> int:
         """How many tokens of T5 a text takes, the end not counted."""
@@ -299,12 +300,12 @@ class FluxText(nn.Module):
         """B prompts (or lists of class names) -> context (B, length, W), pooled vector (B, W_l), tokens and spans.
 
         Padding is attended to, in T5 and in Flux, as published.  What is too long is cut, for each tower by itself.
-        What inference has encoded is remembered.
+        What inference has encoded is kept.
         """
-        return remembered(self, prompts)
+        return cached(self, prompts)
 
-    def run(self, prompts):
-        """`encode` without a memory."""
+    def encode_now(self, prompts):
+        """`encode` without the cache."""
         clip_ids = [tokenize(self.clip_tokenizer, CLIP_MARKS, self.clip_l.positions, prompt)[0] for prompt in prompts]
         ids, tokens, spans = zip(*map(self.tokenize, prompts))
         _, pooled = self.clip_l(torch.tensor(clip_ids, device=self.clip_l.device))               # (B, W_l)

@@ -20,6 +20,7 @@ def plot_layers(ax, variants, rows, model):
     miou = miou_of(variants, rows)
     ax.plot(range(depth), miou[:depth], "o-", label="image-to-text")
     ax.plot(range(depth), miou[depth:], "s--", label="text-to-image")
+    ax.axvline(model.preset.block, color="grey", lw=0.8, label=f"expert block, {model.preset.block}")
     ax.set(xlabel="block", xticks=range(depth), title="Segmentation performance across blocks (Fig. 8)")
 
 
@@ -77,6 +78,7 @@ def plot(task, variants, rows, model, path):
     """The task's figure: mIoU against block, head, noise level, threshold or kind of score, with floor and ceiling."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     PLOTS[task](ax, variants, rows, model)
+    ax.set_title(f"{model.name}: {ax.get_title()}")
     if task != "heads":
         for name, style in (("floor", ":"), ("ceiling", "-.")):
             if name in rows:
@@ -135,10 +137,12 @@ def waterfall_table(found):
     return "\n".join(lines)
 
 
-def plot_waterfall(found, path):
+def plot_waterfall(found, whose, path):
     """waterfall_table as bars: what each choice alone adds to ours, and all together, with the interval of each."""
-    fig, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), layout="constrained", squeeze=False)
-    for ax, (title, rows) in zip(axes[0], found.items()):
+    size = (5 * len(found), 4)
+    fig, axes = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False, sharex=True)
+    fig.suptitle(f"The released code's choices, {whose}")
+    for ax, (table, rows) in zip(axes[0], found.items()):
         names = [name for name in rows if name != "ours"]
         above = np.array([rows[name]["above ours"] for name in names])       # (settings, 3)
         ends = np.abs(above[:, 1:] - above[:, :1]).T                         # (2, settings)
@@ -147,7 +151,7 @@ def plot_waterfall(found, path):
         ax.barh(labels, above[:, 0], color=colours, xerr=ends, capsize=3)
         ax.invert_yaxis()
         ax.axvline(0, color="black", lw=0.8)
-        ax.set(xlabel="mIoU above ours [points]", title=f"{title}: ours is {rows['ours']['mIoU']:.1f}")
+        ax.set(xlabel="mIoU above ours [points]", title=f"{table}: ours is {rows['ours']['mIoU']:.1f}")
     write_figure(path, fig, dpi=110)
     plt.close(fig)
 

@@ -1,5 +1,6 @@
 """Each analysis against explicit loops, and the command with every figure."""
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def test_shares_by_loops():
 
 def test_value_norms_by_loops():
     qkv, N = random_qkv(), 12
-    whole, heads = analysis.value_norms(qkv, [2, 0])
+    whole, heads = analysis.value_norms(qkv, [slice(1, 3), slice(0, 0)])
     v = qkv.v.numpy()
     for kind, span in (("image", range(N)), ("text", range(N, N + 6)), ("prompt", range(N + 1, N + 3))):
         want = np.mean([np.sqrt(sum((v[0, h, i] ** 2).sum() for h in range(3))) for i in span])
@@ -126,13 +127,26 @@ def test_means_over_prompts(quick_file):
         for t in (2, 4):
             want = np.mean([analysis.attention_shares(taps[t][block])["I2T"].mean() for taps in alone])
             assert shares[t]["I2T"][block] == pytest.approx(want, rel=1e-4)
-        whole, heads = zip(*(analysis.value_norms(taps[2][block], [n]) for taps, n in zip(alone, (3, 0, 1))))
+        words = (slice(1, 4), slice(0, 0), slice(1, 2))  # after <sos>
+        whole, heads = zip(*(analysis.value_norms(taps[2][block], [x]) for taps, x in zip(alone, words)))
         assert norms["text"][block] == pytest.approx(np.mean([x["text"].item() for x in whole]), rel=1e-4)
         for i in (0, 1):
             want = np.mean([whole[0]["prompt"].item(), whole[2]["prompt"].item()])
             assert norms["prompt"][block] == pytest.approx(want, rel=1e-4)
             want = (heads[0]["prompt"][0, i] + heads[2]["prompt"][0, i]).item() / 2
             assert by_head["prompt"][block][i] == pytest.approx(want, rel=1e-4)
+
+
+@torch.inference_mode()
+def test_norms_of_a_flux_s_words(tiny_flux):
+    """T5 has no <sos>: a prompt's words begin in the first column."""
+    model = replace(tiny_flux, preset=tiny_flux.preset.changed(steps=2, noise_steps=1))
+    assert model.text.encode(["sky"]).tokens[0][:2] == ["sky", "<eos>"]
+    norms, _ = analysis.mean_norms(model, ["sky"])
+    _, _, taps = analysis.taps_of(model, ["sky"], [1])
+    for block in range(4):
+        v = taps[1][block].v[0, :, taps[1][block].n_img]                     # (H, d), of "sky"
+        assert norms["prompt"][block] == pytest.approx(v.norm().item(), rel=1e-5)
 
 
 @torch.inference_mode()

@@ -189,9 +189,9 @@ def test_every_sweep_scores_the_same(near, loaded, task):
 def test_prompts_are_encoded_once(small_file, picture, monkeypatch):
     """For all noise levels and draws of a picture, and for all pictures where the prompt is empty."""
     model = seg4diff.load(small_file, "cpu")
-    run = model.text.run
+    encode_now = model.text.encode_now
     encoded = []
-    monkeypatch.setattr(model.text, "run", lambda prompts: encoded.append(prompts) or run(prompts))
+    monkeypatch.setattr(model.text, "encode_now", lambda prompts: encoded.append(prompts) or encode_now(prompts))
     for sigma in (0.3, 0.5):
         seg4diff.segment(model, picture, NAMES, sigma=sigma, draws=2)
     assert encoded == [[NAMES]]
@@ -201,7 +201,7 @@ def test_prompts_are_encoded_once(small_file, picture, monkeypatch):
     with torch.inference_mode():
         for i in range(20):
             model.text.encode([f"thing {i}"])
-    assert len(model.text.remembered) <= 16
+    assert len(model.text.cache) <= 16
 
 
 @pytest.mark.parametrize("kind, waits", [("cuda", False), ("cuda", True), ("mps", False)])

@@ -110,8 +110,14 @@ def test_every_embedded_model(machine, lines, monkeypatch, there):
     if there:
         path.write_bytes(bytes(12_300_000))
     monkeypatch.setitem(weights.EMBEDDED, "nano-flux", path)
-    wanted = "12.3 MB, embedded" if there else "not there; docs/data.md says how it is trained"
+    wanted = "12.3 MB, embedded" if there else "not there; nano/flux.md says how it is trained"
     assert lines("nano-flux")["model"][0] == f"nano-flux: {wanted}"
+
+
+def test_where_the_training_of_nano_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(weights.EMBEDDED, "nano", Path("nowhere"))
+    doctor.report_embedded("nano")
+    assert "nano: not there; nano/README.md says how it is trained" in capsys.readouterr().out
 
 
 def test_a_model_in_the_cache_and_a_token(machine, lines):

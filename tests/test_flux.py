@@ -15,7 +15,7 @@ from flux import Flux, FluxConfig
 
 def test_angles_by_hand():
     """d = 32: 2 pairs that are not turned, 7 that turn with the row, 7 with the column; text is not turned."""
-    where = flux.places((2, 3), 2, 32, None)
+    where = flux.rotary((2, 3), 2, 32, None)
     assert where.grid == (2, 3) and where.cos.shape == where.sin.shape == (8, 16)
     for token, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 0), (0, 0)]):
         speeds = [10000 ** (-k / 7) for k in range(7)]
@@ -26,7 +26,7 @@ def test_angles_by_hand():
 
 def test_published_speeds():
     """d = 128: axes of 16, 56 and 56 numbers; the speeds of the last two, from the published table."""
-    where = flux.places((2, 1), 0, 128, None)
+    where = flux.rotary((2, 1), 0, 128, None)
     speeds = torch.atan2(where.sin[1], where.cos[1])
     assert torch.equal(speeds[:8], torch.zeros(8)) and torch.equal(speeds[36:], torch.zeros(28))
     close(speeds[8:11], torch.tensor([1, 0.7196857, 0.5179475]), 1e-6)
@@ -36,13 +36,13 @@ def test_published_speeds():
 def test_neighbouring_numbers_are_a_pair():
     """A quarter turn takes (a, b) to (-b, a)."""
     x = torch.arange(1.0, 5)[None, None, None]                               # (1, 1, 1, 4)
-    where = flux.Places((1, 1), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    where = flux.Rotary((1, 1), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     assert flux.rotate(x, where).flatten().tolist() == [-2, 1, 3, 4]
 
 
 def test_products_know_the_distance_alone():
     """q of one token times k of another is the same wherever the two stand."""
-    where = flux.places((5, 6), 0, 32, None)
+    where = flux.rotary((5, 6), 0, 32, None)
     q, k = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     turned_q, turned_k = (flux.rotate(x.expand(1, 1, 30, 32), where)[0, 0].view(5, 6, 32) for x in (q, k))
     first = turned_q[0, 1] @ turned_k[2, 4]

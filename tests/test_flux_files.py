@@ -309,8 +309,8 @@ def test_what_does_not_fit_waits_in_host_memory(tiny_flux, tiny_flux_file, monke
 def test_t5_reads_a_prompt_once(tiny_flux, monkeypatch):
     """The memory of prompts is SD3's (test_device)."""
     text = tiny_flux.text
-    monkeypatch.setattr(text, "remembered", {})
-    monkeypatch.setattr("text.KEPT", 2)
+    monkeypatch.setattr(text, "cache", {})
+    monkeypatch.setattr("text.CACHE_SIZE", 2)
     asked = []
     real = text.t5xxl.forward
     monkeypatch.setattr(text.t5xxl, "forward", lambda ids: asked.append(len(ids)) or real(ids))

@@ -105,9 +105,9 @@ def test_wrong_time_fails_parity():
 @pytest.mark.parametrize("wrong", ["rows for columns", "text turned, too", "halves instead of neighbours"])
 def test_wrong_rotations_fail_parity(wrong, monkeypatch):
     weights, g, _ = golden("flux_dev")
-    right, turn = flux.places, flux.rotate
+    right, turn = flux.rotary, flux.rotate
 
-    def places(grid, M, head_dim, device):
+    def rotary(grid, M, head_dim, device):
         if wrong == "rows for columns":
             where = right(grid[::-1], M, head_dim, device)
             return where._replace(grid=grid)
@@ -122,7 +122,7 @@ def test_wrong_rotations_fail_parity(wrong, monkeypatch):
         halves = x.unflatten(-1, (2, -1)).mT.flatten(-2)
         return turn(halves, where)
 
-    monkeypatch.setattr(flux, "places", places)
+    monkeypatch.setattr(flux, "rotary", rotary)
     monkeypatch.setattr(flux, "rotate", rotate)
     differ(velocity(weights, g)[0], g["out.vel"], by=1e-3)
 

@@ -152,7 +152,7 @@ def test_flux_as_the_released_code_has_it(tiny_flux):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     names = ["car", "sky"]
     before = seg4diff.segment(tiny_flux, image, names).maps
-    preset = loading.released(tiny_flux.preset)
+    preset = loading.released_preset(tiny_flux.preset)
     assert released.model_of(tiny_flux, Choices(level=True)).preset.sigma == preset.sigma != tiny_flux.preset.sigma
     assert released.model_of(tiny_flux, Choices(unit=True)).vae.unit_pictures
     rows = released.model_of(tiny_flux, Choices(rows=True)).text

@@ -294,6 +294,9 @@ def test_lists_are_equally_long(tiny, picture):
     for classes, seeds in (([["car"]], [0, 1]), ([["car"]] * 3, [0, 1]), ([["car"]] * 2, [0])):
         with pytest.raises(ValueError, match="2 pictures"):
             seg4diff.segment(tiny, [picture, picture], classes, seed=seeds)
+    for call in (lambda: seg4diff.segment(tiny, [], []), lambda: seg4diff.propose(tiny, [])):
+        with pytest.raises(ValueError, match="no picture"):
+            call()
     (seg,) = seg4diff.segment(tiny, [picture], [["car", "sky"]], seed=[0])
     assert (seg.labels == seg4diff.segment(tiny, picture, ["car", "sky"]).labels).all()
 

@@ -137,10 +137,10 @@ def region_variants(qkv: JointQKV) -> dict[str, Tensor]:
 def tapped(model, z0, names, seed, blocks):
     """One pass over one picture: {block: JointQKV} on the CPU, and the columns of the names."""
     sigma = model.preset.sigma
-    z = seg4diff.add_noise(z0.float(), seg4diff.noise(z0.shape[1:], [seed]).to(z0.device), sigma).to(model.dtype)
+    eps = seg4diff.noise(z0.shape[1:], [seed]).to(z0.device)                 # (1, C, ., .)
+    z = seg4diff.add_noise(z0.float(), eps, sigma)                           # (1, C, ., .)
     cond = model.text.encode([names])
-    level = torch.full((1,), sigma, device=z.device)
-    _, taps = model.transformer(z, level, cond.ctx, cond.pooled, capture=blocks, stop_at=max(blocks))
+    _, taps = model(z, sigma, cond.ctx, cond.pooled, capture=blocks, stop_at=max(blocks))
     taps = {i: qkv._replace(q=qkv.q.cpu(), k=qkv.k.cpu(), v=qkv.v.cpu()) for i, qkv in taps.items()}
     return taps, cond.spans[0]
 

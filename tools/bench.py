@@ -91,11 +91,10 @@ def released_way(model, image, names):
     """
     z0 = seg4diff.encode_image(model, image)                                 # (1, C, ., .)
     eps = seg4diff.noise(z0.shape[1:], [0]).to(z0.device)                    # (1, C, ., .)
-    z = seg4diff.add_noise(z0.float(), eps, model.preset.sigma).to(model.dtype)
+    z = seg4diff.add_noise(z0.float(), eps, model.preset.sigma)              # (1, C, ., .)
     cond = model.text.encode([names])
-    sigma = torch.full((1,), model.preset.sigma, device=model.device)
     block = model.preset.block
-    _, taps = model.transformer(z, sigma, cond.ctx, cond.pooled, capture={block})
+    _, taps = model(z, model.preset.sigma, cond.ctx, cond.pooled, capture={block})
     q, k, _, N, grid = taps[block]
     probs = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)                  # (1, H, N+M, N+M)
     mean = i2t(probs, N).float().mean(1)[0]                                  # (N, M)
@@ -113,8 +112,7 @@ def main(args):
     B = args.batch_size or model.preset.batch
     side = model.preset.size // model.vae.factor
     z = seg4diff.noise((model.vae.channels, side, side), range(args.seed, args.seed + B))     # (B, C, side, side)
-    z = z.to(model.device, model.dtype)
-    sigma = torch.full((B,), model.preset.sigma, device=model.device)
+    z = z.to(model.device)
     cond = model.text.encode([["car", "sky"]] * B)
     show(f"{model.name}, {cfg.depth} blocks, expert {block}; {B} x {model.preset.size} pixels; {model.device}, "
          f"{model.dtype}, {torch.get_num_threads()} threads; medians of {args.repeats}")
@@ -122,7 +120,7 @@ def main(args):
     show(f"weights of the blocks: {sum(sizes[:block + 1]):.1f} of {sum(sizes):.1f} MB are all that segmentation loads")
 
     def forward(stop):
-        return model.transformer(z, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
+        return model(z, model.preset.sigma, cond.ctx, cond.pooled, capture={block}, stop_at=stop)
 
     _, taps = forward(block)
     qkv = taps[block]

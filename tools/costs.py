@@ -295,9 +295,9 @@ TASKS = {"segment": segmentation, "generate": generation, "magnet": training}
 
 
 def work_bytes(shapes: Shapes, task: str, dtype: torch.dtype, kind: str, batch: int) -> int:
-    """The most that is computed at once.  kind: of device; off CUDA the autoencoder's norms are in fp32 (vae.Norm)."""
+    """The most that is computed at once.  kind: of device; on MPS the autoencoder's norms are in fp32 (vae.Norm)."""
     size = shapes.preset.size
-    wide = dtype.itemsize if kind == "cuda" else 4
+    wide = 4 if kind == "mps" else dtype.itemsize
     encode = encode_bytes(shapes.vae, size, wide)
     if task == "segment":
         return max(encode, forward_bytes(shapes, batch, dtype.itemsize), maps_bytes(shapes, batch, copies=2))

@@ -100,7 +100,8 @@ def report_embedded(name: str) -> None:
     if path.is_file():
         say("model", f"{name}: {path.stat().st_size / 1e6:.1f} MB, embedded")
     else:
-        say("model", f"{name}: not there; docs/data.md says how it is trained")
+        card = "flux.md" if name == "nano-flux" else "README.md"
+        say("model", f"{name}: not there; nano/{card} says how it is trained")
 
 
 def report_cached(name: str) -> None:

@@ -21,6 +21,7 @@ if __name__ == "__main__":                               # Ctrl-C is answered wh
     ctrl_c.answer_early()
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 from tqdm import tqdm
 
@@ -164,21 +165,29 @@ def readable(arm: str) -> str:
     return arm
 
 
+COLOURS = {"better": "C2", "worse": "C3"}                # of what has a verdict
+
+
 def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
     """A panel for each column: every arm's difference to its base, with its interval; filled: it survives Holm."""
     arms = len(rows) // len(columns)
     width = 4 + 3 * len(columns)                         # inches
-    fig = Figure((width, 1.6 + 0.24 * arms), dpi=90, layout="constrained")
+    fig = Figure((width, 1.9 + 0.24 * arms), dpi=90, layout="constrained")
     fig.suptitle(textwrap.fill(title, 9 * width))
+    marks = [Line2D([], [], color=colour, marker="o", markerfacecolor="white", label=f"with it {word}")
+             for word, colour in COLOURS.items()]
+    marks.append(Line2D([], [], color="grey", marker="o", markerfacecolor="white", label="cannot be told"))
+    marks.append(Line2D([], [], color="black", marker="o", linestyle="", label="filled: survives Holm's correction"))
+    fig.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
     for ax, column in zip(fig.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
         chosen = [row for row in rows if row.column == column]
         for y, row in enumerate(chosen):
             x = row.found
-            colour = {"better": "C2", "worse": "C3"}.get(x.verdict, "grey")
+            colour = COLOURS.get(x.verdict, "grey")
             ax.plot([x.low, x.high], [y, y], color=colour)
             ax.plot(x.difference, y, "o", color=colour, markerfacecolor=colour if row.survives else "white")
         ax.axvline(0, color="black", lw=0.8)
-        ax.set(title=column, xlabel="difference", yticks=range(arms), ylim=(arms - 0.5, -0.5))
+        ax.set(title=column, xlabel="difference of the score", yticks=range(arms), ylim=(arms - 0.5, -0.5))
         ax.set_yticklabels([readable(row.arm) for row in chosen])
     write_figure(path, fig)
 
@@ -219,8 +228,8 @@ def run(experiment: Experiment, name: str, prompts: list[str], models: dict, jud
         "seeds": list(experiment.seeds), "arms": arms,
         "comparisons": [entry(row) for row in rows], "seconds": seconds,
         "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
-    plot(rows, judge.columns, f"{experiment.title}: {what}. Difference to the same captions and noise without it, with "
-         "95 % interval; filled: survives Holm's correction", out / f"{name}.png")
+    plot(rows, judge.columns, f"{experiment.title}: {what}. Difference to the same captions and noise without it, and "
+         "its 95\N{NO-BREAK SPACE}% interval", out / f"{name}.png")
     write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
     show(f"{experiment.title}: {what}")
     show(table(rows))

@@ -73,8 +73,7 @@ def segment(path, early, device):
     synchronize(model.device)
     encoded = time.time()
     block = model.preset.block
-    sigma = torch.full((1,), model.preset.sigma, device=model.device)
-    _, taps = model.transformer(z0, sigma, cond.ctx, cond.pooled, capture={block}, stop_at=block if early else None)
+    _, taps = model(z0, model.preset.sigma, cond.ctx, cond.pooled, capture={block}, stop_at=block if early else None)
     maps = i2t_attention(taps[block])                                        # (1, H, N, M)
     assert maps.isfinite().all() and maps.sum(-1).max() <= 1.001             # shares of each pixel's attention
     show(f"{loaded - start:.0f} s load, {encoded - loaded:.0f} s VAE and text, {time.time() - encoded:.0f} s MM-DiT")

@@ -93,7 +93,7 @@ def waterfall(args, load, data, half):
     write_json(out / "results.json", {"task": "protocol", "data": data.name, "model": caption, "n": numbers,
                                       "rows": found, "arguments": {k: str(v) for k, v in vars(args).items()},
                                       "versions": VERSIONS, "seconds": seconds})
-    plot_waterfall(found, out / "protocol.png")
+    plot_waterfall(found, f"{model.name}, {data.name}", out / "protocol.png")
     show(f"{data.name}, {max(numbers.values())} pictures; {caption}; choices: released.py")
     show(waterfall_table(found))
     show(f"{seconds:.0f} s; wrote {out}/results.json and protocol.png")

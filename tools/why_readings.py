@@ -63,12 +63,11 @@ class Look:
         self.labels = {r: self.ids[found[r].labels] for r in found}          # (height, width) each
         self.right = {r: float((x == self.item.labels).mean()) for r, x in self.labels.items()}
         z0 = seg4diff.encode_image(model, self.item.image).float()           # (1, C, ., .)
-        sigma = model.preset.sigma
-        z = seg4diff.add_noise(z0, seg4diff.noise(z0.shape[1:], [seed]).to(z0.device), sigma).to(model.dtype)
+        eps = seg4diff.noise(z0.shape[1:], [seed]).to(z0.device)             # (1, C, ., .)
+        z = seg4diff.add_noise(z0, eps, model.preset.sigma)                  # (1, C, ., .)
         cond = model.text.encode([self.names])
-        level = torch.full((1,), sigma, device=z.device)
         block = model.preset.block
-        _, taps = model.transformer(z, level, cond.ctx, cond.pooled, capture={block}, stop_at=block)
+        _, taps = model(z, model.preset.sigma, cond.ctx, cond.pooled, capture={block}, stop_at=block)
         qkv = taps[block]
         self.qkv = qkv._replace(q=qkv.q.cpu(), k=qkv.k.cpu(), v=qkv.v.cpu())
 
