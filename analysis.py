@@ -16,6 +16,7 @@ import seg4diff
 from loading import Seg4Diff, image_seed
 from mmdit import JointQKV, i2t_attention, t2i_attention
 from protocol import names_of
+from sampling import trajectory
 from support.metrics import classes_in, scores
 
 # ---------------------------------------------------------------------------- functions of q, k, v
@@ -90,18 +91,9 @@ def taps_of(model, prompts, at, seed=0):
     Returns pictures, the encoded prompts, {t: {block: JointQKV}}.  ValueError: a t that the sampler does not visit.
     """
     steps = model.preset.steps
-    if len(prompts) > model.preset.batch:
-        raise ValueError(f"{len(prompts)} prompts are more than a batch of this model, {model.preset.batch}")
     if not all(1 <= t <= steps for t in at):
         raise ValueError(f"the sampler has steps 1 to {steps}, not {list(at)}")
-    latents = {}
-
-    def keep(i, z):
-        latents[steps - 1 - i] = z                                           # (B, C, ., .)
-
-    images = seg4diff.generate(model, prompts, seed=seed, callback=keep)
-    B = len(prompts)
-    latents[steps] = seg4diff.noise(latents[0].shape[1:], range(seed, seed + B)).to(model.device)
+    images, latents = trajectory(model, prompts, seed)
     cond = model.text.encode(list(prompts))
     schedule = model.preset.sigmas(steps).to(model.device)                   # (S+1,)
     taps = {}

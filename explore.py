@@ -28,6 +28,7 @@ import seg4diff
 from loading import Preset, Seg4Diff
 from mmdit import JointQKV, t2i_attention
 from nano import scenes
+from sampling import trajectory
 from support.cli import Parser, add_model_options, at_least, command, show, utf8
 from support.metrics import classes_in
 from support.page import at_most, embedded, packed, quantised, write
@@ -90,15 +91,8 @@ def drawn(model: Seg4Diff, prompt: str, seed: int, levels: dict[int, float]
 
     From one z to the next the sampler went along its velocity eps - z0, so its estimate is z0 = z - sigma * vel.
     """
-    preset = model.preset
-    latents = {}
-
-    def keep(i, z):
-        latents[preset.steps - 1 - i] = z.float()                            # (1, C, ., .)
-
-    seg4diff.generate(model, prompt, seed=seed, callback=keep)
-    latents[preset.steps] = seg4diff.noise(latents[0].shape[1:], [seed]).to(model.device)
-    sigmas = levels_of(preset, 1) | {0: 0.0}
+    _, latents = trajectory(model, prompt, seed)
+    sigmas = levels_of(model.preset, 1) | {0: 0.0}
     estimates = []
     for t, sigma in levels.items():
         vel = (latents[t - 1] - latents[t]) / (sigmas[t - 1] - sigma)        # (1, C, ., .)
@@ -187,8 +181,7 @@ def attention(model: Seg4Diff, latents: dict[int, Tensor], levels: dict[int, flo
     fewer = readings.spread_patches((side, side), HEAD_SIDE)                 # of those that are kept
     maps = {"i2t": [], "t2i": [], "i2t_heads": [], "t2i_heads": [], "i2i": []}
     for t, z in tqdm(latents.items(), desc=f"{model.name}: noise levels", unit="level"):
-        sigma = torch.tensor([levels[t]], device=z.device)
-        _, taps = model.transformer(z.to(model.dtype), sigma, cond.ctx, cond.pooled, capture=range(depth))
+        _, taps = model(z, levels[t], cond.ctx, cond.pooled, capture=range(depth))
         for block in range(depth):
             qkv = taps.pop(block)
             t2i = t2i_attention(qkv)[0][:, :, patches]                       # (H, M, n)

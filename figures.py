@@ -120,7 +120,7 @@ def pca(model, prompts, out):
 
 
 def tokens(model, prompts, out):
-    """Fig. 16, 25: I2T and T2I maps of <sos> and every word of a prompt in the expert block, mean over heads."""
+    """Fig. 16, 25: I2T and T2I maps of <sos> (T5 has none) and every word of a prompt in the expert block."""
     image, names, i2t, t2i = analysis.expert_maps(model, prompts[0])
     names = names[:min(16, names.index("<eos>"))]
     rows = [[image, *maps.mean(0)[:len(names)]] for maps in (i2t, t2i)]      # maps (h, w)
@@ -132,8 +132,10 @@ def tokens(model, prompts, out):
 def heads(model, prompts, out):
     """Fig. 9 (a), 26, 27: every head's I2T map of each word of a prompt in the expert block."""
     image, names, i2t, _ = analysis.expert_maps(model, prompts[0])
-    names = names[1:min(11, names.index("<eos>"))]
-    rows = [[image, i2t[:, i].mean(0), *i2t[:, i]] for i in range(1, len(names) + 1)]        # maps (h, w)
+    first = 1 if names[0] == "<sos>" else 0              # T5 has none
+    words = range(first, min(first + 10, names.index("<eos>")))
+    names = [names[i] for i in words]
+    rows = [[image, i2t[:, i].mean(0), *i2t[:, i]] for i in words]           # maps (h, w)
     title = f"Each head of block {model.preset.block} at t = {model.preset.noise_steps} (Fig. 9 a, 26): {prompts[0]}"
     titles = ["generated", "mean", *(f"head {i}" for i in range(len(i2t)))]
     picture_rows(out / "heads.png", title, names, rows, [titles])

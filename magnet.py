@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     steps: int = 1000                       # of the optimiser: released code
     warmup: int = 500                       # steps until the full rate: released code
     lr: float = 1e-5                        # Sec. 4.1
-    batch: int = 4                          # pictures at once and process: Sec. 4.1
+    batch: int = 4                          # pictures at once, in each process: Sec. 4.1
     rank: int = 16                          # of the LoRA: Sec. 4.1
     seed: int = 0
     checkpointing: bool = True              # activations are computed twice instead of kept: SD3 needs it on 24 GB

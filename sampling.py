@@ -119,3 +119,23 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
         for latent in z.to(model.dtype).split(1):                            # one at a time, to save memory
             images.append(to_image(check_finite(model.vae.decode(latent)[0], "the pixels")))
     return images
+
+
+def trajectory(model: Seg4Diff, prompts: str | Sequence[str], seed: int = 0
+               ) -> tuple[list[Image.Image], dict[int, Tensor]]:
+    """A batch of pictures as `generate` draws them, and the latents on the way: {steps left: z (B, C, ., .)}.
+
+    The first one is the noise, the last one, with no steps left, the picture's.  ValueError: more than a batch.
+    """
+    steps = model.preset.steps
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(prompts) > model.preset.batch:
+        raise ValueError(f"{len(prompts)} prompts are more than a batch of this model, {model.preset.batch}")
+    latents = {}
+
+    def keep(i, z):
+        latents[steps - 1 - i] = z                                           # (B, C, ., .)
+
+    images = generate(model, prompts, seed=seed, callback=keep)
+    latents[steps] = noise(latents[0].shape[1:], range(seed, seed + len(prompts))).to(model.device)
+    return images, latents
