@@ -313,7 +313,9 @@ def test_arms_of_the_experiments(tmp_path):
     blocks = experiment("blocks")
     assert len(blocks.arms) == 2 + 3 * 8 <= experiments.MOST
     for arm, base in blocks.pairs:
-        assert (base.pag, base.perturb, base.cfg) == (0, (), arm.cfg) and (arm.pag == 1) != (len(arm.perturb) == 1)
+        assert (base.pag, base.cfg) == (0, arm.cfg) and (arm.pag == 1) != (len(arm.perturb) == 1)
+    others = [(arm.perturb, base.perturb) for arm, base in blocks.pairs if base.perturb]
+    assert others == 2 * [((5,), (block,)) for block in range(8) if block != 5]              # at cfg 1 and 3
     rows = []
     for block, difference in enumerate((0.1, 0.4, 0.0, 0.3, 0.2)):
         for column in ("first", "last"):
@@ -369,7 +371,7 @@ def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
     code, out, err = command("tools/experiments.py", "blocks", *options)
     assert code == 0, err
     result = json.loads((tmp_path / "out/experiments-tiny/blocks.json").read_text())
-    assert len(result["comparisons"]) == 2 * 3 * 3 and "18 comparisons; *: survives Holm" in out
+    assert len(result["comparisons"]) == 2 * (3 * 3 + 2 * 2) and "26 comparisons; *: survives Holm" in out
     for row in result["comparisons"]:
         arm = np.array(result["scores"][row["arm"]][row["column"]], float)
         base = np.array(result["scores"][row["base"]][row["column"]], float)

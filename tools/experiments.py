@@ -61,13 +61,19 @@ class Experiment(NamedTuple):
 
 
 def blocks(model: Seg4Diff, judge, out: Path) -> Experiment:
-    """Every block: guidance by it at cfg 1 (Fig. 6), and its blur at cfg 1 and at the preset's cfg (Fig. 5, 18)."""
+    """Every block: guidance by it at cfg 1 (Fig. 6), and its blur at cfg 1 and at the preset's cfg (Fig. 5, 18).
+
+    The expert's blur is also compared with every other block's.
+    """
     depth = range(model.transformer.config.depth)
-    usual = model.preset.cfg
+    scales = [1.0]
+    if model.preset.cfg != 1 and not isinstance(model.transformer, Flux):    # a Flux has more blocks: at most 20 arms
+        scales.append(model.preset.cfg)
     pairs = [(named(1.0, 1.0, [block]), named(1.0)) for block in depth]
-    pairs += [(named(1.0, perturb=[block]), named(1.0)) for block in depth]
-    if usual != 1 and not isinstance(model.transformer, Flux):               # a Flux has more blocks: at most 20 arms
-        pairs += [(named(usual, perturb=[block]), named(usual)) for block in depth]
+    pairs += [(named(cfg, perturb=[block]), named(cfg)) for cfg in scales for block in depth]
+    expert = model.preset.block                          # is it the one that hurts most?
+    pairs += [(named(cfg, perturb=[expert]), named(cfg, perturb=[block])) for cfg in scales for block in depth
+              if block != expert]
     return Experiment("Each block as guidance (s) and blurred", 0, 128, range(1), pairs)
 
 
@@ -148,11 +154,11 @@ def entry(row: Row) -> dict:
 def table(rows: list[Row]) -> str:
     """The lines, a column of the judge after the other."""
     width = max(len(row.arm) for row in rows) + 2
-    title = f"{'arm':{width}s}{'against':14s}{'score':14s}{'n':>4s}{'without':>9s}{'with':>9s}{'difference':>12s}"
+    title = f"{'arm':{width}s}{'against':16s}{'score':14s}{'n':>4s}{'without':>9s}{'with':>9s}{'difference':>12s}"
     lines = [f"{title}  95 % interval      verdict"]
     for row in rows:
         x = row.found
-        lines.append(f"{row.arm:{width}s}{row.base:14s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
+        lines.append(f"{row.arm:{width}s}{row.base:16s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
                      f"{x.difference:+12.3f}  {x.interval:18s} {x.verdict}{' *' * row.survives}")
     return "\n".join(lines)
 
@@ -228,8 +234,8 @@ def run(experiment: Experiment, name: str, prompts: list[str], models: dict, jud
         "seeds": list(experiment.seeds), "arms": arms,
         "comparisons": [entry(row) for row in rows], "seconds": seconds,
         "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
-    plot(rows, judge.columns, f"{experiment.title}: {what}. Difference to the same captions and noise without it, and "
-         "its 95\N{NO-BREAK SPACE}% interval", out / f"{name}.png")
+    title = f"{experiment.title}: {what}. Difference to the same captions and noise without it, and its 95 % interval"
+    plot([row for row in rows if "blurred" not in row.base], judge.columns, title, out / f"{name}.png")
     write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
     show(f"{experiment.title}: {what}")
     show(table(rows))
