@@ -187,6 +187,9 @@ def expert(model, prompts, out, data, limit=100):
             "rank correlation": {f"{a} ~ {b}": spearmanr(rows[a], rows[b]).statistic for a, b in combinations(rows, 2)}}
 
 
+TEXT_LEVELS = (0.1, 0.3, 0.7, 0.9)      # and the preset's
+
+
 def text_matters(model, out, data, limit=100):
     """How much of a picture's flow loss its class names save, and those of the next picture, at each noise level."""
     names, broken = usable(data, subset(data.names, min(limit, 32)))
@@ -195,7 +198,7 @@ def text_matters(model, out, data, limit=100):
     captions = [[names, "", others] for names, others in zip(named, named[1:] + named[:1])]
     rows = {}
     errors = []
-    for sigma in tqdm(sorted({0.1, 0.3, 0.7, 0.9, round(model.preset.sigma, 3)}), desc="text", unit="level"):
+    for sigma in tqdm(sorted({*TEXT_LEVELS, round(model.preset.sigma, 3)}), desc="text", unit="level"):
         losses = analysis.caption_losses(model, [item.image for item in items], captions, sigma)       # (n, 3)
         true = analysis.loss_saved(losses, 0, 1)                             # (n,)
         other = analysis.loss_saved(losses, 2, 1)                            # (n,)

@@ -20,29 +20,23 @@ PROMPT = "a big red air balloon with snow and sand under the sunset"
 SCENE = 15                                                      # an air balloon and a mushroom, night and water
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def write_pages(folder: Path) -> None:
     """Pages by nano: a scene without and with MAGNET, and a generation."""
-    folder = tmp_path_factory.mktemp("pages")
     given = Namespace(words=[], scene=SCENE, generate=None, every=10, model="nano", lora=MAGNET, seed=0, device="cpu",
                       dtype="float32", out=folder / "scene.html")
     explore.main(given)
     changed = {"words": ["air balloon", "sand"], "scene": None, "generate": PROMPT, "lora": None}
     explore.main(Namespace(**vars(given) | changed | {"out": folder / "drawn.html"}))
-    return folder
 
 
-@pytest.fixture(scope="module")
-def driver():
+def new_driver() -> webdriver.Chrome:
     """A browser that writes down its console and its requests."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    return webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
 
 
 class Page:
@@ -55,6 +49,11 @@ class Page:
         driver.get("about:blank")
         driver.get(f"file://{path}{address}")
         self.until("document.body.dataset.ready === 'yes'")
+
+    def start_again(self):
+        """As the page is when it has just been opened, without the second that opening takes."""
+        self.driver.execute_script("hover = { word: null, patch: null, map: false }; change({ ...START }, 'block')")
+        self.until("true")
 
     def js(self, expression):
         return self.driver.execute_script(f"return {expression}")
@@ -106,11 +105,17 @@ class Page:
         return dict(zip(names, [float(x.text.split(" | ")[0]) for x in self.find(".chip output")]))
 
 
-@pytest.fixture
-def open_page(driver, folder):
+def opening(driver: webdriver.Chrome, folder: Path):
     """Opens a page; afterwards, nothing may stand in the console and nothing may have been asked of elsewhere."""
-    yield lambda name, *args, **options: Page(driver, folder / name, *args, **options)
+    opened = []
+
+    def open_one(name, *args, **options):
+        opened.append(name)
+        return Page(driver, folder / name, *args, **options)
+
+    yield open_one
     assert driver.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    assert asked and all(url.startswith((f"file://{folder}", "data:", "blob:", "about:blank")) for url in asked)
+    assert bool(asked) == bool(opened)
+    assert all(url.startswith((f"file://{folder}", "data:", "blob:", "about:blank")) for url in asked)

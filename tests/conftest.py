@@ -76,3 +76,33 @@ def command(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]
             code = e.code or 0
         return code, *capsys.readouterr()
     return run
+
+
+# of the explorer's tests, which share pages and browser; browser.py skips them where there is none
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Pages of the explorer."""
+    import browser
+
+    folder = tmp_path_factory.mktemp("pages")
+    browser.write_pages(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def driver():
+    import browser
+
+    driver = browser.new_driver()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def open_page(driver, folder):
+    """Opens a page of `folder`: browser.opening."""
+    import browser
+
+    yield from browser.opening(driver, folder)

@@ -258,6 +258,7 @@ def test_words_matter_where_segmentation_reads(tmp_path, monkeypatch):
     8 pictures and one draw of noise: the names save 4.5 % with a standard error of 0.7 %, twice as much as is asked.
     """
     monkeypatch.setattr(analysis, "CAPTION_DRAWS", 1)
+    monkeypatch.setattr(figures, "TEXT_LEVELS", (0.1, 0.9))
     model = seg4diff.load("nano", device="cpu")
     numbers = figures.text_matters(model, tmp_path, DATASETS["scenes-dev"](), limit=8)
     rows = numbers["flow loss saved by class names [%]"]

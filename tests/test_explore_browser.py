@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import MAGNET, SCENE, Page, driver, folder, open_page, webdriver  # noqa: F401
+from browser import MAGNET, SCENE, webdriver
 from PIL import Image
 
 import seg4diff

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import driver, folder, open_page  # noqa: F401
+from browser import Page
 
 
 class Reader:
@@ -18,7 +18,7 @@ class Reader:
     the way there, 0.3 a key, 1.2 a look; the page's waits are measured.
     """
 
-    def __init__(self, page):
+    def __init__(self, page: Page):
         self.page = page
         self.presses = self.keys = self.looks = 0
         self.wait = 0.0
@@ -46,9 +46,22 @@ class Reader:
         assert seconds < 10
 
 
+@pytest.fixture(scope="module")
+def now():
+    """The page that is open."""
+    return {}
+
+
 @pytest.fixture
-def read(open_page):
-    return lambda name="scene.html": Reader(open_page(name))
+def read(open_page, now):
+    """A reader before a page as it opens; one that is open already starts again."""
+    def reader(name="scene.html"):
+        if name not in now:
+            now.clear()
+            now[name] = open_page(name)
+        now[name].start_again()
+        return Reader(now[name])
+    return reader
 
 
 def test_where_does_a_word_look_in_a_block(read):
