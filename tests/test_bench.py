@@ -24,12 +24,12 @@ def test_bench(command, tiny_file):
     part, whole = map(float, re.findall(r"[\d.]+", weights)[:2])
     assert whole > 1 and 0.55 < part / whole < 0.75             # two blocks of three; the last has no text MLP
     assert all(word in head for word in ("tiny, 3 blocks, expert 1", "4 x 128 pixels", "cpu, torch.float32", "of 3"))
-    pattern = r"(MM-DiT|attention maps|whole picture) +(.+?) +([\d.]+) (ms|x) +(nan|-?[\d.]+) (?:MB|x)"
+    pattern = r"(MM-DiT|attention maps|autoencoder|whole picture) +(.+?) +([\d.]+) (ms|x) +(nan|-?[\d.]+) (?:MB|x)"
     rows = [re.fullmatch(pattern, row) for row in rows]
     assert all(rows) and [row[2] for row in rows] == ["up to block 1", "all 3 blocks", "ratio", "i2t_attention",
-                                                      "i2t(joint_probs)", "ratio", "here", "the released way",
-                                                      "ratio"]
-    for first, second, ratio in (rows[:3], rows[3:6], rows[6:]):
+                                                      "i2t(joint_probs)", "ratio", "here", "as usual",
+                                                      "ratio", "here", "the released way", "ratio"]
+    for first, second, ratio in (rows[:3], rows[3:6], rows[6:9], rows[9:]):
         assert float(ratio[3]) == pytest.approx(float(first[3]) / float(second[3]), rel=0.2, abs=0.02)
     assert float(rows[2][3]) < 1                                # a run that stops early is shorter
 
@@ -40,6 +40,14 @@ def test_the_released_way_gives_the_same_maps(tiny):
     here = seg4diff.segment(tiny, image, ["car", "night sky"])
     torch.testing.assert_close(maps, here.maps, rtol=1e-4, atol=1e-7)
     assert (labels == here.labels).mean() > 0.999
+
+
+@torch.inference_mode()
+def test_the_usual_autoencoder_gives_the_same_latents(tiny):
+    pixels = bench.square_of(tiny, Image.fromarray(scenes.draw(3).image))
+    assert pixels.shape == (1, 3, 128, 128) and pixels.amin() >= -1 and pixels.amax() <= 1
+    z0 = seg4diff.encode_image(tiny, Image.fromarray(scenes.draw(3).image))
+    torch.testing.assert_close(bench.plain_encode(tiny.vae, pixels), z0, rtol=1e-5, atol=1e-5)
 
 
 def test_the_size_is_the_pictures(command, tiny_file):

@@ -1,5 +1,5 @@
-"""What shortcuts are worth, as ratios measured in one run: the early exit, attention without the whole of A, and both
-in a whole segmentation against the way of the released code.
+"""What shortcuts are worth, as ratios measured in one run: the early exit, attention without the whole of A, the
+autoencoder, and all of them in a whole segmentation against the way of the released code.
 
     python tools/bench.py                                # nano, on the CPU or the GPU that is there
     python tools/bench.py --model sd3 --batch-size 4 --device cuda
@@ -23,11 +23,12 @@ if __name__ == "__main__":                               # Ctrl-C is answered wh
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import seg4diff  # noqa: E402
-from loading import check_fit  # noqa: E402
+from loading import check_fit, squash  # noqa: E402
 from mmdit import i2t, i2t_attention, joint_probs  # noqa: E402
 from support.checkpoint import synchronize  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
@@ -82,14 +83,42 @@ def compare(title, calls, repeats, device):
     show(f"{title:14s} {'ratio':18s} {times[0] / times[1]:10.2f} x  {share:10.2f} x")
 
 
+def plain_block(block, x):
+    """A residual block of the autoencoder (vae.ResBlock) as it is usually written: nothing is overwritten in place."""
+    y = block.conv1(F.silu(F.group_norm(x, block.norm1.num_groups, block.norm1.weight, block.norm1.bias, 1e-6)))
+    y = block.conv2(F.silu(F.group_norm(y, block.norm2.num_groups, block.norm2.weight, block.norm2.bias, 1e-6)))
+    return block.nin_shortcut(x) + y
+
+
+def plain_encode(vae, x):
+    """vae.encode as it is usually written, in the contiguous memory format: (B, 3, px, px) -> (B, C, px/8, px/8)."""
+    encoder = vae.encoder
+    x = encoder.conv_in(x)
+    for level in encoder.down:
+        for block in level.block:
+            x = plain_block(block, x)
+        x = level.downsample(x)
+    x = plain_block(encoder.mid.block_2, encoder.mid.attn_1(plain_block(encoder.mid.block_1, x)))
+    norm = encoder.norm_out
+    x = F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, 1e-6))
+    mean, _ = encoder.conv_out(x).chunk(2, dim=1)                            # (B, C, px/8, px/8) each
+    return (mean - vae.shift) * vae.scale
+
+
+def square_of(model, image):
+    """A picture as the autoencoder takes it, (1, 3, size, size) in [-1, 1]."""
+    x = torch.from_numpy(squash(image, model.preset.size).pixels).to(model.device)           # (size, size, 3)
+    return (x.permute(2, 0, 1)[None].float() / 127.5 - 1).to(model.dtype)    # (1, 3, size, size)
+
+
 @torch.inference_mode()
 def released_way(model, image, names):
     """One picture's label map and class maps, computed as the released code does it.
 
-    NOTE(official): all blocks run to the end, though nothing after the expert is read; and the expert's whole attention
-    matrix is computed beside the fused attention, in the model's dtype.
+    NOTE(official): the autoencoder is written as usual; all blocks run to the end, though nothing after the expert is
+    read; and the expert's whole attention matrix is computed beside the fused attention, in the model's dtype.
     """
-    z0 = seg4diff.encode_image(model, image)                                 # (1, C, ., .)
+    z0 = plain_encode(model.vae, square_of(model, image))                    # (1, C, ., .)
     eps = seg4diff.noise(z0.shape[1:], [0]).to(z0.device)                    # (1, C, ., .)
     z = seg4diff.add_noise(z0.float(), eps, model.preset.sigma)              # (1, C, ., .)
     cond = model.text.encode([names])
@@ -129,6 +158,9 @@ def main(args):
     compare("MM-DiT", runs, args.repeats, model.device)
     compare("attention maps", maps, args.repeats, model.device)
     image = Image.effect_noise((640, 480), 64).convert("RGB")
+    pixels = square_of(model, image)                                         # (1, 3, size, size)
+    encoders = {"here": lambda: model.vae.encode(pixels), "as usual": lambda: plain_encode(model.vae, pixels)}
+    compare("autoencoder", encoders, args.repeats, model.device)
     ways = {"here": lambda: seg4diff.segment(model, image, ["car", "sky"]),
             "the released way": lambda: released_way(model, image, ["car", "sky"])}
     compare("whole picture", ways, args.repeats, model.device)
