@@ -41,7 +41,7 @@ from counting import VERSIONS, above_first, count, parts_of, scored_rows
 from loading import Seg4Diff
 from protocol import TASKS, Evaluation, Protocol, evaluation, unsup_i2i
 from support.checkpoint import peak_megabytes, pick_device
-from support.cli import Parser, add_model_options, at_least, command, positive, show
+from support.cli import Parser, add_model_options, at_least, command, positive, renamed, show
 from support.data import DATASETS, ROOT, Dataset
 from support.files import Broken, write_json, write_picture
 from support.ledger import Ledger, world
@@ -271,7 +271,9 @@ def main(args):
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--task", default="ovss", choices=[*TASKS, "protocol", "quality"])
-    parser.add_argument("--dataset", default="scenes", choices=[*DATASETS, "all"], help="or all of the paper's table")
+    own_pictures = renamed("python seg4diff.py segment IMAGE CLASS...", "folder")
+    parser.add_argument("--dataset", default="scenes", type=own_pictures, choices=[*DATASETS, "all"],
+                        help="or all of the paper's table")
     parser.add_argument("--data-root", type=Path, default=ROOT, help="where real data sets lie; also SEG4DIFF_DATA")
     parser.add_argument("--limit", type=at_least(1), help="only so many pictures, always the same ones")
     parser.add_argument("--prompt", default="present", choices=["present", "all"], help="the picture's classes, or all")

@@ -31,7 +31,7 @@ from loading import Seg4Diff, image_seed
 from lora import add_lora, read_lora, save_lora
 from magnet import NORMALISATIONS, Settings, batch_losses, features, flow_matching, gradient
 from support.checkpoint import check_finite, check_weight, peak_megabytes, pick_device, pick_dtype
-from support.cli import Parser, add_model_options, at_least, command, positive, progress, show
+from support.cli import Parser, add_model_options, at_least, command, positive, progress, renamed, show
 from support.data import DATASETS, ROOT, TRAINING_SETS, Dataset, measurable, read_ahead, subset
 from support.files import Broken, check_kind, code_stamp, decoding, read_tensors, stamp, write_json, write_tensors
 from support.ledger import wait_for_all, world
@@ -338,13 +338,14 @@ if __name__ == "__main__":
     add_model_options(parser, default=None, default_help="nano for scenes, else sd3", lora=False)
     few = at_least(1, most=1024)
     numbers = {"steps": at_least(1, most=10**6), "warmup": at_least(0), "lr": positive, "batch": few, "rank": few,
-               "mask_weight": at_least(0, float)}
+               "mask_weight": at_least(0, float), "match": renamed("'name'", "tokens")}
     choices = {"val": ["none", *DATASETS], "match": ["hungarian", "name"], "maps": ["mean", "heads"],
                "normalise": NORMALISATIONS, "sigma": ["uniform", "logit-normal"]}
     for key, meaning in MEANINGS.items():
         values = ", ".join(f"{data}: {getattr(recipe, key)}" for data, recipe in RECIPES.items())
         parser.add_argument("--" + key.replace("_", "-"), type=numbers.get(key), choices=choices.get(key),
                             help=f"{meaning} ({values})")
+    parser.add_argument("--candidates", type=renamed("--maps mean or --maps heads"), help=argparse.SUPPRESS)
     parser.add_argument("--accumulate", type=few, help=f"batches a step (default: {STEP} pictures or more)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                         help="less memory: activations are computed twice (the default but for scenes)")

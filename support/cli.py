@@ -48,6 +48,17 @@ def utf8(word):
     return word
 
 
+def renamed(new, old=None):
+    """A `type` for what an older version took: an option, whatever its value, or the one value `old` of an option."""
+    def parse(text):
+        if old is None:
+            raise argparse.ArgumentTypeError(f"this option is now {new}")
+        if text == old:
+            raise argparse.ArgumentTypeError(f"{old!r} is now {new}")
+        return text
+    return parse
+
+
 LAST_SEED = 2 ** 128 - 1                # state.pt, which keeps it, could not be read again with one of 256 bytes
 
 

@@ -186,13 +186,16 @@ EVALUATE = [
     (["--prompt", "some"], "'some' (choose from"), (["--resize", "pad"], "'pad' (choose from"),
     (["--scaling", "pixel", "--task", "unsup"], "'pixel' (choose from"),
     (["--threshold", "0", "--task", "unsup"], "positive"), (["--threshold", "nan", "--task", "unsup"], "positive"),
+    (["--dataset", "folder"], "seg4diff.py segment"),
     (["--threshold", "0.1"], "--task unsup"), (["--scaling", "map", "--task", "layers"], "--task unsup"),
     (["--task", "unsup", "--prompt", "all"], "empty prompt"),
     (["--task", "heads", "--dataset", "all"], "ovss or unsup"),
     (["--limit", "1", "--model", "cut.safetensors"], "'cut.safetensors' cannot be read")]
+OLD = [(["--candidates", "tokens"], "--maps mean or --maps heads"), (["--match", "tokens"], "'tokens' is now 'name'")]
 CASES = [("seg4diff.py", ["segment", *args], sentence) for args, sentence in SEGMENT]
 CASES += [("seg4diff.py", ["generate", *args], sentence) for args, sentence in GENERATE]
 CASES += [("evaluate.py", args, sentence) for args, sentence in EVALUATE]
+CASES += [("train_magnet.py", args, sentence) for args, sentence in OLD]
 
 
 @pytest.mark.parametrize("script, args, sentence", CASES, ids=[" ".join(args)[:60] for _, args, _ in CASES])

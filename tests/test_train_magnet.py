@@ -369,7 +369,8 @@ def test_what_is_not_finite_ends_the_run_and_spoils_nothing(train, tmp_path, mon
 
 
 BAD = {("--dataset", "voc"): "'scenes', 'coco', 'sa1b'", ("--match", "best"): "hungarian",
-       ("--maps", "x"): "heads", ("--normalise", "x"): "minmax",
+       ("--match", "tokens"): "'name'", ("--maps", "x"): "heads", ("--candidates", "heads"): "--maps",
+       ("--normalise", "x"): "minmax",
        ("--sigma", "x"): "uniform", ("--val", "x"): "ade20k", ("--steps", 0): "--steps", ("--lr", 0): "--lr",
        ("--lr", "nan"): "--lr", ("--batch", 0): "--batch", ("--rank", 0): "--rank", ("--seed", -1): "--seed",
        ("--warmup", -1): "--warmup", ("--accumulate", 0): "--accumulate", ("--save-every", 0): "--save-every",
