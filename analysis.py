@@ -1,5 +1,5 @@
-"""What can be read off the joint attention (Sec. 3.3, App. B): functions of q, k and v, and of a model's answers to a
-blur or a caption.  figures.py draws from them the figures of the paper, a command for each.
+"""What can be read off the joint attention (Sec. 3.3, App. B, D): functions of q, k and v, and of a model's answers to
+a blur or a caption.  figures.py draws from them the figures of the paper, a command for each.
 
     shares = analysis.attention_shares(taps[9])          # Fig. 2 (b, c), of what MMDiT.forward(capture=[9]) returned
 """

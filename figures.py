@@ -1,7 +1,7 @@
-"""The paper's figures that read or blur the attention (Sec. 3.3, App. B, C): a command for each, by any model.
+"""The paper's figures that read or blur the attention (Sec. 3.3, App. B to D): a command for each, by any model.
 
     python figures.py                                   # every figure below, by nano, into out/figures-nano
-    python figures.py shares values strip gallery       # Fig. 2 (b, c); Fig. 4, 19, 28; Fig. 7; Fig. 14
+    python figures.py shares values strip gallery       # Fig. 2 (b, c); Fig. 4, 19, 22, 28; Fig. 7; Fig. 14
     python figures.py pca tokens heads pads             # Fig. 3, 29; Fig. 16, 25; Fig. 9 (a), 26, 27; Fig. 9 (b), 30
     python figures.py perturb guide                     # Fig. 5, 31 and 18, 20, 23 (--judge); Fig. 6, 32
     python figures.py expert text                       # which block is the expert? at which noise do words matter?
@@ -85,7 +85,7 @@ def shares(model, prompts, out):
 
 
 def values(model, prompts, out):
-    """Fig. 4, 19: value norms of each block; Fig. 28: of each head."""
+    """Fig. 4, 19, 22: value norms of each block; Fig. 28: of each head."""
     t = model.preset.noise_steps
     mean, by_head = analysis.mean_norms(model, prompts)
     fig, [[left, middle, right]] = new_figure(1, 3, f"L2 norm of values at t = {t}, {model.name} (Fig. 4, 28)")

@@ -50,7 +50,10 @@ def each_variant(model: Seg4Diff, prompts: list[str], variants: dict[str, dict],
         shown.append(images[:4])
         yield variant, images
     pictures = [images[i] for i in range(len(shown[0])) for images in shown]
-    titles = [f"{variant}: {prompt}" for prompt in prompts[:4] for variant in variants]
+    first, *others = variants
+    titles = []
+    for prompt in prompts[:4]:                           # once in each row
+        titles += [f"{first}: {prompt}", *others]
     write_picture(path.with_name(f"{path.stem}_pictures.png"), sheet(pictures, titles, len(variants), 192))
 
 

@@ -48,7 +48,7 @@ def sigmas(steps: int, shift: float) -> Tensor:
 
 
 def flux_shift(tokens: int) -> float:
-    """How far Flux.1-dev moves its noise levels for a picture of so many image tokens: 1.88 for 256, 3.16 for 4096."""
+    """How far Flux.1-dev moves its noise levels for a picture of so many image tokens: 1.65 for 256, 3.16 for 4096."""
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
@@ -103,11 +103,14 @@ LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (In
 
 @dataclass(frozen=True)
 class Preset:
-    """What the paper fixes for a model; nano carries its own in its file's header. Defaults: SD3 (A.1, Sec. 4.1)."""
+    """What is fixed for a model, by the paper where nothing else is said; nano's is in its file's header.
+
+    Defaults: SD3 (A.1, Sec. 4.1).
+    """
     block: int = 9                  # the semantic grounding expert, counted from 0
     size: int = 1024                # side of the square a picture is squashed to, pixels
     steps: int = 28                 # of the Euler sampler
-    shift: float = 3.0              # of the sigma schedule
+    shift: float = 3.0              # of the sigma schedule, as SD3 was published
     noise_steps: int = 8            # segmentation sees a latent this many steps before clean ("t = 8 of 28")
     cfg: float = 7.5                # classifier-free guidance scale
     batch: int = 1                  # pictures evaluated at once
@@ -171,7 +174,9 @@ class Preset:
 
 
 def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
-    """Flux.1-dev's or (without guidance) schnell's preset for pictures of this side (App. C.2, A.1).
+    """Flux.1-dev's or (without guidance) schnell's preset for pictures of this side.
+
+    The block is the paper's (App. C), t = 8 of 50 the released code's, the rest are Flux's own defaults.
 
     schnell has no shift and 4 steps, none of them near dev's level: that it is read at dev's is our choice.
     """

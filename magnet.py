@@ -7,7 +7,7 @@ train_magnet.py is the loop around them.  Where the paper is silent, this is wha
   and unit variance before a sigmoid ("zscore") cannot get below 0.4 outside a small mask. NOTE(official): the released
   code sends scores before the softmax through a small network that is trained along and then thrown away; here the
   maps that segmentation uses are the ones that are trained.
-* Candidates are the maps of all the prompt's columns, <sos>, <eos> and <pad> too, as the proposals of Sec. 4.2 are;
+* Candidates are the maps of all the prompt's columns, <sos>, <eos> and <pad> too, as the proposals of Sec. 3.4 are;
   the empty rows in T5's place are none. The cost of a match is the loss itself (Eq. 12), with the same weights.
 * A mask holds a patch if it covers half of it; masks that hold no patch are left out. Losses are means over patches,
   a picture's masks and pictures, so that a crowded picture counts as much as one with a single mask.

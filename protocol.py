@@ -1,4 +1,4 @@
-"""What is compared, and how it is scored (Sec. 4.1, A.4): variants, predictions, floor and ceiling, counts of pixels.
+"""What is compared, and how it is scored (Sec. 4.2, A.4): variants, predictions, floor and ceiling, counts of pixels.
 
 evaluate.py is the command for it.  A few pictures without a command:
 
@@ -61,7 +61,7 @@ def readings(model):
 
 
 def layers(model):
-    """Fig. 8: every block, I2T and T2I."""
+    """Fig. 8, 21, 24: every block, I2T and T2I."""
     blocks = range(model.transformer.config.depth)
     i2t = [Variant(f"block {i} I2T", i, model.preset.sigma) for i in blocks]
     t2i = [Variant(f"block {i} T2I", i, model.preset.sigma, kind="t2i") for i in blocks]

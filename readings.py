@@ -8,7 +8,7 @@ includes the one before (`seg4diff.segment(..., reading=)`):
     i2i       t_kn = mean over heads of sum_n' A_I2I[n, n'] s_kn': what the patches that n attends to are
     pixels    t upsampled, then averaged over neighbouring pixels of the same colour
 
-And regions without names: rows of A_I2I, merged where they are alike (Sec. 4.2 merges maps of <pad>).
+And regions without names: rows of A_I2I, merged where they are alike (A.4 merges maps of <pad>).
 """
 import math
 from collections.abc import Sequence

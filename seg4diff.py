@@ -260,7 +260,7 @@ def check_segment(model, names, chosen, kind, head, minmax):
         raise ValueError("kind, head and minmax are variants of the paper's reading, not of any other")
 
 
-# ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 4.2
+# ---------------------------------------------------------------------------- <pad> maps -> proposals, Sec. 3.4, A.4
 
 REGIONS = ("pad", "i2i")
 
@@ -304,8 +304,8 @@ def propose(model: Seg4Diff, image: Images, *, regions: str = "pad", block: int 
             scaling: str | None = None, draws: int = 1) -> Proposals | list[Proposals]:
     """Regions without any names, by the empty prompt.  One picture or a list; a seed for each, or for all.
 
-    regions "pad" (Sec. 4.2): the maps of <sos>, <eos> and <pad>, merged (merge_maps). "i2i", beyond the paper: anchors
-    on a grid, merged by where their image-to-image attention goes (readings.merge_anchors); no scaling is read.
+    regions "pad" (A.4): the maps of <sos>, <eos> and <pad>, merged (merge_maps). "i2i", beyond the paper: anchors on
+    a grid, merged by where their image-to-image attention goes (readings.merge_anchors); no scaling is read.
     What is not given comes from the preset, with a threshold for each kind of regions.
     ValueError: regions that do not exist, a scaling for "i2i"; see merge_maps.
     """

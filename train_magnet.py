@@ -146,7 +146,10 @@ def batches(model, data, settings, accumulate, done):
 
 
 def rate(step, steps, warmup):
-    """Share of the full learning rate: a straight line up, then half a cosine down to zero (released code)."""
+    """Share of the full learning rate: a straight line up, then half a cosine down to zero.
+
+    NOTE(official): there the cosine runs over all steps, those of the warm-up too.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

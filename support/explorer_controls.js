@@ -180,7 +180,7 @@ function describe() {
     + `I2I ${blocks} there, ${averaged}mean over heads, softmax over image keys alone. `
     + "Left out: other noise levels, single heads at others, T2T, queries, keys and values. "
     + "A map's values are stored as square roots of their share of its largest, in 8 bits (I2I: 6). "
-    + "Text rows that share a map: later <pad> tokens, and empty rows in the place of a second text encoder. "
+    + "Text rows that share a map: later <pad> tokens, and empty rows in the place of T5. "
     + "Keys: left and right change the block; on the left picture arrows move the patch; Escape lets it go. "
     + "The page's address holds the view: who opens it sees the same.";
 }

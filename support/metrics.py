@@ -70,7 +70,7 @@ def match_proposals(truth: np.ndarray, pred: np.ndarray, K: int) -> tuple[np.nda
 
 
 def rates(tp, fp, fn):
-    """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent.
+    """mIoU and mACC (means over the classes that occur in the truth), pACC, and IoU per class; all in percent (Eq. 14).
 
     tp, fp, fn: (K,) pixel counts. A class that does not occur has IoU None.  ValueError: nothing was counted.
     """

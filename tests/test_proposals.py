@@ -16,7 +16,7 @@ from support.metrics import match_proposals
 
 
 def merged(maps: np.ndarray, threshold: float, scaling: str) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Sec. 4.2 in loops, float64: maps (L, N) -> which maps each proposal gathers, and their means."""
+    """A.4 in loops, float64: maps (L, N) -> which maps each proposal gathers, and their means."""
     x = maps.astype(float).copy()
     L, N = x.shape
     if scaling == "map":

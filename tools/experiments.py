@@ -179,7 +179,7 @@ def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> Non
     arms = len(rows) // len(columns)
     width = 4 + 3 * len(columns)                         # inches
     fig = Figure((width, 1.9 + 0.24 * arms), dpi=90, layout="constrained")
-    fig.suptitle(textwrap.fill(title, 9 * width))
+    fig.suptitle("\n".join(textwrap.fill(line, 9 * width) for line in title.splitlines()))
     marks = [Line2D([], [], color=colour, marker="o", markerfacecolor="white", label=f"with it {word}")
              for word, colour in COLOURS.items()]
     marks.append(Line2D([], [], color="grey", marker="o", markerfacecolor="white", label="cannot be told"))
@@ -225,8 +225,8 @@ def run(experiment: Experiment, name: str, prompts: list[str], models: dict, jud
     if rank > 0:
         return
     rows = rows_of(experiment, scores, judge.columns)
-    what = (f"{model.name}, {len(prompts)} captions, seeds {' '.join(map(str, experiment.seeds))}, "
-            f"judge {judge.name} ({judge.fingerprint})")
+    seeds = " ".join(map(str, experiment.seeds))
+    what = f"{model.name}, {len(prompts)} captions, seeds {seeds}, judged by {judge.name}"
     seconds = time.time() - start
     write_json(out / f"{name}.json", {
         "experiment": experiment.title, "model": [model.name, model.fingerprint],
@@ -234,7 +234,7 @@ def run(experiment: Experiment, name: str, prompts: list[str], models: dict, jud
         "seeds": list(experiment.seeds), "arms": arms,
         "comparisons": [entry(row) for row in rows], "seconds": seconds,
         "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
-    title = f"{experiment.title}: {what}. Difference to the same captions and noise without it, and its 95 % interval"
+    title = f"{experiment.title}: {what}\nDifference to the same captions and noise without it, and its 95 % interval"
     plot([row for row in rows if "blurred" not in row.base], judge.columns, title, out / f"{name}.png")
     write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
     show(f"{experiment.title}: {what}")
