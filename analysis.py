@@ -171,21 +171,24 @@ CHOICES = 8                             # captions to choose from: a picture's t
 
 @torch.inference_mode()
 def caption_losses(model: Seg4Diff, images: Sequence[Image.Image], captions: Sequence[Sequence[str]],
-                   sigma: float = CAPTION_SIGMA) -> np.ndarray:
+                   sigma: float = CAPTION_SIGMA, seeds: Sequence[int] | None = None) -> np.ndarray:
     """Flow-matching loss (Eq. 2) of picture i under each of captions[i], equal lists: (pictures, captions).
 
+    seeds: of each picture's noise; its place among them if None.
     The lower, the better the caption explains the picture. The model scores perturbed pictures and is not perturbed
     itself. It knows what it was trained on and nothing else, so the score is validated on true pairs and swapped
     captions. Its noise is never the noise that `generate` began from, which a picture would be recognised by.
     """
     out = []
     size = model.preset.batch
-    for i, image in enumerate(images):
+    if seeds is None:
+        seeds = range(len(images))
+    for image, texts, seed in zip(images, captions, seeds, strict=True):
         z0 = seg4diff.encode_image(model, image).float()                     # (1, C, ., .)
-        cond = model.text.encode(list(captions[i]))
+        cond = model.text.encode(list(texts))
         loss = 0.0
         for k in range(CAPTION_DRAWS):
-            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + i]).to(z0.device)      # (1, C, ., .)
+            eps = seg4diff.noise(z0.shape[1:], [1_000_003 * (k + 1) + seed]).to(z0.device)      # (1, C, ., .)
             z = seg4diff.add_noise(z0, eps, sigma)                           # (1, C, ., .)
             vel = []
             for ctx, pooled in zip(cond.ctx.split(size), cond.pooled.split(size)):

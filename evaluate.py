@@ -241,15 +241,11 @@ def main(args):
     model.preset = model.preset.changed(scaling=args.scaling, **{merging: args.threshold})
     if args.control == "block":
         model = controls.shuffle_block(model)
-    special = None                                       # what stands for no usual result; at most one of the two
-    if args.control != "none":
-        special = args.control
-    if args.protocol != "ours":
-        special = args.protocol
-    parts = [x for x in (special, args.reading, args.regions) if x is not None]
+    special = [x for x in (args.control, args.protocol) if x not in ("none", "ours")]        # at most one of the two
+    parts = [x for x in (*special, args.reading, args.regions) if x is not None]
     out = args.out or Path("out") / "-".join([args.task, args.dataset, model.name, *parts])
-    if special is not None:
-        model.name += f" ({special})"
+    for name in special:
+        model.name += f" ({name})"
     if args.dataset != "all":
         run(args, model, sets[0], out)
         return

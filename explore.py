@@ -69,7 +69,7 @@ def levels_of(preset: Preset, every: int) -> dict[int, float]:
 
     ValueError: the preset's level is none of the sampler's, as FLUX.1-schnell's.
     """
-    if preset.noise_steps == 0:
+    if preset.noise_steps == 0 or preset.level is not None:
         raise ValueError("the explorer shows noise levels of the sampler, and this model segments at none of them")
     schedule = preset.sigmas(preset.steps).tolist()
     lefts = [t for t in range(preset.steps, 0, -1) if (t - preset.noise_steps) % every == 0]

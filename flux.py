@@ -212,11 +212,11 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = feed_forward(cfg)
 
     def joint(self, x, text, c, rope):
-        """x (B, N, D), text (B, M, D), conditioning c (B, D) -> both streams' q, k, v joined, and their modulations."""
-        image_mod = self.img_mod(c)                                          # 6 x (B, D)
-        text_mod = self.txt_mod(c)                                           # 6 x (B, D)
-        image = self.img_attn.heads_of(modulate(x, *image_mod[:2]))              # 3 x (B, H, N, d)
-        words = self.txt_attn.heads_of(modulate(text, *text_mod[:2]))             # 3 x (B, H, M, d)
+        """x (B, N, D), text (B, M, D), conditioning c (B, D) -> q, k, v of both joined, and what `update` needs."""
+        shift, scale, *image_mod = self.img_mod(c)                           # 6 x (B, D), 4 of them for `update`
+        image = self.img_attn.heads_of(modulate(x, shift, scale))            # 3 x (B, H, N, d)
+        shift, scale, *text_mod = self.txt_mod(c)                            # 6 x (B, D)
+        words = self.txt_attn.heads_of(modulate(text, shift, scale))         # 3 x (B, H, M, d)
         q, k, v = (torch.cat(both, dim=2) for both in zip(image, words))     # Eq. 3, 3 x (B, H, N+M, d)
         return JointQKV(rotate(q, rope), rotate(k, rope), v, x.shape[1], rope.grid), (image_mod, text_mod)
 
@@ -232,7 +232,7 @@ class DoubleBlock(nn.Module):
     @staticmethod
     def update(x, out, mod, proj, mlp):
         """Residual updates of a stream x (B, L, D): with the joint attention's output (B, L, D), then the MLP's."""
-        _, _, gate, shift, scale, gate_mlp = mod                             # 6 x (B, D)
+        gate, shift, scale, gate_mlp = mod                                   # 4 x (B, D)
         x = x + gate[:, None] * proj(out)                                    # Eq. 6, (B, L, D)
         return x + gate_mlp[:, None] * mlp(modulate(x, shift, scale))        # (B, L, D)
 

@@ -5,6 +5,7 @@
 """
 import json
 import math
+import os
 import sys
 import zlib
 from collections.abc import Sequence
@@ -98,7 +99,9 @@ SCALINGS = ("map", "token", "none")
 LIMITS = {"block": (Integral, 0, 999), "size": (Integral, 1, 8192), "steps": (Integral, 1, 1000),
           "shift": (Real, 0.01, 100), "noise_steps": (Integral, 0, 1000), "cfg": (Real, -1000, 1000),
           "batch": (Integral, 1, 1024), "threshold": (Real, 1e-30, 1e30), "i2i_threshold": (Real, 1e-30, 1e30),
-          "text_length": (Integral, 2, 8192), "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6)}
+          "text_length": (Integral, 2, 8192), "latent_shift": (Real, -100, 100), "latent_scale": (Real, 1e-6, 1e6),
+          "level": (Real, 0, 1), "guidance": (Real, 0, 1000)}              # level 0 is clean, 1 noise
+OPTIONAL = ("level", "guidance")
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class Preset:
         """ValueError: what cannot be.  The one check of a file's header and of arguments (`changed`)."""
         for name, (kind, least, largest) in LIMITS.items():
             value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
             if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= largest:
                 number = "whole number" if kind is Integral else "number"
                 raise ValueError(f"{name} must be a {number} from {least} to {largest}, not {value!r:.40}")
@@ -138,10 +143,8 @@ class Preset:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {self.scaling!r:.40}")
         if self.schedule not in ("sd3", "flux"):
             raise ValueError(f"schedule must be sd3 or flux, not {self.schedule!r:.40}")
-        if self.level is not None and not (isinstance(self.level, Real) and 0 <= self.level <= 1):
-            raise ValueError(f"level must lie between 0 (clean) and 1 (noise), not {self.level!r:.40}")
-        if self.guidance is not None and not (isinstance(self.guidance, Real) and 0 <= self.guidance <= 1000):
-            raise ValueError(f"guidance must be a number from 0 to 1000, not {self.guidance!r:.40}")
+        if not isinstance(self.unit_pictures, bool):
+            raise ValueError(f"unit_pictures must be true or false, not {self.unit_pictures!r:.40}")
 
     @staticmethod
     def from_header(meta: dict[str, str]) -> "Preset":
@@ -177,7 +180,6 @@ def flux_preset(guidance: bool = True, size: int = 1024) -> Preset:
     """Flux.1-dev's or (without guidance) schnell's preset for pictures of this side.
 
     The block is the paper's (App. C), t = 8 of 50 the released code's, the rest are Flux's own defaults.
-
     schnell has no shift and 4 steps, none of them near dev's level: that it is read at dev's is our choice.
     """
     tokens = (size // 16) ** 2                           # 8 pixels a latent, 2 latents a token and side
@@ -299,7 +301,7 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
         text = FluxText(clip_l, t5xxl, tokenizer, words, preset.text_length)
     vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale,
                               unit_pictures=preset.unit_pictures)
-    name = Path(name_or_path).name.removesuffix(".safetensors")
+    name = Path(os.path.abspath(name_or_path)).name.removesuffix(".safetensors")
     model = Seg4Diff(transformer, vae, text, preset, name, weights.fingerprint(files))
     check_fit(model, name_or_path, segment_only)
     if lora is not None:
@@ -345,13 +347,18 @@ def fits(model: Seg4Diff) -> list[tuple[str, int, int]]:
     cfg = model.transformer.config
     text = model.text
     pixels = model.vae.factor * cfg.patch                # of a patch's side
-    return [("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
+    rows = [("tokens in the tokenizer", text.tokenizer.get_vocab_size(), text.vocab),
+            ("tokens of CLIP-L that CLIP-G lacks", max(0, text.vocab - text.clip_g.vocab), 0),
+            ("positions of CLIP-L that CLIP-G lacks", max(0, text.length - text.clip_g.positions), 0),
             ("channels in the MM-DiT's latent", cfg.channels, model.vae.channels),
             ("columns of pooled text", text.pooled_dim, cfg.pooled_dim),
             ("text columns that do not fit the context", max(0, text.width - cfg.ctx_dim), 0),
-            ("columns of T5", cfg.ctx_dim if text.t5xxl is None else text.t5xxl.width, cfg.ctx_dim),
             ("patches of a side beyond the model's positions", max(0, model.grid - cfg.pos_grid), 0),
             ("pixels beyond whole patches", model.preset.size % pixels, 0)]
+    if text.t5xxl is not None:
+        rows += [("columns of T5", text.t5xxl.width, cfg.ctx_dim),
+                 ("tokens of T5 beyond its weights", max(0, text.t5_tokenizer.get_vocab_size() - text.t5xxl.vocab), 0)]
+    return rows
 
 
 def flux_fits(model: Seg4Diff) -> list[tuple[str, int, int]]:
@@ -371,9 +378,14 @@ def check_fit(model: Seg4Diff, path: str | Path, segment_only: bool) -> None:
     cfg = model.transformer.config
     if not (cfg.whole or segment_only):
         raise ValueError(f"{path} is incomplete: its block {cfg.depth - 1} is not a last block")
+    flux = isinstance(model.transformer, Flux)
+    if model.preset.guidance is not None and not (flux and cfg.guidance):
+        raise ValueError(f"{path} asks for a guidance strength, which its transformer does not read")
     blocks = model.preset.block + 1
-    rows = [("blocks up to the preset's block", min(blocks, cfg.depth), blocks)]
-    rows += flux_fits(model) if isinstance(model.transformer, Flux) else fits(model)
+    rows = [("blocks up to the preset's block", min(blocks, cfg.depth), blocks),
+            ("columns beyond whole heads", cfg.width % cfg.head_dim, 0),
+            ("columns of the time beyond pairs", cfg.time_dim % 2, 0)]
+    rows += flux_fits(model) if flux else fits(model)
     for what, value, wanted in rows:
         if value != wanted:
             raise ValueError(f"the parts of {path} do not fit each other: {value} {what}, not {wanted}")

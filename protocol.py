@@ -76,8 +76,10 @@ def heads(model):
 
 
 def timesteps(model):
-    """Fig. 15: noise levels, by the number of steps that are left."""
+    """Fig. 15: noise levels, by the number of steps that are left.  ValueError: there is none to compare."""
     steps = model.preset.steps
+    if steps < 2:
+        raise ValueError(f"{model.name} goes from noise to picture in one step: there are no noise levels to compare")
     schedule = model.preset.sigmas(steps).tolist()
     return [Variant(f"t = {n} of {steps}", model.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
 

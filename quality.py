@@ -169,7 +169,9 @@ class OwnJudge:
         self.fingerprint = model.fingerprint
 
     def score(self, images, prompts):
-        losses = analysis.caption_losses(self.model, images, [[prompt, ""] for prompt in prompts])       # (n, 2)
+        candidates = [[prompt, ""] for prompt in prompts]
+        seeds = [image_seed(prompt, 0) for prompt in prompts]                # the same wherever a picture stands
+        losses = analysis.caption_losses(self.model, images, candidates, seeds=seeds)        # (n, 2)
         return {"loss saved": analysis.loss_saved(losses, 0, 1)}
 
 

@@ -94,7 +94,7 @@ def moved(x: Tensor, dy: int, dx: int, margin: int) -> Tensor:
 
 
 def colour_scale(near: Tensor, around: Sequence[tuple[int, int]], margin: int) -> Tensor:
-    """-1 / (3 * 0.1 std_ic) of refine's formula, its 1/3 for the mean over colours: near padded, (3, height, width)."""
+    """-1 / (0.1 std_ic) of refine's formula: near padded, (3, height, width)."""
     colours = moved(near, 0, 0, margin)                                      # (3, height, width)
     total = torch.zeros_like(colours)
     squares = torch.zeros_like(colours)
@@ -104,7 +104,7 @@ def colour_scale(near: Tensor, around: Sequence[tuple[int, int]], margin: int) -
         squares.addcmul_(difference, difference)
     n = len(around) + 1                                                      # with the pixel itself, whose part is 0
     std = (squares / n - (total / n).square()).clamp_min(0).sqrt()           # (3, height, width)
-    return -1 / (3 * SHARPNESS * std).clamp_min(1 / 255)
+    return -1 / (SHARPNESS * std).clamp_min(1 / 765)
 
 
 def averaged(p: Tensor, near: Tensor, scale: Tensor, around: Sequence[tuple[int, int]], margin: int) -> Tensor:
@@ -114,7 +114,7 @@ def averaged(p: Tensor, near: Tensor, scale: Tensor, around: Sequence[tuple[int,
     mass = torch.zeros_like(colours[:1])                                     # (1, height, width)
     for dy, dx in around:
         difference = (moved(near, dy, dx, margin) - colours).abs_()          # (3, height, width)
-        weight = difference.mul_(scale).sum(0, keepdim=True).exp_()          # (1, height, width)
+        weight = difference.mul_(scale).mean(0, keepdim=True).exp_()         # (1, height, width)
         mass += weight
         mean.addcmul_(weight, moved(p, dy, dx, margin))
     return mean / mass

@@ -12,6 +12,7 @@ if __name__ == "__main__":                               # Ctrl-C is answered wh
     ctrl_c.answer_early()
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 from numbers import Integral
@@ -140,7 +141,7 @@ def passes(model: Seg4Diff, z: Tensor, prompts: Sequence[tuple[int, Sequence[str
         pictures, names = zip(*prompts[start:start + len(z)])
         cond = model.text.encode(list(names))                                # Eq. 9
         _, taps = model(z[list(pictures)], sigma, cond.ctx, cond.pooled, capture=set(blocks), stop_at=max(blocks))
-        yield pictures, [spans if words else every for spans, words in zip(cond.spans, names)], taps
+        yield pictures, [spans or every for spans in cond.spans], taps       # an empty prompt has no spans
 
 
 @torch.inference_mode()
@@ -151,23 +152,22 @@ def one_draw(model: Seg4Diff, z0: Tensor, prompts: Sequence[tuple[int, Sequence[
     z0 (B, C, ., .); prompts: pictures' numbers, 0 to B-1, and the names of one prompt each; in the prompt without
     names, the empty one, every column (CLIP's; of Flux, T5's) is a class.
     """
-    B = len(z0)
     eps = noise(z0.shape[1:], seeds).to(z0.device)                           # (B, C, ., .)
     z = add_noise(z0.float(), eps, sigma)                                    # Eq. 8, (B, C, ., .)
     source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
-    scores = [{(i, kind): [] for i in blocks for kind in source.values()} for _ in range(B)]         # of each prompt
-    qkvs = [{i: [] for i in blocks} for _ in range(B)]                       # of each, where a kind needs them
+    scores = defaultdict(list)               # (picture, block, kind) -> of each prompt, (H, K_p, h, w)
+    qkvs = defaultdict(list)                 # (picture, block) -> of each prompt, where a kind needs them
     for pictures, spans, taps in passes(model, z, prompts, blocks, sigma):
-        for i, kind in scores[0]:
+        for i, kind in product(blocks, set(source.values())):
             for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
-                scores[b][i, kind].append(attn)                              # (H, K_p, h, w)
+                scores[b, i, kind].append(attn)
         if not {"i2i", "anchors"}.isdisjoint(kinds):
             for i in blocks:
                 for b, qkv in zip(pictures, taps[i].each()):
-                    qkvs[b][i].append(qkv)
-    out = [{} for _ in range(B)]
-    for b, i, kind in product(range(B), blocks, kinds):
-        out[b][i, kind] = joined(kind, scores[b][i, source[kind]], qkvs[b][i])
+                    qkvs[b, i].append(qkv)
+    out = [{} for _ in z0]
+    for b, i, kind in product(range(len(z0)), blocks, kinds):
+        out[b][i, kind] = joined(kind, scores[b, i, source[kind]], qkvs[b, i])
     return out                                                               # B x {key: (H, K, h, w)}
 
 
@@ -198,13 +198,13 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     for b in range(B):
         parts = [[]] if classes is None else split_classes(model.text, classes[b])
         prompts += [(b, names) for names in parts]
-    drawn = []
+    out = [{} for _ in range(B)]
     for draw in range(draws):
-        drawn.append(one_draw(model, z0, prompts, blocks=blocks, sigma=sigma, seeds=[seed + draw for seed in seeds],
-                              kinds=kinds))
-    out = []
-    for maps in zip(*drawn):                             # of one picture, those of each draw
-        out.append({key: torch.stack([draw[key] for draw in maps]).mean(0) for key in maps[0]})
+        drawn = one_draw(model, z0, prompts, blocks=blocks, sigma=sigma, seeds=[seed + draw for seed in seeds],
+                         kinds=kinds)
+        for mean, maps in zip(out, drawn):
+            for key, x in maps.items():
+                mean[key] = mean.get(key, 0) + x / draws                     # (H, K, h, w)
     return out                                                               # B x {key: (H, K, h, w)}
 
 

@@ -127,7 +127,7 @@ class T5(nn.Module):
         """The encoder of the shapes in `sd`, holding those very tensors.
 
         The embedding may stand there twice, as in the published single files.
-        ValueError names missing, surplus and misshapen keys.
+        ValueError names missing, surplus and misshapen keys, or says what cannot be cut into heads or buckets.
         """
         sd = dict(sd)
         twin = sd.pop("encoder.embed_tokens.weight", None)
@@ -138,6 +138,8 @@ class T5(nn.Module):
         buckets, heads = shape(sd, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2)
         hidden, _ = shape(sd, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)
         layers = count(sd, "encoder.block.")
+        if inner % heads or buckets < 4:                 # half of the buckets for each side, half of these for ranges
+            raise ValueError(f"T5's attention cannot have {inner} columns, {heads} heads and {buckets} buckets")
         with torch.device("meta"):
             tower = T5(vocab, width, inner, heads, hidden, layers, buckets)
         return assign(tower, sd, "T5 encoder", device, dtype)

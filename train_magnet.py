@@ -312,7 +312,9 @@ def main(args):
                          "over heads; sa1b's masks have no names, and neither --maps heads nor --captions has a use")
     if args.measure and settings.val == "none":
         raise ValueError("--measure needs pictures with label maps: choose them with --val")
-    world()                                              # what is wrong with it is said before the work
+    _, processes = world()                               # what is wrong with it is said before the work
+    if args.measure and processes > 1:
+        raise ValueError("--measure runs in one process: leave torchrun out")
     val = Dataset("none", [], None) if settings.val == "none" else DATASETS[settings.val](args.data_root)
     val = replace(val, names=measurable(val, subset(val.names, args.val_limit)))
     if args.measure:

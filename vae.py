@@ -23,18 +23,21 @@ def moments(parts: Sequence[Tensor], groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each group of channels over all parts of a map (B, c, rows, width); (B, groups) in fp64.
 
     PyTorch's own GroupNorm on a CPU adds up the values of a group one after the other if a map's memory format is
-    channels_last; after a million of them it is wrong in the fourth digit.
+    channels_last; after a million of them it is wrong in the fourth digit.  A channel's values are counted from its
+    first one, so that no large mean drowns a small variance.
     """
-    B, c = parts[0].shape[:2]
-    total = torch.zeros(B, c, dtype=torch.float64)
-    square = torch.zeros(B, c, dtype=torch.float64)
+    origin = parts[0][:, :, :1, :1].float()                                  # (B, c, 1, 1)
+    total = torch.zeros(origin.shape[:2], dtype=torch.float64)               # (B, c)
+    square = torch.zeros(origin.shape[:2], dtype=torch.float64)              # (B, c)
     for part in parts:
-        part = part.float()
+        part = part - origin                                                 # (B, c, rows, width) in fp32
         total += part.sum((2, 3))
         square += part.square().sum((2, 3))
     pixels = sum(part[0, 0].numel() for part in parts)
-    mean = total.unflatten(1, (groups, -1)).mean(2) / pixels                 # (B, groups)
-    return mean, square.unflatten(1, (groups, -1)).mean(2) / pixels - mean.square()
+    mean = total / pixels                                                    # (B, c), of what is above the origin
+    var = (square / pixels - mean.square()).unflatten(1, (groups, -1))       # (B, groups, channels of a group)
+    mean = (mean + origin[:, :, 0, 0]).unflatten(1, (groups, -1))            # (B, groups, channels of a group)
+    return mean.mean(2), var.mean(2) + mean.var(2, correction=0)
 
 
 class Norm(nn.GroupNorm):
@@ -212,7 +215,7 @@ class VAE(nn.Module):
         unit_pictures: encode() takes its pictures from [-1, 1] to [0, 1] first, which no autoencoder was trained with.
         ValueError names missing, surplus and misshapen keys.
         """
-        levels = count(sd, "encoder.down.")
+        levels = max(1, count(sd, "encoder.down."))      # a decoder alone lacks the first level's key
         widths = tuple(shape(sd, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
         with torch.device("meta"):
             vae = VAE(widths, count(sd, "encoder.down.0.block."), count(sd, "decoder.up.0.block."),

@@ -19,10 +19,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+import protocol  # noqa: E402
 from nano.pretrain import block_scores  # noqa: E402
 from support import pictures, weights  # noqa: E402
 from support.cli import Parser, at_least, command, show  # noqa: E402
-from support.files import check_kind, decoding, read_json, read_tensors, stamp, write_figure, write_json  # noqa: E402
+from support.files import (  # noqa: E402
+    check_kind,
+    code_stamp,
+    decoding,
+    read_json,
+    read_tensors,
+    stamp,
+    write_figure,
+    write_json,
+)
 
 
 def history(run: Path) -> tuple[int, list[tuple[int, float]]]:
@@ -68,10 +78,11 @@ def snapshots(run: Path, limit: int) -> list[dict]:
     measured = measured_before(path)
     for file in sorted(run.glob("nano_*.safetensors")):
         key = f"{file.name}/{limit}"
-        if measured.get(key, {}).get("stamp") != stamp([file]):
+        made_of = f"{stamp([file])} {code_stamp(protocol.CODE)}"
+        if measured.get(key, {}).get("stamp") != made_of:
             samples = samples_of(file)
             miou, floor = block_scores(file, limit)
-            measured[key] = {"samples": samples, "mIoU": miou, "floor": floor, "stamp": stamp([file])}
+            measured[key] = {"samples": samples, "mIoU": miou, "floor": floor, "stamp": made_of}
             write_json(path, measured)
     points = [point for key, point in measured.items() if key.endswith(f"/{limit}")]
     return sorted(points, key=lambda point: point["samples"])

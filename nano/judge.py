@@ -197,12 +197,14 @@ def claims(caption: str) -> Claim:
         elif name in THINGS:
             things.append((name, colour))
             colour = None
-        elif name in STUFF:
+        elif name in STUFF and colour is None:
             stuff.append(name)
         elif name in ("left", "right"):
             side = name
         elif name not in OTHER_WORDS:
-            raise ValueError(f"the judge knows no {name!r}, only nano's captions; this one is {caption!r}")
+            raise ValueError(f"the judge knows no {name!r} there, only nano's captions; this one is {caption!r}")
+    if colour:
+        raise ValueError(f"the caption {caption!r} ends in a colour, {colour}, without the thing that has it")
     if not things and not stuff:
         raise ValueError(f"the caption {caption!r} names nothing that the judge knows")
     if side and len(things) != 2:

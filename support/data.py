@@ -106,7 +106,7 @@ def usable(data: Dataset, names: Sequence[str], most: int | None = None) -> tupl
         if len(found) == most:
             break
     if not found:
-        first = "".join(f"; {why}" for why in list(broken.values())[:1])
+        first = f"; {next(iter(broken.values()))}" if broken else ""
         raise ValueError(f"nothing can be measured: {len(broken)} of the {len(names)} pictures of {data.name} cannot "
                          f"be read, and no other has a labelled pixel{first}")
     return found, broken

@@ -32,7 +32,7 @@ HUB = {"sd3": ("stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors"
        "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors"),
        "flux": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
        "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors")}
-HUB["flux-released"] = HUB["flux"]      # with the released code's choices, see loading.preset_of
+HUB["flux-released"] = HUB["flux"]      # with the released code's choices, see loading.released_preset
 NAMES = [*EMBEDDED, *HUB]
 ENCODERS = {"clip_l": "text_encoders/clip_l.safetensors", "clip_g": "text_encoders/clip_g.safetensors"}
 TOKENIZER = ("openai/clip-vit-large-patch14", "merges.txt")

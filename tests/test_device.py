@@ -345,23 +345,37 @@ def test_figures(near, loaded, tmp_path, monkeypatch, name):
     monkeypatch.setattr(analysis, "CAPTION_DRAWS", 1)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.touch())
     monkeypatch.setattr(analysis, "bootstrap", partial(analysis.bootstrap, draws=5))
-    monkeypatch.setattr(figures, "picture_rows", lambda path, title, labels, rows, *args, **kwargs: look_at(rows))
+    monkeypatch.setattr(figures, "picture_rows", lambda path, *args, **kwargs: look_at(path, *args))
     inputs = {"prompts": ["a red car"], "limit": 1, "judge": None, "reading": "paper", "base": near,
               "data": DATASETS["scenes-dev"]()}
     needed = {key: inputs[key] for key in figures.NEEDS[name]}
-    here = figures.FIGURES[name](near, out=tmp_path, **needed)
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    here = figures.FIGURES[name](near, out=tmp_path / "here", **needed)
     card, far = loaded["cuda"]
     with pretend("cuda", card=card):
-        there = figures.FIGURES[name](far, out=tmp_path, **needed)
+        there = figures.FIGURES[name](far, out=tmp_path / "there", **needed)
     assert numbers(there) == pytest.approx(numbers(here), rel=1e-2, abs=1e-2)
+    drawn = {path.name: images_in(path) for path in (tmp_path / "here").iterdir()}
+    for file, images in drawn.items():
+        for image, other in zip(images, images_in(tmp_path / "there" / file), strict=True):
+            assert np.abs(image - other).mean() < 0.02 * max(1e-3, np.abs(image).max())
+    assert numbers(here) or any(drawn.values())          # something was compared
     assert card.crossings and not card.refused
 
 
-def look_at(rows):
-    """As matplotlib would: what is on a device cannot be drawn."""
-    for row in rows:
-        for picture in row:
-            np.asarray(picture)
+def look_at(path, title, labels, rows, *args):
+    """As matplotlib would, which cannot draw what is on a device; kept to be compared."""
+    np.savez(path.with_suffix(".npz"), *[np.asarray(picture, float) for row in rows for picture in row])
+
+
+def images_in(path):
+    """What a figure's file shows; what matplotlib would have made is empty here."""
+    if path.stat().st_size == 0:
+        return []
+    if path.suffix == ".npz":
+        return list(np.load(path).values())
+    return [np.asarray(Image.open(path), float)]
 
 
 def numbers(value):

@@ -258,7 +258,7 @@ def test_more_names_than_a_prompt_holds(command, tiny_file, photo):
     assert code == 2 and "one prompt, and so the explorer, does not hold these" in err
 
 
-def test_pixels(page, photo, tiny, monkeypatch):
+def test_pixels(page, photo, tiny):
     """The reading "pixels" is stored as seg4diff.segment gives it."""
     data = page(photo, *NAMES)
     labels = seg4diff.segment(tiny, Image.open(photo), NAMES, reading="pixels", seed=SEED).labels
@@ -276,3 +276,5 @@ def test_a_flux(command, tiny_flux, tiny_flux_file, photo):
         torch.testing.assert_close(i2t[found["columns"]].mean(0), wanted, rtol=0, atol=0.01 * float(i2t.max()))
     with pytest.raises(ValueError, match="segments at none of them"):
         explore.levels_of(loading.flux_preset(guidance=False), 1)
+    with pytest.raises(ValueError, match="at none of them"):
+        explore.levels_of(loading.Preset(level=0.4), 1)

@@ -187,6 +187,11 @@ def test_sd3_with_t5(tiny_file, tiny, tmp_path):
     assert np.abs(pictures[0] - pictures[1]).max() > 0
     with pytest.raises(ValueError, match="is no encoder of T5"):
         loading.load(tiny_file, "cpu", t5=tiny_file)
+    few = {key: value.detach() for key, value in tower.state_dict().items()}
+    few["shared.weight"] = few["shared.weight"][:-2].clone()
+    save_file(few, tmp_path / "t5xxl.safetensors")
+    with pytest.raises(ValueError, match="2 tokens of T5 beyond its weights, not 0"):
+        loading.load(tiny_file, "cpu", t5=tmp_path / "t5xxl.safetensors")
 
 
 def test_what_is_missing_beside_the_file_is_named(tiny_flux_file, tmp_path):

@@ -137,6 +137,10 @@ def test_norm_of_large_maps():
         given = x.contiguous(memory_format=memory)
         got = norm(given)
         assert got.is_contiguous(memory_format=memory) and (got - exact).abs().max() < 1e-5
+    narrow = x / 100 + 10                                # the square of the mean is a million times the variance
+    exact_narrow = F.group_norm(narrow.double(), 2, norm.weight.double(), norm.bias.double(), norm.eps)
+    assert (norm(narrow) - exact_narrow).abs().max() < 1e-3
+    assert (norm(torch.full_like(x, 100.3)) - norm.bias[:, None, None]).abs().max() < 0.05       # no variance at all
     norm.bfloat16()
     assert torch.allclose(norm(x.bfloat16()).double(), exact, rtol=0.05, atol=0.05)
 

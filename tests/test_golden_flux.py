@@ -143,6 +143,10 @@ def test_t5():
     same(encode(twice, g["in.ids"]), g["out.hidden"])
     del twice["shared.weight"]
     same(encode(twice, g["in.ids"]), g["out.hidden"])
+    key = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    for few in (weights[key][:2], weights[key][:, :1].expand(-1, 3)):        # 2 buckets; 3 heads of 32 columns
+        with pytest.raises(ValueError, match="T5's attention cannot have 32 columns"):
+            encode(weights | {key: few}, g["in.ids"])
     half = encode(weights, g["in.ids"], dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert (half.float() - g["out.hidden"]).norm() < 0.03 * g["out.hidden"].norm()

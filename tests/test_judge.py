@@ -71,7 +71,8 @@ def test_claims_by_hand():
         [("air balloon", None), ("boat", "blue")], ("boat", "air balloon"), ["sand", "night"])
 
 
-@pytest.mark.parametrize("caption, said", [("", "nothing"), ("a red", "nothing"), ("a dog on grass", "'dog'"),
+@pytest.mark.parametrize("caption, said", [("", "nothing"), ("a red", "ends in a colour"), ("a dog on grass", "'dog'"),
+                                           ("a red sky with a car", "no 'sky' there"), ("a car with a boat red", "red"),
                                            ("a car left of grass", "1 things")])
 def test_other_captions_are_refused(caption, said):
     with pytest.raises(ValueError, match=said):

@@ -109,7 +109,8 @@ QKV = f"{DIT}joint_blocks.1.x_block.attn.qkv.weight"
 
 
 @pytest.mark.parametrize("drop, sentence", [
-    ("first_stage_model.", "first_stage_model"), ("text_encoders.clip_l.", "clip_l"),
+    ("first_stage_model.", "first_stage_model"), ("first_stage_model.encoder.", "encoder.down.0.block.0.conv1"),
+    ("text_encoders.clip_l.", "clip_l"),
     ("text_encoders.clip_g.", "clip_g"), ("text_encoders.clip_g.transformer.text_projection", "CLIP-G"),
     (DIT, f"no tensor under '{DIT}', so it is no SD3 model file"), (QKV, "1 missing: joint_blocks.1.x_block.attn.qkv"),
     (f"{DIT}joint_blocks.1.x_block.mlp.fc1", "2 missing: joint_blocks.1.x_block.mlp.fc1.bias")])
@@ -143,7 +144,8 @@ def test_headers_that_do_not_fit(save, meta, sentence):
 PRESETS = {"block": ["5", 1.0, True, None, -1, [1]], "size": ["128", 128.0, 0, -128, 10**12],
            "steps": ["x", 0, -1, 10**12, 28.0, True], "shift": ["a", 0, -3, math.nan, 1e300],
            "noise_steps": [99, -3, 1.5, "8", 29], "cfg": ["x", math.inf, -math.inf, math.nan, [3], True],
-           "batch": [0, "x", -1, 10**9, 1.5], "threshold": [-1, 0, "x", math.nan, None], "scaling": ["zzz", 3, None]}
+           "batch": [0, "x", -1, 10**9, 1.5], "threshold": [-1, 0, "x", math.nan, None], "scaling": ["zzz", 3, None],
+           "level": [True, 1.5, -0.1, "x"], "guidance": [True, -1, "x", math.nan], "unit_pictures": ["no", 1, None]}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -157,7 +159,7 @@ def test_presets_that_cannot_be(save, contents, name):
 
 
 def test_every_number_of_a_preset_has_its_limits():
-    others = {"scaling", "schedule", "level", "unit_pictures", "guidance"}
+    others = {"scaling", "schedule", "unit_pictures"}
     assert loading.LIMITS.keys() == loading.Preset.__dataclass_fields__.keys() - others
     for name, (_, least, largest) in loading.LIMITS.items():
         for value in (least, largest):
@@ -170,6 +172,21 @@ def test_changed_presets():
     assert preset.changed(steps=12, block=0) == loading.Preset(block=0, steps=12)
     with pytest.raises(ValueError, match="noise_steps must be at most steps, which are 4, not 8"):
         preset.changed(steps=4)
+
+
+def test_parts_of_different_models(save, contents):
+    """What would fail only when the model is used."""
+    tensors, header = contents
+    presets = json.loads(header["presets"])
+    embeddings = "text_encoders.clip_g.transformer.text_model.embeddings."
+    heads = {key: w[:-1].clone() for key, w in tensors.items() if ".ln_q." in key or ".ln_k." in key}
+    time = f"{DIT}t_embedder.mlp.0.weight"
+    for part in ("token", "position"):
+        key = f"{embeddings}{part}_embedding.weight"
+        refused(save(add={key: tensors[key][:-1].clone()}), f"1 {part}s of CLIP-L that CLIP-G lacks, not 0")
+    refused(save(add=heads), "columns beyond whole heads, not 0")
+    refused(save(add={time: tensors[time][:, :-1].clone()}), "1 columns of the time beyond pairs, not 0")
+    refused(save(presets=json.dumps(presets | {"guidance": 3.0})), "a guidance strength, which its transformer does not")
 
 
 def test_an_expert_beyond_the_last_block(save, contents):

@@ -169,9 +169,12 @@ def test_the_own_judge(tiny, monkeypatch):
     judge = quality.pick_judge("own", tiny, ["a dog"])
     assert (judge.name, judge.fingerprint, judge.columns) == ("own", tiny.fingerprint, ("loss saved",))
     image = Image.effect_noise((128, 128), 50).convert("RGB")
-    losses = quality.analysis.caption_losses(tiny, [image], [["a red car", ""]])
+    seeds = [image_seed("a red car", 0)]
+    losses = quality.analysis.caption_losses(tiny, [image], [["a red car", ""]], seeds=seeds)
     (saved,) = judge.score([image], ["a red car"])["loss saved"]
     assert saved == pytest.approx(100 * (losses[0, 1] - losses[0, 0]) / losses[0, 1])
+    other, again = judge.score([image, image], ["snow", "a red car"])["loss saved"]          # wherever it stands
+    assert again == pytest.approx(saved) and abs(other - saved) > 0.01
 
 
 def test_a_judge_that_cannot_answer_is_refused_before_the_work(tiny):

@@ -66,8 +66,9 @@ def test_i2i_step_never_forms_the_matrix():
     maps = torch.rand(3, 48, 48)
     whole = 8 * 2304 ** 2 * 4 / 2 ** 20
     used = megabytes(lambda: readings.i2i_step(qkv, maps), torch.device("cpu"))
-    if not math.isnan(used):                                                 # nobody counts here
-        assert used < whole / 4
+    if math.isnan(used):
+        pytest.skip("nobody counts memory here")
+    assert used < whole / 4
 
 
 def test_shares_over_several_prompts():
@@ -133,8 +134,9 @@ def test_refine_needs_little_memory():
     maps = torch.rand(2, 1024, 1024)
     colours = torch.rand(3, 1024, 1024)
     used = megabytes(lambda: readings.refine(maps, colours, 8, rounds=1), torch.device("cpu"))
-    if not math.isnan(used):
-        assert used < 100
+    if math.isnan(used):
+        pytest.skip("nobody counts memory here")
+    assert used < 100
 
 
 def test_strips_change_nothing(monkeypatch):

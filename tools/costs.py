@@ -104,10 +104,10 @@ class Flop:
 def weights_in(*modules: nn.Module | None) -> int:
     """How many weights the matrices and convolutions of these have; a module that is None has none."""
     total = 0
-    for module in modules:
-        for layer in module.modules() if module is not None else ():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                total += layer.weight.numel()
+    there = [module for module in modules if module is not None]
+    for layer in nn.ModuleList(there).modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            total += layer.weight.numel()
     return total
 
 

@@ -42,9 +42,10 @@ def write_random(path: Path, shapes: dict[str, list[int]]) -> None:
             n = prod(shape)
             scale = prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
             numbers = (scale * drawn[:n]).bfloat16().view(torch.int16).numpy().tobytes()
-            for _ in range(n // DRAWN if n > DRAWN else 1):
+            whole, rest = divmod(n, DRAWN)
+            for _ in range(whole):
                 f.write(numbers)
-            f.write(numbers[:2 * (n % DRAWN)] if n > DRAWN else b"")
+            f.write(numbers[:2 * rest])
 
 
 def write(folder: Path, shapes: dict[str, dict[str, list[int]]]) -> Path:
