@@ -50,9 +50,8 @@ class Variant(NamedTuple):
 
 def ovss(model):
     """Table 1; and below the paper's reading the one beyond it that looks at the model's attention alone."""
-    block = model.preset.block
-    sigma = model.preset.sigma
-    return [Variant(model.name, block, sigma), Variant(f"{model.name} i2i", block, sigma, reading="i2i")]
+    where = model.preset.block, model.preset.sigma
+    return [Variant(model.name, *where), Variant(f"{model.name} i2i", *where, reading="i2i")]
 
 
 def readings(model):
@@ -78,20 +77,19 @@ def heads(model):
 def timesteps(model):
     """Fig. 15: noise levels, by the number of steps that are left.  ValueError: there is none to compare."""
     steps = model.preset.steps
+    schedule = model.preset.sigmas(steps).tolist()
     if steps < 2:
         raise ValueError(f"{model.name} goes from noise to picture in one step: there are no noise levels to compare")
-    schedule = model.preset.sigmas(steps).tolist()
     return [Variant(f"t = {n} of {steps}", model.preset.block, schedule[steps - n]) for n in range(2, steps + 1, 2)]
 
 
 def normalization(model):
     """Table 5: scores before and after the softmax, each map as it is or scaled to [0, 1]."""
-    block = model.preset.block
-    sigma = model.preset.sigma
-    return [Variant("before softmax", block, sigma, "logits"),
-            Variant("before softmax, min-max", block, sigma, "logits", minmax=True),
-            Variant("after softmax", block, sigma),
-            Variant("after softmax, min-max", block, sigma, minmax=True)]
+    where = model.preset.block, model.preset.sigma
+    return [Variant("before softmax", *where, "logits"),
+            Variant("before softmax, min-max", *where, "logits", minmax=True),
+            Variant("after softmax", *where),
+            Variant("after softmax, min-max", *where, minmax=True)]
 
 
 def unsup(model):

@@ -186,7 +186,7 @@ def test_parts_of_different_models(save, contents):
         refused(save(add={key: tensors[key][:-1].clone()}), f"1 {part}s of CLIP-L that CLIP-G lacks, not 0")
     refused(save(add=heads), "columns beyond whole heads, not 0")
     refused(save(add={time: tensors[time][:, :-1].clone()}), "1 columns of the time beyond pairs, not 0")
-    refused(save(presets=json.dumps(presets | {"guidance": 3.0})), "a guidance strength, which its transformer does not")
+    refused(save(presets=json.dumps(presets | {"guidance": 3.0})), "guidance strength, which its transformer does not")
 
 
 def test_an_expert_beyond_the_last_block(save, contents):

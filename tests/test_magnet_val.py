@@ -84,3 +84,9 @@ def test_a_seed_of_any_size(run):
     for steps in ("2 steps", "0 steps"):
         code, out, err = run(*options)
         assert code == 0 and steps in out, err
+
+
+def test_torchrun_does_not_measure(run, monkeypatch):
+    monkeypatch.setattr("support.ledger.world", lambda: (1, 2))
+    code, out, err = run("--measure", "lora.safetensors")
+    assert (code, out) == (2, "") and "leave torchrun out" in err

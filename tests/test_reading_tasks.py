@@ -10,6 +10,7 @@ from PIL import Image
 
 import counting
 import evaluate
+import protocol
 import seg4diff
 from loading import image_seed
 from protocol import Variant, evaluation, readings, unsup_i2i
@@ -222,3 +223,9 @@ def test_a_chosen_reading_has_a_row_and_a_folder_of_its_own(command, tiny_file, 
     for options in (["--reading", "i2i"], ["--task", "unsup", "--regions", "i2i"]):
         code, _, err = command("evaluate.py", "--dataset", "all", "--model", tiny_file, *options)
         assert code == 2 and "beside the paper's numbers" in err
+
+
+def test_one_step_has_no_noise_levels_to_compare(tiny):
+    one = replace(tiny, preset=tiny.preset.changed(steps=1, noise_steps=1))
+    with pytest.raises(ValueError, match="in one step: there are no noise levels"):
+        protocol.timesteps(one)

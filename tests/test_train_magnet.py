@@ -176,12 +176,6 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(command, train, tin
     assert rows[1] == rows[2] == pytest.approx(list(log[-1]["val"].values()), abs=0.5)
 
 
-def test_torchrun_does_not_measure(train, monkeypatch):
-    monkeypatch.setattr(train_magnet, "world", lambda: (1, 2))
-    code, out, err = train("--measure", "lora.safetensors")
-    assert (code, out) == (2, "") and "leave torchrun out" in err
-
-
 def test_every_option_is_felt(train, tmp_path):
     """One step at a time: the LoRA that comes out is not that of the defaults."""
     numbers = itertools.count()
