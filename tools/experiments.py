@@ -194,6 +194,7 @@ def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> Non
             ax.plot(x.difference, y, "o", color=colour, markerfacecolor=colour if row.survives else "white")
         ax.axvline(0, color="black", lw=0.8)
         ax.set(title=column, xlabel="difference of the score", yticks=range(arms), ylim=(arms - 0.5, -0.5))
+        ax.locator_params(axis="x", nbins=4)             # labels that do not overlap
         ax.set_yticklabels([readable(row.arm) for row in chosen])
     write_figure(path, fig)
 
