@@ -98,7 +98,7 @@ def values(model, prompts, out):
         drawn = ax.imshow(np.transpose(by_head[kind]), aspect="auto", vmin=0, vmax=top)
         ax.set(xlabel="block", ylabel="head", title=f"{kind} tokens, each head")
         ax.locator_params(integer=True)
-    fig.colorbar(drawn, ax=right)
+    fig.colorbar(drawn, ax=right, label="mean norm")
     write_figure(out / "values.png", fig)
     return {"prompts": len(prompts), "t": t, "norms": mean, "heads": by_head}
 
@@ -207,9 +207,8 @@ def text_matters(model, out, data, limit=100):
         rows[sigma] = {"own": mean, "error": or_none(error), "others": float(other.mean()),
                        "own explain better than others [% of pictures]": 100 * np.mean(true > other)}
     fig, [[ax]] = new_figure(1, 1, f"At which noise levels words matter, {model.name}, {data.name}")
-    ax.errorbar(list(rows), [row["own"] for row in rows.values()], errors, fmt="o-",
-                label="the picture's own class names")
-    ax.plot(list(rows), [row["others"] for row in rows.values()], "s--", label="those of the next picture")
+    ax.errorbar(list(rows), [row["own"] for row in rows.values()], errors, fmt="o-", label="its own class names")
+    ax.plot(list(rows), [row["others"] for row in rows.values()], "s--", label="class names of the next picture")
     ax.axvline(model.preset.sigma, color="black", ls=":", label="noise level of segmentation")
     ax.axhline(0, color="grey", lw=0.8)
     ax.set(xlabel="sigma", ylabel="flow loss saved [%]")
@@ -219,7 +218,7 @@ def text_matters(model, out, data, limit=100):
 
 
 def class_shares(model, item, data, reading):
-    """A picture's class names, the argmax in colour, and each class's share among the classes, which it compares."""
+    """A picture's class names, the argmax in colour, and each class's share among the classes."""
     ids = classes_in(item.labels)
     names = [data.classes[k] for k in ids]
     seg = seg4diff.segment(model, item.image, names, reading=reading, seed=image_seed(item.name, 0))

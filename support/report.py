@@ -84,7 +84,7 @@ def plot(task, variants, rows, model, path):
             if name in rows:
                 ax.axhline(rows[name]["mIoU"], color="black", ls=style, lw=1, label=name)
         ax.set(ylabel="mIoU [%]", ylim=(0, 100))
-        ax.legend()
+        ax.legend(loc=(0.62, 0.55) if task == "thresholds" else "best")      # there nothing lies below it
     write_figure(path, fig, dpi=110)
     plt.close(fig)
 

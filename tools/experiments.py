@@ -177,7 +177,7 @@ COLOURS = {"better": "C2", "worse": "C3"}                # of what has a verdict
 def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
     """A panel for each column: every arm's difference to its base, with its interval; filled: it survives Holm."""
     arms = len(rows) // len(columns)
-    width = 4 + 3 * len(columns)                         # inches
+    width = 3 + 2 * len(columns)                         # inches
     fig = Figure((width, 1.9 + 0.24 * arms), dpi=90, layout="constrained")
     fig.suptitle("\n".join(textwrap.fill(line, 9 * width) for line in title.splitlines()))
     marks = [Line2D([], [], color=colour, marker="o", markerfacecolor="white", label=f"with it {word}")
@@ -194,7 +194,7 @@ def plot(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> Non
             ax.plot(x.difference, y, "o", color=colour, markerfacecolor=colour if row.survives else "white")
         ax.axvline(0, color="black", lw=0.8)
         ax.set(title=column, xlabel="difference of the score", yticks=range(arms), ylim=(arms - 0.5, -0.5))
-        ax.locator_params(axis="x", nbins=4)             # labels that do not overlap
+        ax.locator_params(axis="x", nbins=3)             # labels that do not overlap
         ax.set_yticklabels([readable(row.arm) for row in chosen])
     write_figure(path, fig)
 
