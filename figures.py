@@ -207,7 +207,8 @@ def text_matters(model, out, data, limit=100):
         rows[sigma] = {"own": mean, "error": or_none(error), "others": float(other.mean()),
                        "own explain better than others [% of pictures]": 100 * np.mean(true > other)}
     fig, [[ax]] = new_figure(1, 1, f"At which noise levels words matter, {model.name}, {data.name}")
-    ax.errorbar(list(rows), [row["own"] for row in rows.values()], errors, fmt="o-", label="its own class names")
+    ax.errorbar(list(rows), [row["own"] for row in rows.values()], errors, fmt="o-",
+                label="the picture's own class names")
     ax.plot(list(rows), [row["others"] for row in rows.values()], "s--", label="class names of the next picture")
     ax.axvline(model.preset.sigma, color="black", ls=":", label="noise level of segmentation")
     ax.axhline(0, color="grey", lw=0.8)

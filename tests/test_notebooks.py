@@ -4,9 +4,12 @@ They run on fewer pictures than the committed ones (SEG4DIFF_QUICK, see notebook
 kernel, which saves four seconds of imports each.  With as many pictures, and each in a kernel of its own, by
 
     SEG4DIFF_FULL=1 pytest -q tests/test_notebooks.py
+
+and then what they print is what they were committed with.
 """
 import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -18,6 +21,17 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PICTURES = {"image/png", "image/jpeg"}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def printed(cells: list[dict]) -> str:
+    """All that they print, and where a cell begins."""
+    text = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            text.append("cell\n")
+            text += ["".join(o["text"]) for o in cell["outputs"] if o.get("name") == "stdout"]
+    return "".join(text)
 
 
 def without_figure(cells: list[dict]) -> list[str]:
@@ -46,6 +60,7 @@ def test_runs(path, monkeypatch, kernel):
     monkeypatch.delenv("SEG4DIFF_MODEL", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
+    committed = printed(notebook.cells)
     if os.environ.get("SEG4DIFF_FULL"):
         kernel = None                                        # a new one
     else:
@@ -56,6 +71,11 @@ def test_runs(path, monkeypatch, kernel):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert sum(bool(o.get("data", {}).keys() & PICTURES) for o in outputs) >= 3
     assert not without_figure(notebook.cells)
+    if kernel is None:
+        now = printed(notebook.cells)
+        assert NUMBER.sub("#", now) == NUMBER.sub("#", committed)
+        numbers = [float(x) for x in NUMBER.findall(committed)]
+        assert numbers and [float(x) for x in NUMBER.findall(now)] == pytest.approx(numbers, rel=0.02, abs=0.02)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
