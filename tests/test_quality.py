@@ -331,6 +331,10 @@ def test_arms_of_the_experiments(tmp_path):
     guidance = experiment("guidance", out=tmp_path)
     assert {arm.blocks for arm, _ in guidance.pairs} == {(1,), (3,), (5,)} and "on 9 other captions" in guidance.title
     assert len(guidance.arms) == 4 + 4 * 3 * 2 <= experiments.MOST
+    assert guidance.unchanged == {"cfg1", "cfg1.5", "cfg2", "cfg3"}
+    others = [(arm.name, base.name) for arm, base in guidance.pairs if base.pag]
+    assert len(others) == 4 * 2 * 2 and ("cfg1.5-s3-block5", "cfg1.5-s3-block3") in others
+    assert all(arm.replace("block5", "block") == base[:-1] for arm, base in others)          # at the same cfg and s
     (tmp_path / "blocks.json").write_text(json.dumps(content | {"model": ["other", "0"]}))
     with pytest.raises(ValueError, match="another model"):
         experiment("guidance", out=tmp_path)

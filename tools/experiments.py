@@ -48,6 +48,11 @@ class Experiment(NamedTuple):
     pairs: list[tuple[Arm, Arm]]        # an arm, and what it is compared with
 
     @property
+    def unchanged(self):
+        """Names of the arms that nothing is done in, neither guidance nor blur."""
+        return {base.name for _, base in self.pairs if base.pag == 0 and not base.perturb}
+
+    @property
     def arms(self):
         """Each once, a base before what is compared with it."""
         arms = {}
@@ -99,12 +104,21 @@ def best_blocks(path: Path, model: Seg4Diff, judge) -> tuple[list[int], int]:
 
 
 def guidance(model: Seg4Diff, judge, out: Path) -> Experiment:
-    """Eq. 7 by the best blocks of `blocks` and by the expert, s 1 and 3, over scales of cfg; other captions."""
+    """Eq. 7 by the best blocks of `blocks` and by the expert, s 1 and 3, over scales of cfg; other captions.
+
+    Guidance by the expert is also compared with that by the others.
+    """
     chosen, n = best_blocks(out / "blocks.json", model, judge)
+    scales = (1.0, 2.0) if isinstance(model.transformer, Flux) else (1.0, 1.5, 2.0, 3.0)
     pairs = []
-    for cfg in (1.0, 2.0) if isinstance(model.transformer, Flux) else (1.0, 1.5, 2.0, 3.0):
+    for cfg in scales:
         for block in chosen:
             pairs += [(named(cfg, pag, [block]), named(cfg)) for pag in (1.0, 3.0)]
+    expert = model.preset.block                          # is it the one that helps most?
+    for cfg in scales:
+        for block in chosen:
+            if block != expert:
+                pairs += [(named(cfg, pag, [expert]), named(cfg, pag, [block])) for pag in (1.0, 3.0)]
     title = f"Guidance by a blurred branch (Eq. 7), blocks chosen on {n} other captions"
     return Experiment(title, 128, 256, range(1), pairs)
 
@@ -236,7 +250,7 @@ def run(experiment: Experiment, name: str, prompts: list[str], models: dict, jud
         "comparisons": [entry(row) for row in rows], "seconds": seconds,
         "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
     title = f"{experiment.title}: {what}\nDifference to the same captions and noise without it, and its 95 % interval"
-    plot([row for row in rows if "blurred" not in row.base], judge.columns, title, out / f"{name}.png")
+    plot([row for row in rows if row.base in experiment.unchanged], judge.columns, title, out / f"{name}.png")
     write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
     show(f"{experiment.title}: {what}")
     show(table(rows))
