@@ -127,7 +127,10 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
 
 
 def clamped(x: Tensor) -> Tensor:
-    """float16 ends at 65504, and sums beyond it would be infinite; other types are left as they are."""
+    """float16 ends at 65504, and sums beyond it would be infinite; other types are left as they are.
+
+    As in diffusers it is the text after a double block, and both modalities after a single one.
+    """
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(x.dtype).max

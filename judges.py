@@ -98,14 +98,14 @@ class CLIPImage(nn.Module):
         self.visual_projection = nn.Linear(width, project, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, size, size), normalised -> the class token's row, normed and projected, (B, P)."""
+        """x (B, 3, size, size), normalised -> the class token's row, normed and projected, (B, dim)."""
         tower = self.vision_model
         places = tower.embeddings.position_embedding.weight                  # (1+n, W)
         first = tower.embeddings.class_embedding[None, None]                 # (1, 1, W)
         x = tower.pre_layrnorm(read_patches(tower.embeddings.patch_embedding, first, places, x))   # (B, 1+n, W)
         for layer in tower.encoder.layers:
             x = layer(x)
-        return self.visual_projection(tower.post_layernorm(x[:, 0]))         # (B, P)
+        return self.visual_projection(tower.post_layernorm(x[:, 0]))         # (B, dim)
 
 
 class CLIP(nn.Module):
@@ -139,11 +139,11 @@ class CLIP(nn.Module):
                     assign(image_tower, rest, "CLIP image tower", device, dtype))
 
     def image(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, size, size), of clip_picture -> (B, P), not of length 1."""
+        """Pictures (B, 3, size, size), of clip_picture -> (B, dim), not of length 1."""
         return self.image_tower(x)
 
     def text(self, ids: Tensor) -> Tensor:
-        """Tokens (B, L) -> the row at the end of text, normed and projected, (B, P), not of length 1."""
+        """Tokens (B, L) -> the row at the end of text, normed and projected, (B, dim), not of length 1."""
         return self.text_tower(ids)[1]
 
 

@@ -48,9 +48,13 @@ def sigmas(steps: int, shift: float) -> Tensor:
     return torch.cat([shifted(line, shift), line.new_zeros(1)]).float()      # (S+1,)
 
 
+FLUX_SHIFTS = (256, 0.5), (4096, 1.15)      # image tokens, and the logarithm of their shift; between them a line
+
+
 def flux_shift(tokens: int) -> float:
     """How far Flux.1-dev moves its noise levels for a picture of so many image tokens: 1.65 for 256, 3.16 for 4096."""
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    (least, low), (most, high) = FLUX_SHIFTS
+    return math.exp(low + (high - low) * (tokens - least) / (most - least))
 
 
 def flux_sigmas(steps: int, shift: float) -> Tensor:
@@ -287,18 +291,18 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
         print(f"blocks of {' and '.join(waiting)} wait in host memory and come to {device} one by one", file=sys.stderr)
     sd = weights.read(files, last_block, device, dtype, waiting)
     clip_l = CLIPText.from_state_dict(sd["clip_l"])
-    t5xxl = words = None
+    t5xxl = tokenizer_of_t5 = None
     if "t5xxl" in sd:
         with decoding(files.t5_tokenizer or path, "tokenizer of T5"):
-            words = t5_tokenizer(weights.t5_tokenizer(files))
+            tokenizer_of_t5 = t5_tokenizer(weights.t5_tokenizer(files))
         t5xxl = T5.from_state_dict(sd["t5xxl"])
     if "clip_g" in sd:
         transformer = MMDiT.from_state_dict(sd["mmdit"])
         text = TextEncoders(clip_l, CLIPText.from_state_dict(sd["clip_g"]), tokenizer, transformer.config.ctx_dim,
-                            t5xxl, words)
+                            t5xxl, tokenizer_of_t5)
     else:
         transformer = Flux.from_state_dict(sd["mmdit"])
-        text = FluxText(clip_l, t5xxl, tokenizer, words, preset.text_length)
+        text = FluxText(clip_l, t5xxl, tokenizer, tokenizer_of_t5, preset.text_length)
     vae = VAE.from_state_dict(sd["vae"], shift=preset.latent_shift, scale=preset.latent_scale,
                               unit_pictures=preset.unit_pictures)
     name = Path(os.path.abspath(name_or_path)).name.removesuffix(".safetensors")

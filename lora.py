@@ -18,7 +18,7 @@ from support.files import check_kind, decoding, read_tensors, replacing
 # The layers of a block under the names that LoRA files give them (diffusers'), and where their pair stands here: beside
 # a linear layer, for one group of its rows, as q, k and v are one matrix. MAGNET adapts the image stream; pairs of
 # other layers can only be loaded.
-LORA_LAYERS = {
+JOINT_LAYERS = {
     "attn.to_q": "x_block.attn.qkv.groups.0", "attn.to_k": "x_block.attn.qkv.groups.1",
     "attn.to_v": "x_block.attn.qkv.groups.2", "attn.to_out.0": "x_block.attn.proj.groups.0",
     "attn.add_q_proj": "context_block.attn.qkv.groups.0", "attn.add_k_proj": "context_block.attn.qkv.groups.1",
@@ -35,7 +35,7 @@ SINGLE_LAYERS = {
     "attn.to_q": "linear1.groups.0", "attn.to_k": "linear1.groups.1", "attn.to_v": "linear1.groups.2",
     "proj_mlp": "linear1.groups.3", "proj_out": "linear2.groups.0", "norm.linear": "modulation.lin.groups.0"}
 # our name of a kind of blocks, theirs, and its layers
-BLOCKS = (("joint_blocks", "transformer_blocks", LORA_LAYERS), ("double_blocks", "transformer_blocks", DOUBLE_LAYERS),
+BLOCKS = (("joint_blocks", "transformer_blocks", JOINT_LAYERS), ("double_blocks", "transformer_blocks", DOUBLE_LAYERS),
           ("single_blocks", "single_transformer_blocks", SINGLE_LAYERS))
 IMAGE_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
@@ -148,7 +148,7 @@ def base_samples(model):
     for name, place in places_of(model).items():
         if name.endswith("attn.to_q"):
             linear = model.get_submodule(place.split(".groups.")[0])
-            w = getattr(linear, "base", linear).weight.flatten()             # (3*D*D,), of a LoRALinear the base's
+            w = getattr(linear, "base", linear).weight.flatten()             # (d_out*D,), of a LoRALinear the base's
             samples.append(w[::len(w) // 8][:8].float().cpu())
     return torch.stack(samples)
 

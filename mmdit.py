@@ -10,8 +10,9 @@ joint attention; every attention map in this project is a pure function of those
 Alphabet, used in the whole project:
     B batch   C latent channels   h x w patch grid   N = h*w image tokens   M text tokens   D = H*d width
     H heads   d head width        K classes          S steps                z latents       eps noise
-    L a prompt's rows of text     P maps or regions without names
+    L tokens of one stream or prompt      P maps or regions without names
     vel = eps - z0                sigma in [0, 1]: 0 clean, 1 noise (the time embedding gets 1000 * sigma)
+The paper's l is M here, its hw is N, its d is D and its d_k d; its numbers of classes, C (Sec. 3.4) and N (A.4), are K.
 Joint order is Eq. 3's: image tokens first, then text.  Blocks count from 0; SD3's expert block is 9.
 """
 import math
@@ -46,11 +47,10 @@ class JointQKV(NamedTuple):
 def joint_probs(qkv: JointQKV) -> Tensor:
     """A = softmax(Q K^T / sqrt(d)), (B, H, N+M, N+M) in fp32; rows are queries and sum to 1.
 
-    This is Eq. 4 as a whole, for reading and analysis.  Segmentation and sampling never form it (i2t_attention,
-    joint_attention): with a 1024 x 1024 picture it takes 1.7 GB a block and sample.
+    Segmentation and sampling never form it: with a 1024 x 1024 picture it takes 1.7 GB a block and sample.
     """
     logits = qkv.q.float() @ qkv.k.float().mT / math.sqrt(qkv.q.shape[-1])   # (B, H, N+M, N+M)
-    return logits.softmax(dim=-1)
+    return logits.softmax(dim=-1)                                            # Eq. 4, (B, H, N+M, N+M)
 
 
 # The four pathways of Fig. 2 (a): rows are queries, columns are keys.
@@ -111,19 +111,19 @@ def joint_attention(qkv: JointQKV, edit: Edit | None = None, mix: Tensor | None 
     """O = A V, (B, N+M, D), heads side by side as the output projection of Eq. 6 takes them.
 
     PyTorch's fused attention is Eq. 4 and 5 at once.  With `edit` the softmax is formed, edited and applied.
-    With `mix` (B or 1, M, M) image queries see the text values mix @ V_T.  As (A mix) V_T = A (mix V_T), this is the
-    I2T attention multiplied by mix from the right, without forming it; text queries see the values as they are.
+    With `mix` (B or 1, M, M), never both, image queries see the text values mix @ V_T.  As (A mix) V_T = A (mix V_T),
+    this is the I2T attention times mix, without forming it; text queries see the values as they are.
     """
     q, k, v, N, _ = qkv
     if edit is None and mix is None:
         out = F.scaled_dot_product_attention(q, k, v)                        # Eq. 5, (B, H, N+M, d)
-    elif mix is not None:
-        mixed = torch.cat([v[:, :, :N], mix[:, None].to(v.dtype) @ v[:, :, N:]], dim=2)      # (B, H, N+M, d)
-        image = F.scaled_dot_product_attention(q[:, :, :N], k, mixed)        # (B, H, N, d)
-        text = F.scaled_dot_product_attention(q[:, :, N:], k, v)             # (B, H, M, d)
-        out = torch.cat([image, text], dim=2)                                # (B, H, N+M, d)
+    elif edit is not None:
+        out = edit(joint_probs(qkv), qkv).to(v.dtype) @ v                    # Eq. 5, (B, H, N+M, d)
     else:
-        out = edit(joint_probs(qkv), qkv).to(v.dtype) @ v                    # (B, H, N+M, d)
+        mixed = torch.cat([v[:, :, :N], mix[:, None].to(v.dtype) @ v[:, :, N:]], dim=2)      # (B, H, N+M, d)
+        image = F.scaled_dot_product_attention(q[:, :, :N], k, mixed)        # Eq. 5, (B, H, N, d)
+        text = F.scaled_dot_product_attention(q[:, :, N:], k, v)             # Eq. 5, (B, H, M, d)
+        out = torch.cat([image, text], dim=2)                                # (B, H, N+M, d)
     return out.transpose(1, 2).flatten(2)                                    # (B, N+M, D)
 
 

@@ -224,9 +224,9 @@ class Task(NamedTuple):
     predict: Callable                   # one of the four above
     scoring: Scoring
     own_floor: bool = False             # each variant has its own floor: random maps, as many as compete in it
-    overlays: bool = False              # evaluate.py shows label maps and the IoU of each class in place of a plot,
-    intervals: bool = False             # what each variant is above the first one, and how certain that is,
-    note: str = ""                      # and what the rows of several variants mean
+    overlays: bool = False              # evaluate.py shows label maps and the IoU of each class in place of a plot
+    intervals: bool = False             # and how far each variant is above the first one, with a 95 % interval
+    note: str = ""                      # what the rows of several variants mean, for the reader of the table
 
 
 BOTH_READINGS = "{0}: the paper's reading; {1}: beyond it, a step through the block's own image-to-image attention"

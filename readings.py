@@ -94,7 +94,7 @@ def moved(x: Tensor, dy: int, dx: int, margin: int) -> Tensor:
 
 
 def colour_scale(near: Tensor, around: Sequence[tuple[int, int]], margin: int) -> Tensor:
-    """-1 / (0.1 std_ic) of refine's formula: near padded, (3, height, width)."""
+    """Padded colours near (3, ., .) -> -1 / max(0.1 std_ic, 1/765) of refine's formula, (3, height, width)."""
     colours = moved(near, 0, 0, margin)                                      # (3, height, width)
     total = torch.zeros_like(colours)
     squares = torch.zeros_like(colours)
@@ -104,7 +104,7 @@ def colour_scale(near: Tensor, around: Sequence[tuple[int, int]], margin: int) -
         squares.addcmul_(difference, difference)
     n = len(around) + 1                                                      # with the pixel itself, whose part is 0
     std = (squares / n - (total / n).square()).clamp_min(0).sqrt()           # (3, height, width)
-    return -1 / (SHARPNESS * std).clamp_min(1 / 765)
+    return -1 / (SHARPNESS * std).clamp_min(1 / 765)                         # at least a third of a grey level
 
 
 def averaged(p: Tensor, near: Tensor, scale: Tensor, around: Sequence[tuple[int, int]], margin: int) -> Tensor:
@@ -117,7 +117,7 @@ def averaged(p: Tensor, near: Tensor, scale: Tensor, around: Sequence[tuple[int,
         weight = difference.mul_(scale).mean(0, keepdim=True).exp_()         # (1, height, width)
         mass += weight
         mean.addcmul_(weight, moved(p, dy, dx, margin))
-    return mean / mass
+    return mean / mass                                                       # (K, height, width)
 
 
 def refine(maps: Tensor, colours: Tensor, reach: int, rounds: int = ROUNDS) -> Tensor:
@@ -177,7 +177,10 @@ def anchor_maps(qkv: JointQKV, rows: Tensor, chunk: int = 512) -> Tensor:
 
 
 def anchor_reading(qkv: JointQKV) -> Tensor:
-    """What regions are made of: anchor_maps, and these read like class maps, shares and i2i: (2, anchors, h, w)."""
+    """What regions are made of: anchor_maps, and these read like class maps, shares and i2i: (2, anchors, h, w).
+
+    They are stacked where other maps have their heads, so that `attend` takes the mean of both over draws of noise.
+    """
     maps = anchor_maps(qkv, spread_patches(qkv.grid).to(qkv.q.device))       # (anchors, h, w)
     return torch.stack([maps, i2i_step(qkv, shares(maps))])                  # (2, anchors, h, w)
 

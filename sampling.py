@@ -40,7 +40,7 @@ def blur_matrix(M: int, kernel: int = 5, std: float = 9.0) -> Tensor:
     """(M, M): A_I2T @ blur_matrix blurs along the text tokens with a Gaussian (A.3); rows and columns sum to 1.
 
     NOTE(paper): it pads by reflection "to preserve the total attention mass", for which the edge itself must be
-    repeated (b a | a b c), as here; without, the much attended <sos> token would lose two fifths of its mass.
+    repeated (b a | a b c), as here; without it the much attended <sos> token would lose two fifths of its mass.
     """
     reach = kernel // 2
     offsets = torch.arange(-reach, reach + 1)
@@ -64,7 +64,7 @@ def guided_velocity(model: Seg4Diff, cond: TextCond, uncond: TextCond, cfg: floa
     ctx = torch.cat([branch.ctx for branch in branches.values()])            # (n*B, M, ctx_dim)
     pooled = torch.cat([branch.pooled for branch in branches.values()])      # (n*B, pooled_dim)
     B, M, _ = cond.ctx.shape
-    blurred = blur_matrix(M).to(ctx.device).expand(n * B, M, M)
+    blurred = blur_matrix(M).to(ctx.device).expand(n * B, M, M)              # (n*B, M, M)
     mix = {}
     if pag != 0:
         last_blurred = torch.eye(M, device=ctx.device).repeat(n * B, 1, 1)   # (n*B, M, M)
@@ -99,7 +99,7 @@ def generate(model: Seg4Diff, prompt: str | Sequence[str], *, steps: int | None 
     ValueError: steps or cfg out of range, no prompt, pag or pixels not finite, no such block, blocks without pag.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    preset = model.preset.changed(steps=steps, cfg=cfg, noise_steps=0)       # noise_steps: of segmentation alone
+    preset = model.preset.changed(steps=steps, cfg=cfg, noise_steps=0)       # segmentation's 8 may be more than steps
     if not prompts or not math.isfinite(pag) or not isinstance(seed, Integral):
         raise ValueError("generation takes at least one prompt, a finite scale pag and a whole number as seed, not "
                          f"{len(prompts)} prompts, {pag} and {seed!r}")
@@ -125,7 +125,7 @@ def trajectory(model: Seg4Diff, prompts: str | Sequence[str], seed: int = 0
                ) -> tuple[list[Image.Image], dict[int, Tensor]]:
     """A batch of pictures as `generate` draws them, and the latents on the way: {steps left: z (B, C, ., .)}.
 
-    The first one is the noise, the last one, with no steps left, the picture's.  ValueError: more than a batch.
+    With all steps left they are noise, with none the picture's.  ValueError: more than a batch.
     """
     steps = model.preset.steps
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -57,7 +57,7 @@ KINDS = {"softmax": i2t_attention, "logits": i2t_scores, "t2i": lambda qkv: t2i_
 
 class Segmentation(NamedTuple):
     labels: np.ndarray                  # (height, width) of the picture given, index into classes
-    maps: Tensor                        # (K, h, w) on the patch grid, what the argmax is taken of
+    maps: Tensor                        # (K, h, w) on the patch grid, before label_map upsamples (and refines) them
     classes: list[str]
 
 
@@ -97,10 +97,11 @@ def label_map(maps: Tensor, size: tuple[int, int], colours: Tensor | None = None
     labels = best.new_zeros(size, dtype=torch.int64)
     patch = max(size[0] // maps.shape[1], size[1] // maps.shape[2])          # its longer side, in pixels
     for i in range(0, len(maps), 4):                     # a few classes at a time: 150 of them at 12 MP would take 7 GB
-        up = F.interpolate(maps[None, i:i + 4].float(), size=size, mode="bilinear", align_corners=False)[0]
+        part = maps[None, i:i + 4].float()                                   # (1, up to 4, h, w)
+        up = F.interpolate(part, size=size, mode="bilinear", align_corners=False)[0]         # (up to 4, height, width)
         if colours is not None:
             up = readings.refine(up, colours, patch)                         # (up to 4, height, width)
-        value, index = up.max(0)                                             # 2 x (height, width)
+        value, index = up.max(0)                                             # Sec. 3.4, 2 x (height, width)
         labels = torch.where(value > best, index + i, labels)
         best = torch.maximum(value, best)
     return labels
@@ -111,7 +112,8 @@ def labels_of(maps: Tensor, image: Picture, reading: str = "paper") -> np.ndarra
     image = image.image if isinstance(image, Square) else image
     colours = None
     if reading == "pixels":
-        colours = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(maps.device) / 255
+        rgb = torch.from_numpy(np.array(image.convert("RGB"))).to(maps.device)
+        colours = rgb.permute(2, 0, 1) / 255                                 # (3, height, width)
     return label_map(maps, (image.height, image.width), colours).cpu().numpy()
 
 
@@ -154,11 +156,11 @@ def one_draw(model: Seg4Diff, z0: Tensor, prompts: Sequence[tuple[int, Sequence[
     """
     eps = noise(z0.shape[1:], seeds).to(z0.device)                           # (B, C, ., .)
     z = add_noise(z0.float(), eps, sigma)                                    # Eq. 8, (B, C, ., .)
-    source = {kind: kind if kind in KINDS else "softmax" for kind in kinds}  # what each kind is made of
+    made_of = {kind: kind if kind in KINDS else "softmax" for kind in kinds if kind != "anchors"}    # of which scores
     scores = defaultdict(list)               # (picture, block, kind) -> of each prompt, (H, K_p, h, w)
     qkvs = defaultdict(list)                 # (picture, block) -> of each prompt, where a kind needs them
     for pictures, spans, taps in passes(model, z, prompts, blocks, sigma):
-        for i, kind in product(blocks, set(source.values())):
+        for i, kind in product(blocks, set(made_of.values())):
             for b, attn in zip(pictures, class_attention(taps[i], spans, kind)):
                 scores[b, i, kind].append(attn)
         if not {"i2i", "anchors"}.isdisjoint(kinds):
@@ -167,7 +169,7 @@ def one_draw(model: Seg4Diff, z0: Tensor, prompts: Sequence[tuple[int, Sequence[
                     qkvs[b, i].append(qkv)
     out = [{} for _ in z0]
     for b, i, kind in product(range(len(z0)), blocks, kinds):
-        out[b][i, kind] = joined(kind, scores[b, i, source[kind]], qkvs[b, i])
+        out[b][i, kind] = joined(kind, scores[b, i, made_of.get(kind)], qkvs[b, i])
     return out                                                               # B x {key: (H, K, h, w)}
 
 
@@ -180,7 +182,7 @@ def attend(model: Seg4Diff, z0: Tensor, classes: Sequence[Sequence[str]] | None,
     z0 from encode_image, a row for each picture; its noise is that of seeds[b], maps are means over so many draws, of
     seeds[b], seeds[b] + 1, ...  kinds: of KINDS; "shares" and "i2i" (readings.py), (1, K, h, w); "anchors", of which
     regions are made, (2, anchors, h, w).  More names than a prompt holds run as several prompts on the same noise:
-    softmax maps are shares of a pixel's attention over all keys, so those of equally full prompts are compared as they
+    softmax maps are parts of a patch's attention over all keys, so those of equally full prompts are compared as they
     are; shares are formed over the classes of all prompts.
     classes None: the empty prompt, and every column of it, <sos> and <pad> too, is a class.
     ValueError: sigma outside [0, 1], a block that does not exist, names that do not fit, no draws.
@@ -220,8 +222,8 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str |
     {reading: Segmentation} for each picture.
     block and sigma default to the model's preset. kind (KINDS), head and minmax are the variants of Fig. 9 and of the
     supplement's B.2 to B.4, and go with the paper's reading; draws: noise draws that the maps are averaged over.
-    ValueError: no classes, names that do not fit, a reading, kind, block or head that does not exist, sigma outside
-    [0, 1], variants of the paper's reading with another.
+    ValueError: no classes, over 255 or names that do not fit, a reading, kind, block or head that does not exist, sigma
+    outside [0, 1], variants of the paper's reading with another.
     """
     single = isinstance(image, Picture)
     images = [image] if single else image
@@ -231,15 +233,15 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str |
     check_segment(model, names, chosen, kind, head, minmax)
     block = model.preset.changed(block=block).block
     sigma = model.preset.sigma if sigma is None else sigma
-    source = {"paper": kind, "shares": "shares", "i2i": "i2i", "pixels": "i2i"}
-    kinds = list(dict.fromkeys(source[r] for r in chosen))
+    kind_of = {"paper": kind, "shares": "shares", "i2i": "i2i", "pixels": "i2i"}
+    kinds = list(dict.fromkeys(kind_of[r] for r in chosen))
     z0 = encode_image(model, images)                                         # (B, C, ., .)
     attn = attend(model, z0, names, blocks=[block], sigma=sigma, seeds=seeds, kinds=kinds, draws=draws)
     out = []
     for b, scores in enumerate(attn):
         found = {}
         for r in chosen:
-            maps = class_maps(scores[block, source[r]], head, minmax)        # (K, h, w)
+            maps = class_maps(scores[block, kind_of[r]], head, minmax)       # (K, h, w)
             found[r] = Segmentation(labels_of(maps, images[b], r), maps.cpu(), list(names[b]))
         out.append(found[reading] if isinstance(reading, str) else found)
     return out[0] if single else out
@@ -247,7 +249,7 @@ def segment(model: Seg4Diff, image: Images, classes: Sequence, *, reading: str |
 
 def check_segment(model, names, chosen, kind, head, minmax):
     """ValueError: see `segment`."""
-    if any(isinstance(x, str) or len(x) > IGNORE for x in names):
+    if any(isinstance(x, str) or len(x) > IGNORE for x in names):            # labels may be stored as uint8
         raise ValueError(f"segment takes a list of at most {IGNORE} class names for each picture")
     last = model.transformer.config.heads - 1
     if head is not None and not 0 <= head <= last:
@@ -310,8 +312,7 @@ def propose(model: Seg4Diff, image: Images, *, regions: str = "pad", block: int 
     ValueError: regions that do not exist, a scaling for "i2i"; see merge_maps.
     """
     if regions not in REGIONS or (regions == "i2i" and scaling is not None):
-        raise ValueError(f"regions is one of {', '.join(REGIONS)}, and scaling belongs to pad; "
-                         f"not {regions!r}, {scaling!r}")
+        raise ValueError(f"regions is {' or '.join(REGIONS)}, and scaling belongs to pad; not {regions!r}, {scaling!r}")
     single = isinstance(image, Picture)
     images = [image] if single else image
     seeds = [seed] * len(images) if np.ndim(seed) == 0 else seed
@@ -366,7 +367,6 @@ def run_generate(args):
 
 def run_doctor(args):
     from tools.doctor import report  # which no other command needs
-
     report(args.model, args.device, args.dtype, args.data_root)
 
 
@@ -376,7 +376,7 @@ if __name__ == "__main__":
     seg = commands.add_parser("segment", help="mask the named classes in a picture")
     seg.add_argument("image", type=Path)
     seg.add_argument("classes", type=utf8, nargs="+", metavar="CLASS")
-    seg.add_argument("--reading", default="i2i", choices=READINGS, help="what is made of the attention (i2i)")
+    seg.add_argument("--reading", default="i2i", choices=READINGS, help="how the attention is read (i2i)")
     seg.add_argument("--block", type=int, help="block whose attention is taken; the model's expert block if not given")
     seg.add_argument("--sigma", type=float, help="noise level in [0, 1]; the model's preset if not given")
     seg.set_defaults(run=run_segment)

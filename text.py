@@ -181,7 +181,7 @@ class CLIPText(nn.Module):
         return self.text_model.final_layer_norm.weight.device
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, L) -> hidden (B, L, W) after the last but one layer, not normed; pooled (B, P): the last
+        """ids (B, L) -> hidden (B, L, W) after the last but one layer, not normed; pooled (B, pooled_dim): the last
         layer's row at the first end-of-text token (the largest id), normed and projected."""
         embeddings = self.text_model.embeddings
         x = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[:ids.shape[1]]        # (B, L, W)
@@ -190,7 +190,7 @@ class CLIPText(nn.Module):
             x = layer(x)
         x = self.text_model.final_layer_norm(x)
         pooled = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]            # (B, W)
-        return hidden, self.text_projection(pooled)                          # (B, L, W), (B, P)
+        return hidden, self.text_projection(pooled)                          # (B, L, W), (B, pooled_dim)
 
 
 # ---------------------------------------------------------------------------- both towers
@@ -250,7 +250,7 @@ class TextEncoders(nn.Module):
         return tokenize(self.tokenizer, CLIP_MARKS, self.length, prompt)
 
     def encode(self, prompts: list[str] | list[list[str]]) -> TextCond:
-        """B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
+        """Eq. 9: B prompts (or lists of class names) -> context, pooled vector, tokens and spans.
 
         A prompt that is too long is cut after `room` tokens, as published; callers that must not lose a
         name count with n_tokens first.  What inference has encoded is kept.
@@ -269,7 +269,8 @@ class TextEncoders(nn.Module):
         ctx = F.pad(clip, (0, self.ctx_dim - self.width, 0, self.length))    # (B, 2L, ctx_dim)
         if self.t5xxl is not None:
             t5_ids = [tokenize(self.t5_tokenizer, T5_MARKS, self.length, prompt)[0] for prompt in prompts]
-            ctx[:, self.length:] = self.t5xxl(torch.tensor(t5_ids, device=self.t5xxl.device))
+            t5_ids = torch.tensor(t5_ids, device=self.t5xxl.device)          # (B, L)
+            ctx[:, self.length:] = self.t5xxl(t5_ids)                        # (B, L, ctx_dim)
         return TextCond(ctx, torch.cat([pooled_l, pooled_g], dim=-1), list(tokens), list(spans))
 
 

@@ -323,7 +323,7 @@ def main(args):
     if pick_dtype(args.dtype, pick_device(args.device)) == torch.float16:
         raise ValueError("training in float16 loses small gradients, and they are not scaled here; use --dtype float32 "
                          "(auto is float16 on a GPU before compute capability 8.0)")
-    captions = False if settings.match == "name" else args.captions          # then the names are the prompt
+    captions = False if settings.match == "name" else args.captions          # False: the names are the prompt
     data = TRAINING_SETS[args.dataset](args.data_root, captions)
     data = replace(data, names=subset(data.names, args.limit))
     model = seg4diff.load(settings.model, args.device, args.dtype)

@@ -26,8 +26,8 @@ COLOURS = {"red": (214, 48, 49), "orange": (240, 132, 28), "yellow": (246, 210, 
 SKIES = {"sky": ((92, 160, 236), (190, 224, 250)), "sunset": ((226, 130, 168), (252, 216, 196)),
          "night": ((20, 24, 62), (62, 68, 124))}
 GROUNDS = {"grass": (118, 178, 74), "sand": (228, 202, 142), "water": (54, 132, 170), "snow": (238, 243, 250)}
-# what a thing's kind adds to the named colour: the colour of the pattern and where it is, 1 or 0, at x to the right of
-# and y above the foot, in units of the picture's width
+# what a thing's kind adds to the named colour: the colour of the pattern and how much of it, 0 to 1, at x to the right
+# of and y above the foot, in units of the picture's width
 PATTERNS = {
     "car": ((240, 242, 246), lambda x, y: bars(8 * (x + y))),                                 # slanted stripes
     "house": ((60, 44, 40), lambda x, y: bars(14 * y, 0.4)),                                  # tiles in rows
@@ -267,7 +267,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def words() -> list[str]:
-    """Every word a caption can hold; nano's tokenizer is made of them."""
+    """Every word a caption can hold, and a few that none does (photo, on, above); nano's tokenizer is made of them."""
     sentence = "a and with under the left right of big small an on in above below next to photo"
     return sorted(set(" ".join([*CLASSES, *COLOURS, sentence]).split()))
 

@@ -78,8 +78,8 @@ def rates(tp, fp, fn):
     if truth.sum() == 0:
         raise ValueError("no pixel was scored: nothing was counted")
     with np.errstate(invalid="ignore", divide="ignore"):
-        iou = np.where(truth > 0, 100 * tp / (tp + fp + fn), np.nan)
-        acc = np.where(truth > 0, 100 * tp / truth, np.nan)
+        iou = np.where(truth > 0, 100 * tp / (tp + fp + fn), np.nan)                      # Eq. 14, (K,)
+        acc = np.where(truth > 0, 100 * tp / truth, np.nan)                               # Eq. 14, (K,)
     return {"mIoU": float(np.nanmean(iou)), "mACC": float(np.nanmean(acc)), "pACC": float(100 * tp.sum() / truth.sum()),
             "IoU": [None if np.isnan(x) else float(x) for x in iou]}
 

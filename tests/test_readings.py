@@ -300,7 +300,7 @@ def test_propose_takes_the_presets_threshold(tiny, picture):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    ({"regions": "sam"}, "pad, i2i"), ({"regions": "i2i", "scaling": "map"}, "scaling belongs to pad"),
+    ({"regions": "sam"}, "pad or i2i"), ({"regions": "i2i", "scaling": "map"}, "scaling belongs to pad"),
     ({"regions": "i2i", "threshold": 0}, "threshold must be"), ({"regions": "i2i", "threshold": math.nan}, "not nan")])
 def test_propose_errors(tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
