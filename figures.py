@@ -267,7 +267,7 @@ def prompts_for(model: Seg4Diff, limit: int, path: Path | None = None) -> list[s
     if path is None and toy(model):
         return [scenes.caption(scenes.draw(seed), np.random.default_rng(seed)) for seed in scenes.VAL_SEEDS[:limit]]
     path = path or Path(__file__).parent / "support/prompts.txt"
-    prompts = [line for line in read_text(path).splitlines() if line.strip()]
+    prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts[:limit]

@@ -30,6 +30,7 @@ from support.cli import progress, show
 from support.data import DATASETS, first_captions, need
 from support.effects import compare, listed, mean_and_error, or_none
 from support.files import (
+    Broken,
     check_kind,
     code_stamp,
     decoding,
@@ -199,13 +200,21 @@ def pick_judge(name: str | None, model: Seg4Diff, prompts: Sequence[str]):
     return load_judge(name, model.device)
 
 
+def kept(path: Path) -> Image.Image:
+    """A picture that lies there.  files.Broken: it is damaged."""
+    try:
+        return open_stored(path)
+    except Broken as e:
+        raise Broken(f"{e}; remove it, and it is drawn anew") from None
+
+
 def judged(judge, prompts: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, np.ndarray]:
     """The scores of the kept pictures: for each column of the judge (prompts, seeds).  files.Broken: one is damaged."""
     columns = {column: [] for column in judge.columns}
     places = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     for start in range(0, len(places), JUDGED):
         part = places[start:start + JUDGED]
-        images = [open_stored(path_of(folder, i, seed)) for i, seed in part]
+        images = [kept(path_of(folder, i, seed)) for i, seed in part]
         scores = judge.score(images, [prompts[i] for i, _ in part])
         for column in judge.columns:
             columns[column] += list(scores[column])
@@ -237,7 +246,7 @@ def prompts_of(source: str, count: int, root: Path) -> list[str]:
     elif source == "coco":
         found = coco_captions(root)
     else:
-        found = [line.strip() for line in read_text(source).splitlines() if line.strip()]
+        found = [line.strip() for line in read_text(source).split("\n") if line.strip()]
     if len(found) < count:
         raise ValueError(f"{source} holds {len(found)} prompts, not {count}; choose fewer with --images")
     return found[:count]
@@ -343,7 +352,7 @@ def print_table(facts: dict, means: dict[str, tuple[float, float, int]]) -> None
 def write_sheet(path: Path, folder: Path, prompts: Sequence[str], seed: int) -> None:
     """The first twelve pictures of a folder, with their prompts."""
     prompts = list(prompts[:12])
-    images = [open_stored(path_of(folder, i, seed)) for i in range(len(prompts))]
+    images = [kept(path_of(folder, i, seed)) for i in range(len(prompts))]
     write_picture(path, sheet(images, prompts, side=256))
 
 

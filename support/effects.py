@@ -45,8 +45,11 @@ class Comparison(NamedTuple):
 
     @property
     def seen(self):
-        """The smallest true difference that this experiment finds in four of five repetitions (80 % power)."""
-        return SEEN * self.error
+        """The smallest true difference that this experiment finds in four of five repetitions (80 % power).
+
+        nan where all prompts differ by the same: how much others would differ is not known.
+        """
+        return SEEN * self.error if self.error > 0 else math.nan
 
     @property
     def interval(self):

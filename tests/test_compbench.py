@@ -7,6 +7,7 @@ from PIL import Image
 import seg4diff
 from support import ledger
 from tools import compbench
+from tools.experiments import LORA
 
 TOOL = "tools/compbench.py"
 NAMES = [f"a red car_{n:06d}.png" for n in range(10)] + [f"snow._{n:06d}.png" for n in range(10, 20)]
@@ -54,6 +55,17 @@ def test_export(command, tiny_file, tmp_path, asked):
     code, _, err = command(*run, "--seed", 4)
     assert code == 2 and "pictures without the identity.json" in err
     assert pictures(tmp_path / "out/color").items() >= first.items()
+
+
+def test_a_lora_is_in_the_export(command, tmp_path, asked, monkeypatch):
+    loaded = []
+    load = seg4diff.load
+    monkeypatch.setattr(seg4diff, "load", lambda *args, **options: loaded.append(options) or load(*args, **options))
+    (tmp_path / "p.txt").write_text("snow.\n")
+    for out, more in (("a", ()), ("b", ("--lora", LORA))):
+        assert command(TOOL, "export", "p.txt", "--model", "nano", "--device", "cpu", "--out", out, *more)[0] == 0
+    a, b = (json.loads((tmp_path / out / "identity.json").read_text()) for out in "ab")
+    assert [options["lora"] for options in loaded] == [None, LORA] and a["fingerprint"] != b["fingerprint"]
 
 
 def test_processes_share_an_export(command, tiny_file, tmp_path, asked, monkeypatch):

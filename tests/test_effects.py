@@ -36,7 +36,7 @@ def test_pairing_by_hand(monkeypatch):
     assert unclear.verdict == f"cannot be told (an effect of {unclear.seen:.3f} could have been seen)"
     same = compare(base, base)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert same.verdict == "cannot be told (no prompt's score changed)"
+    assert same.verdict == "cannot be told (no prompt's score changed)" and math.isnan(same.seen)
     assert compare(base + 1, base).p == 0 and compare(base + 1, base)[2:4] == (1, 1)
     monkeypatch.undo()
     few = compare(base + 1, base)                        # four prompts, however alike, make nothing sure

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+import seg4diff
 from nano import check_judge, judge, scenes, train_judge
 from nano.judge import Claim, Seen, claims, look, truth, verdict
 from nano.scenes import COLOURS, SIDE, STUFF, THINGS, TRAIN_SEEDS, VAL_SEEDS
@@ -193,6 +194,26 @@ def test_varied_pictures_move_as_told():
     bar = (varied.mean((1, 2)) > 0).float()                                  # (B, columns)
     centre = (bar * torch.arange(SIDE)).sum(1) / bar.sum(1) / SIDE           # (B,)
     assert (centre - 0.5 - moved).abs().max() < 0.03 and moved.abs().max() > 0.04
+
+
+def test_a_file_of_soft_scenes():
+    """Every second one went through the VAE; spoilt things count as not there; no scene is one of the check's."""
+    vae = seg4diff.load("nano", device="cpu", dtype="float32").vae
+    seeds = TRAIN_SEEDS[:6]
+    shard = train_judge.make_shard(vae, seeds)
+    spoilt = []
+    for i, seed in enumerate(seeds):
+        scene = scenes.draw(seed)
+        rng = np.random.default_rng([seed, 1])
+        spoilt.append(rng.random() < train_judge.SPOILT)
+        expected = train_judge.spoil(scene, rng) if spoilt[-1] else scene
+        drawn = torch.tensor(expected.image).permute(2, 0, 1).float()    # (3, SIDE, SIDE)
+        change = (shard["images"][i] - drawn).abs().mean()
+        assert change == 0 if i % 2 else 1 < change < 30
+        assert shard["there"][i].sum() == len(scene.stuff) + len(scene.things) - spoilt[-1]
+    assert 0 < sum(spoilt) < len(seeds)
+    assert not set(TRAIN_SEEDS) & set(check_judge.HELD_OUT)
+    assert set(check_judge.HELD_OUT) == set(VAL_SEEDS[1000:2000])
 
 
 def training(tmp_path, run: str, **options) -> Namespace:

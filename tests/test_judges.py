@@ -131,6 +131,17 @@ def test_the_centre_is_cut_out(width, height):
         assert torch.allclose(out, green[:, None, None].expand(3, 14, 14), atol=0.1)
 
 
+def test_dino_sees_less_than_clip():
+    """Its short side is 256 / 224 of what is cut out: of 16 pixels the 14 in the centre, without the rim."""
+    x = np.full((16, 16, 3), (0, 255, 0), np.uint8)
+    x[[0, -1]] = x[:, [0, -1]] = (255, 0, 0)
+    green = (torch.tensor([0.0, 1, 0]) - torch.tensor(judges.DINO_COLOURS[0])) / torch.tensor(judges.DINO_COLOURS[1])
+    out = judges.dino_picture(Image.fromarray(x), 14)
+    assert torch.equal(out, green[:, None, None].expand(3, 14, 14))
+    clip = judges.clip_picture(Image.fromarray(x), 14)
+    assert not torch.allclose(clip[:, 0], clip[:, 7])
+
+
 # ---------------------------------------------------------------------------- scores
 
 

@@ -8,12 +8,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scipy.stats import t
 from test_design import reachable
 from test_docs import parser_of
+from test_judges import write_judges
 
+import judges
+import lora
 import quality
 import seg4diff
 from loading import image_seed
@@ -42,14 +47,30 @@ class Fake:
 
 
 @pytest.fixture
-def quick_file(tiny_file, tmp_path, monkeypatch) -> Path:
-    """The tiny model with a sampler of one step, and the fake judge for whoever asks."""
-    monkeypatch.setattr(quality, "pick_judge", lambda name, model, prompts: Fake())
+def one_step_file(tiny_file, tmp_path) -> Path:
+    """The tiny model with a sampler of one step."""
     with safe_open(tiny_file, "pt") as f:
         header = f.metadata()
     presets = {**json.loads(header["presets"]), "steps": 1, "noise_steps": 1}
     save_file(load_file(tiny_file), tmp_path / "tiny.safetensors", {**header, "presets": json.dumps(presets)})
     return tmp_path / "tiny.safetensors"
+
+
+@pytest.fixture
+def quick_file(one_step_file, monkeypatch) -> Path:
+    """The same, and the fake judge for whoever asks."""
+    monkeypatch.setattr(quality, "pick_judge", lambda name, model, prompts: Fake())
+    return one_step_file
+
+
+@pytest.fixture
+def lora_file(tiny_file, tmp_path) -> Path:
+    """A LoRA of the tiny model that changes much."""
+    model = seg4diff.load(tiny_file, device="cpu")
+    for p in lora.add_lora(model.transformer, generator=torch.Generator().manual_seed(0)):
+        torch.nn.init.normal_(p, std=0.2)
+    lora.save_lora(model.transformer, tmp_path / "own.safetensors")
+    return tmp_path / "own.safetensors"
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -113,7 +134,7 @@ def test_arms_share_noise_and_differ_in_options(tiny, tmp_path):
     assert len(set(found)) == len(arms)
 
 
-def test_a_folder_keeps_its_identity(tiny, tmp_path):
+def test_a_folder_keeps_its_identity(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "arm"
 
     def claim(prompts=PROMPTS, model=tiny, **options):
@@ -128,13 +149,21 @@ def test_a_folder_keeps_its_identity(tiny, tmp_path):
     claim(blocks=(1,))                                   # nothing reads them without pag
     claim(model=replace(tiny, preset=tiny.preset.changed(batch=3)))          # each picture is drawn alone
     other = replace(tiny, fingerprint="abc")
+    on_a_gpu = SimpleNamespace(name=tiny.name, fingerprint=tiny.fingerprint, preset=tiny.preset,
+                               dtype=torch.bfloat16, device=torch.device("cuda"))
     for says, change in (("cfg 2.0 instead of 3.0", {"cfg": 3.0}), ("steps 1 instead of 2", {"steps": 2}),
                          ("pag 0.0 instead of 1.0; blocks None instead of [1]", {"pag": 1.0, "blocks": (1,)}),
                          ("perturb [] instead of [0]", {"perturb": (0,)}), ("other prompts", {"prompts": ["a tree"]}),
-                         (f"fingerprint {tiny.fingerprint} instead of abc", {"model": other})):
+                         ("other prompts", {"prompts": [PROMPTS[0], "a tree"]}),
+                         (f"fingerprint {tiny.fingerprint} instead of abc", {"model": other}),
+                         ("dtype torch.float32 instead of torch.bfloat16; device cpu instead of cuda",
+                          {"model": on_a_gpu})):
         with pytest.raises(ValueError) as e:
             claim(**change)
         assert str(e.value) == f"{folder} holds pictures with {says}; name another --out, or remove it"
+    monkeypatch.setattr(quality, "code_stamp", lambda files: "new")
+    with pytest.raises(ValueError, match="with code [0-9a-f]+ instead of new"):
+        claim()
     for damage in ("{", '{"cfg": 2.0}', '{"prompts": 3}'):
         (folder / "identity.json").write_text(damage)
         with pytest.raises(Broken, match="identity.json' cannot be read as a "):
@@ -159,7 +188,7 @@ def test_scores_stand_where_their_pictures_do(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "JUDGED", 4)
     assert np.array_equal(quality.judged(Fake(), PROMPTS, [4, 9], tmp_path)["light"], whole["light"])
     (tmp_path / "00001_9.png").write_text("no picture")
-    with pytest.raises(Broken, match="00001_9.png"):
+    with pytest.raises(Broken, match="00001_9.png.*remove it, and it is drawn anew"):
         quality.judged(Fake(), PROMPTS, [4, 9], tmp_path)
 
 
@@ -186,18 +215,26 @@ def test_a_judge_that_cannot_answer_is_refused_before_the_work(tiny):
         quality.pick_judge("nano", large, [])
 
 
+def test_other_pictures_are_judged_by_clip_on_the_model_s_device(monkeypatch):
+    monkeypatch.setattr(quality, "load_judge", lambda *asked: asked)
+    model = SimpleNamespace(preset=SimpleNamespace(size=512), device="the model's")
+    assert quality.pick_judge(None, model, ["a dog"]) == ("clip", "the model's")
+    assert quality.pick_judge("folder", model, ["a dog"]) == ("folder", "the model's")
+
+
 # ---------------------------------------------------------------------------- prompts
 
 
-def test_captions_of_the_two_stages_share_no_scene():
+def test_captions_of_the_two_stages_share_no_scene(monkeypatch):
     first = quality.captions(0, 4)
     for caption, name in zip(first, DATASETS["scenes-dev"]().names):
         assert caption == scenes.caption(scenes.draw(int(name)), np.random.default_rng(int(name)))
     assert quality.captions(2, 2) == first[2:] and len(first) == 4
     last = scenes.VAL_SEEDS[-1]
     assert quality.captions(4999, 2) == [scenes.caption(scenes.draw(last), np.random.default_rng(last))]
-    stages = [range(e.first, e.first + e.captions) for e in (experiment("blocks"), experiment("magnet"))]
-    assert not set(stages[0]) & set(stages[1])
+    monkeypatch.setattr(experiments, "best_blocks", lambda path, model, judge: ([1, 3, 5], 128))
+    for stage, (begins, n) in {"blocks": (0, 128), "guidance": (128, 256), "magnet": (128, 256)}.items():
+        assert (experiment(stage).first, experiment(stage).captions) == (begins, n)
 
 
 def test_prompts(tmp_path):
@@ -215,8 +252,8 @@ def test_prompts(tmp_path):
         file.write_text(json.dumps(damage))
         with pytest.raises(Broken, match="captions_val2017.json"):
             quality.prompts_of("coco", 1, root)
-    (tmp_path / "mine.txt").write_text("a tree\n\n  a boat \n")
-    assert quality.prompts_of(str(tmp_path / "mine.txt"), 2, root) == ["a tree", "a boat"]
+    (tmp_path / "mine.txt").write_text("a tree\n\n  a boat\u2028with a sail \n")
+    assert quality.prompts_of(str(tmp_path / "mine.txt"), 2, root) == ["a tree", "a boat\u2028with a sail"]
     assert quality.prompts_of("scenes-dev", 2, root) == quality.captions(0, 2)
 
 
@@ -251,6 +288,62 @@ def test_evaluate_quality(command, quick_file, tmp_path):
     assert other["options"] == {"cfg": 1.0, "pag": 2.0, "blocks": [0], "perturb": [1], "steps": None}
     assert set(pictures(folder.with_name("cfg1-s2-block0-blurred1"))) >= {"00001_2.png"}
     assert other["rows"]["light"]["mean"] != mean
+
+
+def test_a_lora_is_in_the_pictures(command, quick_file, lora_file, tmp_path):
+    """In those of evaluate.py and of the experiment; the arms without it are not touched."""
+    options = ("--task", "quality", "--model", quick_file, "--device", "cpu", "--images", 1)
+    for out, more in (("a", ()), ("b", ("--lora", lora_file))):
+        code, _, err = command("evaluate.py", *options, *more, "--out", tmp_path / out)
+        assert code == 0, err
+    assert pictures(tmp_path / "a/cfg3") != pictures(tmp_path / "b/cfg3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "LORA", lora_file)
+        experiments.main(SimpleNamespace(experiment="magnet", model=quick_file, judge=None, device="cpu",
+                                         dtype="float32", out=tmp_path, limit=1))
+    result = json.loads((tmp_path / "magnet-fake.json").read_text())
+    assert result["prompts"] == quality.captions(128, 1) and result["arms"]["cfg3-MAGNET"]["lora"] == "own.safetensors"
+    assert result["scores"]["cfg3"] != result["scores"]["cfg3-MAGNET"]
+    plain, adapted = (json.loads((tmp_path / f"magnet/{arm}/identity.json").read_text())
+                      for arm in ("cfg3", "cfg3-MAGNET"))
+    assert plain["fingerprint"] == seg4diff.load(quick_file, "cpu").fingerprint != adapted["fingerprint"]
+
+
+def test_table_3_by_clip(command, one_step_file, tmp_path):
+    """The command for COCO, with a tiny CLIP: its score is that of the kept pictures and their captions."""
+    folder = write_judges(tmp_path / "judges")
+    file = tmp_path / "data/coco/annotations/captions_val2017.json"
+    file.parent.mkdir(parents=True)
+    captions = ["a red car", "snow", "a boat"]
+    file.write_text(json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in enumerate(captions)]}))
+    code, out, err = command("evaluate.py", "--task", "quality", "--prompts", "coco", "--data-root", tmp_path / "data",
+                             "--model", one_step_file, "--judge", folder, "--images", 2, "--device", "cpu")
+    assert code == 0, err
+    kept = tmp_path / "out/quality-coco-tiny/cfg3"
+    images = [Image.open(quality.path_of(kept, i, 0)) for i in range(2)]
+    want = judges.load_judge(folder, "cpu").score(images, captions[:2])["CLIPScore"]
+    result = json.loads((kept / "results.json").read_text())
+    assert np.ravel(result["scores"]["CLIPScore"]) == pytest.approx(want) and result["prompts"] == captions[:2]
+    mean = result["rows"]["CLIPScore"]["mean"]
+    (line,) = [line for line in out.splitlines() if line.startswith("tiny, ours")]
+    assert mean == pytest.approx(want.mean()) and line.split()[-3:] == ["-", f"{mean:.4f}", "-"]
+
+
+@pytest.mark.parametrize("options, model, source, count", [
+    ([], "nano", "scenes-dev", 100), (["--prompts", "coco", "--images", "3"], "sd3", "coco", 3),
+    (["--model", "sd3"], "sd3", "coco", 100), (["--model", "nano", "--prompts", "coco"], "nano", "coco", 100)])
+def test_what_is_drawn_and_by_whom_without_options(command, tiny, monkeypatch, options, model, source, count):
+    found = []
+
+    def load(name, *_, **__):
+        found.append(name)
+        return tiny if name == "nano" else replace(tiny, preset=tiny.preset.changed(size=256))
+    monkeypatch.setattr(seg4diff, "load", load)
+    monkeypatch.setattr(quality, "prompts_of", lambda *asked: found.append(asked[:2]) or [])
+    monkeypatch.setattr(quality, "pick_judge", lambda *asked: Fake())
+    monkeypatch.setattr(quality, "run", lambda *asked: None)
+    assert command("evaluate.py", "--task", "quality", *options)[0] == 0
+    assert found == [model, (source, count)]
 
 
 def test_evaluate_quality_against_another_arm(command, quick_file, tmp_path, monkeypatch):
@@ -326,22 +419,26 @@ def test_arms_of_the_experiments(tmp_path):
             rows.append({"arm": f"b{block}", "column": column, "difference": sign * difference})
     arms = {f"b{block}": {"pag": 1.0, "blocks": [block]} for block in range(5)}
     content = {"model": ["nano", "0"], "judge": ["fake", "0"], "columns": ["first", "last"],
-               "comparisons": rows, "arms": arms, "prompts": [""] * 9}
-    (tmp_path / "blocks.json").write_text(json.dumps(content))
+               "comparisons": rows, "arms": arms, "prompts": [""] * 29}
+    path = tmp_path / "blocks-fake.json"                 # those of nano's judge are called blocks.json
+    path.write_text(json.dumps(content))
     guidance = experiment("guidance", out=tmp_path)
-    assert {arm.blocks for arm, _ in guidance.pairs} == {(1,), (3,), (5,)} and "on 9 other captions" in guidance.title
+    assert {arm.blocks for arm, _ in guidance.pairs} == {(1,), (3,), (5,)} and "on 29 other captions" in guidance.title
     assert len(guidance.arms) == 4 + 4 * 3 * 2 <= experiments.MOST
     assert guidance.unchanged == {"cfg1", "cfg1.5", "cfg2", "cfg3"}
     others = [(arm.name, base.name) for arm, base in guidance.pairs if base.pag]
     assert len(others) == 4 * 2 * 2 and ("cfg1.5-s3-block5", "cfg1.5-s3-block3") in others
     assert all(arm.replace("block5", "block") == base[:-1] for arm, base in others)          # at the same cfg and s
-    (tmp_path / "blocks.json").write_text(json.dumps(content | {"model": ["other", "0"]}))
+    path.write_text(json.dumps(content | {"prompts": [""] * 19}))
+    with pytest.raises(ValueError, match="19 captions, too few"):
+        experiment("guidance", out=tmp_path)
+    path.write_text(json.dumps(content | {"model": ["other", "0"]}))
     with pytest.raises(ValueError, match="another model"):
         experiment("guidance", out=tmp_path)
-    (tmp_path / "blocks.json").write_text(json.dumps(content | {"judge": ["fake", "1"]}))
+    path.write_text(json.dumps(content | {"judge": ["fake", "1"]}))
     with pytest.raises(ValueError, match="another judge"):
         experiment("guidance", out=tmp_path)
-    (tmp_path / "blocks.json").write_text(json.dumps({"model": ["nano", "0"], "judge": ["fake", "0"]}))
+    path.write_text(json.dumps({"model": ["nano", "0"], "judge": ["fake", "0"]}))
     with pytest.raises(Broken, match="result of the experiment blocks"):
         experiment("guidance", out=tmp_path)
     magnet = experiment("magnet")
@@ -377,16 +474,39 @@ def test_experiment_command(command, quick_file, tmp_path, monkeypatch):
     assert code == 2 and "run the experiment blocks first" in err
     code, out, err = command("tools/experiments.py", "blocks", *options)
     assert code == 0, err
-    result = json.loads((tmp_path / "out/experiments-tiny/blocks.json").read_text())
-    assert len(result["comparisons"]) == 2 * (3 * 3 + 2 * 2) and "26 comparisons; *: survives Holm" in out
+    result = json.loads((tmp_path / "out/experiments-tiny/blocks-fake.json").read_text())
+    assert result["prompts"] == quality.captions(0, 2) and "26 comparisons; *: survives Holm" in out
+    assert len(result["comparisons"]) == 2 * (3 * 3 + 2 * 2)
     for row in result["comparisons"]:
         arm = np.array(result["scores"][row["arm"]][row["column"]], float)
         base = np.array(result["scores"][row["base"]][row["column"]], float)
         found = compare(arm, base)
         assert row["verdict"] == found.verdict and row["verdict"] in out
         assert row["difference"] == (None if found.n == 0 else pytest.approx(found.difference))
-    for name in ("blocks.png", "blocks_pictures.png"):
+        seen = None if found.error == 0 else found.seen
+        assert row["could be seen"] == (None if found.n == 0 else pytest.approx(seen))
+        assert row["with"] == (None if found.n == 0 else pytest.approx(np.nanmean(arm)))
+        assert row["without"] == (None if found.n == 0 else pytest.approx(np.nanmean(base)))
+    for name in ("blocks-fake.png", "blocks-fake_pictures.png"):
         assert min(Image.open(tmp_path / "out/experiments-tiny" / name).size) > 200
+
+
+def test_stars_stand_for_all_comparisons_together():
+    """p of 0.03 in each of two columns: either alone would pass 0.05, both together do not; 0.001 does."""
+    n = 40
+    x = np.random.default_rng(0).normal(size=(n, 1))
+    x = (x - x.mean()) / x.std(ddof=1)                                       # (n, 1), mean 0 and deviation 1
+
+    def with_p(p):
+        return x + t.isf(p / 2, n - 1) / math.sqrt(n)
+    scores = {"base": {"red": 0 * x, "light": 0 * x}, "weak": {"red": with_p(0.03), "light": with_p(0.03)},
+              "strong": {"red": with_p(0.001), "light": 0 * x}}
+    pairs = [(Arm("weak"), Arm("base")), (Arm("strong"), Arm("base"))]
+    rows = experiments.rows_of(experiments.Experiment("", 0, n, range(1), pairs), scores, ("red", "light"))
+    assert [row.found.p for row in rows] == pytest.approx([0.03, 0.001, 0.03, 1])
+    assert [row.survives for row in rows] == [False, True, False, False]
+    assert [line.endswith("*") for line in experiments.table(rows).splitlines()] == [False, False, True, False, False]
+    assert [experiments.entry(row)["survives Holm"] for row in rows] == [False, True, False, False]
 
 
 def test_what_is_no_experiment(quick_file, tmp_path, monkeypatch):

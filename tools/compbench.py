@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> list[str]:
 
     ValueError: no prompt, or one that its picture cannot be named by: the evaluators read it up to the first "_".
     """
-    prompts = [line.split("\t")[0].strip() for line in read_text(path).splitlines()]
+    prompts = [line.split("\t")[0].strip() for line in read_text(path).split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ValueError(f"{path} holds no prompt")

@@ -6,7 +6,8 @@
 
 Each picture is generated once and kept (quality.py), so a killed experiment goes on where it stopped, and torchrun
 shares the pictures out.  Captions are those of scenes-dev and of the scenes after it: the choice of blocks and its
-check share none.  Each experiment writes EXPERIMENT.json, with every picture's scores, a plot and some pictures.
+check share no scene.  Each experiment writes EXPERIMENT.json, with every picture's scores, a plot and some pictures;
+by another judge than nano's they are called EXPERIMENT-JUDGE.
 """
 import sys
 import textwrap
@@ -29,9 +30,10 @@ import quality  # noqa: E402
 import seg4diff  # noqa: E402
 from flux import Flux  # noqa: E402
 from loading import Seg4Diff  # noqa: E402
+from nano.judge import CaptionJudge  # noqa: E402
 from quality import Arm, named  # noqa: E402
 from support.cli import Parser, add_model_options, at_least, command, show  # noqa: E402
-from support.effects import Comparison, compare, holm, listed, mean_and_error, or_none  # noqa: E402
+from support.effects import LEAST, Comparison, compare, holm, listed, mean_and_error, or_none  # noqa: E402
 from support.files import decoding, open_stored, read_json, write_figure, write_json, write_picture  # noqa: E402
 from support.ledger import world  # noqa: E402
 from support.pictures import sheet  # noqa: E402
@@ -82,10 +84,15 @@ def blocks(model: Seg4Diff, judge, out: Path) -> Experiment:
     return Experiment("Each block as guidance (s) and blurred", 0, 128, range(1), pairs)
 
 
+def stem_of(experiment: str, judge) -> str:
+    """What an experiment's files are called: EXPERIMENT by nano's judge, else EXPERIMENT-JUDGE."""
+    return experiment if judge.name == CaptionJudge.name else f"{experiment}-{judge.name}"
+
+
 def best_blocks(path: Path, model: Seg4Diff, judge) -> tuple[list[int], int]:
     """The two blocks whose guidance raised the judge's last column most, and the expert; from how many captions.
 
-    ValueError: that experiment is not there, or another model's or judge's.
+    ValueError: that experiment is not there, or another model's or judge's, or of few captions.
     """
     if not path.exists():
         raise ValueError(f"there is no {path}, which the blocks are chosen from; run the experiment blocks first")
@@ -100,7 +107,11 @@ def best_blocks(path: Path, model: Seg4Diff, judge) -> tuple[list[int], int]:
         guidance.sort(key=lambda row: row["difference"], reverse=True)
         best = [found["arms"][row["arm"]]["blocks"][0] for row in guidance[:2]]
         chosen = list(dict.fromkeys([*best, model.preset.block]))            # once, if the expert is among the best
-        return chosen, len(found["prompts"])
+        captions = len(found["prompts"])
+    if captions < LEAST:
+        raise ValueError(f"{path} is of {captions} captions, too few to choose blocks by; run the experiment blocks "
+                         f"with {LEAST} or more")
+    return chosen, captions
 
 
 def guidance(model: Seg4Diff, judge, out: Path) -> Experiment:
@@ -108,7 +119,7 @@ def guidance(model: Seg4Diff, judge, out: Path) -> Experiment:
 
     Guidance by the expert is also compared with that by the others.
     """
-    chosen, n = best_blocks(out / "blocks.json", model, judge)
+    chosen, n = best_blocks(out / f"{stem_of('blocks', judge)}.json", model, judge)
     scales = (1.0, 2.0) if isinstance(model.transformer, Flux) else (1.0, 1.5, 2.0, 3.0)
     pairs = []
     for cfg in scales:
@@ -242,21 +253,21 @@ def run(experiment: Experiment, name: str, prompts: list[str], models: dict, jud
     rows = rows_of(experiment, scores, judge.columns)
     seeds = " ".join(map(str, experiment.seeds))
     what = f"{model.name}, {len(prompts)} captions, seeds {seeds}, judged by {judge.name}"
-    seconds = time.time() - start
-    write_json(out / f"{name}.json", {
+    stem = stem_of(name, judge)
+    write_json(out / f"{stem}.json", {
         "experiment": experiment.title, "model": [model.name, model.fingerprint],
         "judge": [judge.name, judge.fingerprint], "columns": list(judge.columns), "prompts": prompts,
         "seeds": list(experiment.seeds), "arms": arms,
-        "comparisons": [entry(row) for row in rows], "seconds": seconds,
+        "comparisons": [entry(row) for row in rows],
         "scores": {arm: {c: listed(x) for c, x in columns.items()} for arm, columns in scores.items()}})
     title = f"{experiment.title}: {what}\nDifference to the same captions and noise without it, and its 95 % interval"
-    plot([row for row in rows if row.base in experiment.unchanged], judge.columns, title, out / f"{name}.png")
-    write_picture(out / f"{name}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
+    plot([row for row in rows if row.base in experiment.unchanged], judge.columns, title, out / f"{stem}.png")
+    write_picture(out / f"{stem}_pictures.png", some_pictures(experiment, min(6, len(prompts)), out / name))
     show(f"{experiment.title}: {what}")
     show(table(rows))
     show(f"{len(rows)} comparisons; *: survives Holm's correction for so many. Interval: bootstrap over captions, a "
          "caption's seeds together. Could have been seen: 2.8 standard errors, 80 % power.")
-    show(f"{seconds:.0f} s; wrote {out}/{name}.json, {name}.png and {name}_pictures.png")
+    show(f"{time.time() - start:.0f} s; wrote {out}/{stem}.json, {stem}.png and {stem}_pictures.png")
 
 
 def main(args):
