@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 import analysis
 import judges
+import quality
 import seg4diff
 from loading import Seg4Diff
 from nano import scenes
-from quality import toy
+from quality import Arm, toy
 from support.effects import mean_and_error, or_none
 from support.files import write_figure, write_picture
 from support.pictures import sheet
@@ -40,13 +40,16 @@ def gallery(model, prompts, out):
 
 def each_variant(model: Seg4Diff, prompts: list[str], variants: dict[str, dict], path: Path
                  ) -> Iterator[tuple[str, list[Image.Image]]]:
-    """A picture of each prompt by each variant (options of generate), from the same noise: (variant, pictures).
+    """A picture of each prompt by each variant (options of an Arm), from the same noise: (variant, pictures).
 
-    At the end the first four of each are written beside `path`, as NAME_pictures.png.
+    Each is kept in NAME/VARIANT beside `path`, so that a killed figure goes on where it stopped.  At the end the first
+    four of each are written as NAME_pictures.png.
     """
     shown = []
-    for variant, options in tqdm(variants.items(), desc=path.stem, unit="variant"):
-        images = seg4diff.generate(model, prompts, **options)
+    for variant, options in variants.items():
+        folder = path.with_suffix("") / variant.replace(" ", "")
+        quality.generate_missing(model, Arm(variant, **options), prompts, [0], folder)
+        images = [quality.kept(quality.path_of(folder, i, 0)) for i in range(len(prompts))]
         shown.append(images[:4])
         yield variant, images
     pictures = [images[i] for i in range(len(shown[0])) for images in shown]

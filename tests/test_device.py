@@ -356,7 +356,8 @@ def test_figures(near, loaded, tmp_path, monkeypatch, name):
     with pretend("cuda", card=card):
         there = figures.FIGURES[name](far, out=tmp_path / "there", **needed)
     assert numbers(there) == pytest.approx(numbers(here), rel=1e-2, abs=1e-2)
-    drawn = {path.name: images_in(path) for path in (tmp_path / "here").iterdir()}
+    files = [path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob("*.[np]*")]         # .npz, .png
+    drawn = {file: images_in(tmp_path / "here" / file) for file in files}
     for file, images in drawn.items():
         for image, other in zip(images, images_in(tmp_path / "there" / file), strict=True):
             assert np.abs(image - other).mean() < 0.02 * max(1e-3, np.abs(image).max())

@@ -10,8 +10,10 @@ from test_judges import write_judges
 
 import generated_figures
 import judges
+import quality
 import seg4diff
 from nano import scenes
+from quality import Arm
 
 PROMPTS = ["a red car", "snow"]
 
@@ -36,8 +38,8 @@ def test_perturb_by_clip_and_dino(command, quick_file, folder, tmp_path):  # noq
     judge = judges.load_judge(folder, "cpu")
     dino, _ = judges.load_dino(folder, "cpu")
     model = seg4diff.load(quick_file, "cpu")
-    plain = seg4diff.generate(model, PROMPTS)
-    blurred = seg4diff.generate(model, PROMPTS, perturb=[1])
+    plain, blurred = ([quality.draw(model, arm, prompt, i, 0) for i, prompt in enumerate(PROMPTS)]
+                      for arm in (Arm("none"), Arm("blurred", perturb=(1,))))
     want = judges.similarity(judge, dino, blurred, plain, PROMPTS)
     for column in ("CLIP-I", "CLIP-T", "DINO"):
         assert rows["block 1"][column] == pytest.approx(want[column].mean(), abs=1e-3)
@@ -68,9 +70,18 @@ def test_who_judges_without_a_name(monkeypatch):
     assert generated_figures.load_judges("clip", small).dino == "dino" and asked == [("clip", "cpu")] * 2
 
 
-def test_variants_begin_from_the_same_noise(tiny, tmp_path):
-    variants = {"a": {"steps": 2}, "b": {"steps": 2}, "c": {"steps": 2, "seed": 5}}
+def test_variants_begin_from_the_same_noise(tiny, tmp_path, monkeypatch):
+    """And a killed figure goes on with the pictures that are there."""
+    variants = {"a": {"steps": 2}, "the b": {"steps": 2}, "c": {"steps": 2, "cfg": 1.0}}
     images = dict(generated_figures.each_variant(tiny, PROMPTS, variants, tmp_path / "x.png"))
-    a, b, c = (np.stack(images[variant]) for variant in "abc")
+    a, b, c = (np.stack(images[variant]) for variant in variants)
     assert (a == b).all() and (a != c).any()
     assert Image.open(tmp_path / "x_pictures.png").width > 3 * 192
+    (tmp_path / "x/theb/00001_0.png").unlink()
+    drawn = []
+    draw = quality.draw
+    monkeypatch.setattr(quality, "draw", lambda model, arm, *rest: drawn.append(arm.name) or draw(model, arm, *rest))
+    again = dict(generated_figures.each_variant(tiny, PROMPTS, variants, tmp_path / "x.png"))
+    assert drawn == ["the b"] and (np.stack(again["the b"]) == b).all()
+    with pytest.raises(ValueError, match="other prompts"):
+        list(generated_figures.each_variant(tiny, PROMPTS[::-1], variants, tmp_path / "x.png"))
