@@ -178,12 +178,12 @@ def entry(row: Row) -> dict:
 
 def table(rows: list[Row]) -> str:
     """The lines, a column of the judge after the other."""
-    width = max(len(row.arm) for row in rows) + 2
-    title = f"{'arm':{width}s}{'against':16s}{'score':14s}{'n':>4s}{'without':>9s}{'with':>9s}{'difference':>12s}"
+    width = max(len(name) for row in rows for name in (row.arm, row.base)) + 2
+    title = f"{'arm':{width}s}{'against':{width}s}{'score':14s}{'n':>4s}{'without':>9s}{'with':>9s}{'difference':>12s}"
     lines = [f"{title}  95 % interval      verdict"]
     for row in rows:
         x = row.found
-        lines.append(f"{row.arm:{width}s}{row.base:16s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
+        lines.append(f"{row.arm:{width}s}{row.base:{width}s}{row.column:14s}{x.n:4d}{row.without:9.3f}{row.with_it:9.3f}"
                      f"{x.difference:+12.3f}  {x.interval:18s} {x.verdict}{' *' * row.survives}")
     return "\n".join(lines)
 
