@@ -341,3 +341,77 @@ def test_bad_input(command, tiny_file, tmp_path, args, says):
     code, _, err = command("figures.py", *args, *model)
     assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_sensitivity_takes_each_picture_s_own_noise(tiny, monkeypatch):
+    seeds = []
+    noise = seg4diff.noise
+    monkeypatch.setattr(seg4diff, "noise", lambda shape, s: seeds.extend(s) or noise(shape, s))
+    data = DATASETS["scenes"]()
+    items = [data.read(name) for name in data.names[:2]]
+    analysis.sensitivity(tiny, items, data.classes, 0.5)
+    assert seeds == [image_seed(item.name, 0) for item in items]
+
+
+def test_the_dotted_line_of_each_pathway(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(figures, "write_figure", lambda path, fig: made.append(fig))
+    mean = {t: {"I2T": [0.1], "T2I": [0.9]} for t in (8, 28)}
+    monkeypatch.setattr(analysis, "mean_shares", lambda model, prompts, at: (mean, 0.75))
+    model = SimpleNamespace(name="tiny", preset=SimpleNamespace(noise_steps=8, steps=28))
+    figures.shares(model, ["x"], tmp_path)
+    uniform = [[line.get_ydata()[0] for line in ax.lines if line.get_label() == "uniform"] for ax in made[0].axes]
+    assert uniform == [[0.25], [0.75]]
+
+
+def test_the_ratio_of_norms(tiny, monkeypatch, tmp_path):
+    norms = {"prompt": [2.0, 8, 3], "image": [2.0, 4, 6]}
+    monkeypatch.setattr(analysis, "mean_norms", lambda model, prompts: (norms, {}))
+    found = figures.expert(tiny, ["x"], tmp_path, DATASETS["scenes-dev"](), 2)
+    assert found["rows"]["value norm, prompt / image"] == [1, 2, 0.5]
+
+
+def test_limits_of_expert(tiny, monkeypatch, tmp_path):
+    miou = np.arange(1001.0)[:, None].repeat(3, 1)
+    monkeypatch.setattr(analysis, "bootstrap", lambda counts: (miou, np.ones(3) / 3))
+    norms = {"prompt": [1.0, 2, 3], "image": [1.0, 1, 1]}
+    monkeypatch.setattr(analysis, "mean_norms", lambda model, prompts: (norms, {}))
+    found = figures.expert(tiny, ["x"], tmp_path, DATASETS["scenes-dev"](), 2)
+    assert found["95% of mIoU"] == [[25] * 3, [975] * 3]
+
+
+def test_how_often_own_names_explain_better(tiny, monkeypatch, tmp_path):
+    losses = np.array([[8.0, 10, 7], [8.0, 10, 9], [11.0, 10, 9], [8.0, 10, 9]])       # own, empty, others
+    monkeypatch.setattr(analysis, "caption_losses", lambda *args: losses)
+    found = figures.text_matters(tiny, tmp_path, DATASETS["scenes-dev"](), 4)
+    row = found["flow loss saved by class names [%]"][0.1]
+    assert row["own explain better than others [% of pictures]"] == 50 and row["own"] == pytest.approx(12.5)
+
+
+def test_others_are_the_next_picture_s_names(tiny, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(analysis, "caption_losses", lambda model, images, captions, sigma: seen.append(captions)
+                        or np.ones((len(images), 3)))
+    figures.text_matters(tiny, tmp_path, DATASETS["scenes-dev"](), 3)
+    own = [texts[0] for texts in seen[0]]
+    assert [texts[2] for texts in seen[0]] == [own[1], own[2], own[0]] and {texts[1] for texts in seen[0]} == {""}
+
+
+def test_overlays_of_class_shares_have_the_data_set_s_colours(tiny, monkeypatch):
+    data = DATASETS["scenes"]()
+    item = data.read(data.names[0])
+    seen = []
+    monkeypatch.setattr(figures, "overlay", lambda image, labels, colours: seen.append(labels))
+    figures.class_shares(tiny, item, data, "paper")
+    assert set(np.unique(seen[0])) <= set(np.unique(item.labels))
+
+
+def test_class_shares_take_the_picture_s_own_noise(tiny, monkeypatch):
+    seen = []
+    segment = seg4diff.segment
+    monkeypatch.setattr(seg4diff, "segment", lambda *args, **options: seen.append(options["seed"]) or segment(
+        *args, **options))
+    data = DATASETS["scenes"]()
+    item = data.read(data.names[0])
+    figures.class_shares(tiny, item, data, "paper")
+    assert seen == [image_seed(item.name, 0)]

@@ -335,3 +335,8 @@ def test_what_would_be_lost_or_garbled_is_refused(command, folder, tiny_file):
     assert (folder / "photo.png").read_bytes() == before
     code, _, err = command("evaluate.py", "--limit", 1, "--model", tiny_file, "--out", "words.png")
     assert code == 2 and "words.png cannot be a folder for results" in err
+
+
+def test_guidance_is_not_ignored(command, tiny_file):
+    code, _, err = command("seg4diff.py", "generate", "a car", "--model", tiny_file, "--steps", 1, "--guidance", 2)
+    assert code == 2 and "reads no guidance" in err

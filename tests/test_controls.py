@@ -10,6 +10,8 @@ import controls
 import seg4diff
 from mmdit import i2t_attention
 from nano.pretrain import write_presets
+from protocol import Protocol, evaluation
+from support.data import DATASETS
 
 
 def test_swapped_names_are_never_right():
@@ -88,3 +90,24 @@ def test_a_model_of_another_size_segments_the_drawn_scenes(command, tiny_file, t
 def test_controls_are_for_named_classes(command, tiny_file, args):
     code, out, err = command("evaluate.py", "--model", tiny_file, "--control", *args)
     assert (code, out) == (2, "") and "--control belongs to --task ovss" in err and err.count("\n") == 1
+
+
+def test_swapped_names_follow_picture_and_seed(tiny):
+    data = DATASETS["scenes"]()
+    item = data.read(data.names[0])
+
+    def names(item, seed):
+        return tuple(evaluation(tiny, data, "ovss", Protocol(seed, control="swapped")).prepare(item).names)
+    assert len({names(item, seed) for seed in range(5)}) > 1
+    assert len({names(item._replace(name=str(i)), 0) for i in range(5)}) > 1
+
+
+def test_weights_and_biases_are_shuffled_alike(tiny_file):
+    model = seg4diff.load(tiny_file, device="cpu", dtype="float32")
+    qkv = model.transformer.joint_blocks[model.preset.block].x_block.attn.qkv
+    D = qkv.in_features
+    weight, bias = qkv.weight.detach().clone(), qkv.bias.detach().clone()
+    controls.shuffle_block(model, 3)
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(qkv.weight[:D], weight[:D][order]) and torch.equal(qkv.bias[:D], bias[:D][order])
+    assert torch.equal(qkv.weight[D:], weight[D:]) and torch.equal(qkv.bias[D:], bias[D:])

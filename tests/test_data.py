@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from support.data import DATASETS, FACTS, IGNORE, Item, centre_crop, read_ahead, subset
+from support.data import DATASETS, FACTS, IGNORE, TRAINING_SETS, Item, centre_crop, read_ahead, subset
 from support.files import Broken
 
 
@@ -202,3 +202,24 @@ def test_a_label_file_that_holds_colours(tmp_path):
     photo(tmp_path / "ADEChallengeData2016/annotations/validation/a.png")
     with pytest.raises(Broken, match="a.png.*holds colours"):
         DATASETS["ade20k"](tmp_path).read("a")
+
+
+def test_augmented_labels_come_first(tmp_path):
+    base = tmp_path / "VOCdevkit/VOC2012"
+    put(base / "JPEGImages/a.jpg", np.full((2, 3, 3), 90))
+    for folder, label in (("SegmentationClass", 1), ("SegmentationClassAug", 2)):
+        put(base / folder / "a.png", np.full((2, 3), label))
+    (base / "ImageSets/Segmentation").mkdir(parents=True)
+    (base / "ImageSets/Segmentation/val.txt").write_text("a\n")
+    assert DATASETS["voc"](tmp_path).read("a").labels[0, 0] == 1
+
+
+def test_captions_are_files_of_the_data(tmp_path):
+    put(tmp_path / "coco/train2017/1.jpg", np.full((4, 6, 3), 90))
+    put(tmp_path / "coco/stuffthingmaps/train2017/1.png", np.full((4, 6), 2))
+    put(tmp_path / "sa1b/sa_1.jpg", np.full((4, 6, 3), 90))
+    (tmp_path / "sa1b/sa_1.json").write_text('{"annotations": []}')
+    captions = tmp_path / "c.json"
+    captions.write_text('{"1": "A car."}')
+    for name in ("coco", "sa1b"):
+        assert captions in TRAINING_SETS[name](tmp_path, captions).files

@@ -375,3 +375,8 @@ def test_command_lines(command, tiny_file, tmp_path):
         assert (pictures[0] != pictures[1]).any()
     code, _, err = command("seg4diff.py", "generate", "a car", "--model", tiny_file, "--lora", "photo.png")
     assert code == 2 and err.startswith("error: ") and "photo.png" in err and err.count("\n") == 1
+
+
+def test_rslora_with_an_alpha_of_its_own():
+    adapter = {"use_rslora": True, "lora_alpha": 4, "alpha_pattern": {"attn.to_v": 3}}
+    assert lora.scale_of(adapter, "transformer_blocks.0.attn.to_v", 9) == 1

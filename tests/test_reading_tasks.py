@@ -229,3 +229,15 @@ def test_one_step_has_no_noise_levels_to_compare(tiny):
     one = replace(tiny, preset=tiny.preset.changed(steps=1, noise_steps=1))
     with pytest.raises(ValueError, match="in one step: there are no noise levels"):
         protocol.timesteps(one)
+
+
+def test_the_width_of_a_border():
+    truth = np.zeros((50, 120), np.uint8)                # a diagonal of 130 pixels, of which 2 % are 2.6
+    truth[10:40, 20:100] = 1
+    counts = border_counts(truth, truth, 2)
+    assert counts[1].tolist() == [30 * 80 - 24 * 74] * 2
+
+
+def test_borders_of_what_is_predicted_alone():
+    counts = border_counts(np.zeros((9, 9), np.uint8), np.ones((9, 9), np.uint8), 2)
+    assert counts[:, 0].tolist() == [0, 0] and counts[0, 1] == counts[1, 1] > 0

@@ -305,3 +305,21 @@ def test_propose_takes_the_presets_threshold(tiny, picture):
 def test_propose_errors(tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         seg4diff.propose(tiny, Image.new("RGB", (8, 8)), **options)
+
+
+def test_constants_of_the_readings():
+    assert (readings.ROUNDS, readings.SHARPNESS, readings.ANCHORS) == (10, 0.1, 8)
+
+
+def test_a_threshold_of_anchors():
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="must be positive"):
+            readings.merge_anchors(torch.rand(2, 4, 2, 2), wrong)
+
+
+def test_the_least_spread_is_a_third_of_a_grey_level():
+    rng = np.random.default_rng(0)
+    maps = rng.random((2, 5, 7))
+    colours = 0.4 + rng.integers(0, 3, (3, 5, 7)) / 255
+    got = readings.refine(torch.from_numpy(maps).float(), torch.from_numpy(colours).float(), 1, rounds=2)
+    np.testing.assert_allclose(got, refined(maps, colours, [1], 2), rtol=5e-3)

@@ -1,4 +1,5 @@
 """The released code's choices: each against truths made by hand or the facts, alone and all together, as a command."""
+import copy
 import json
 import shutil
 from argparse import Namespace
@@ -21,7 +22,7 @@ from protocol import Protocol, evaluation
 from released import OURS, Choices
 from support.data import DATASETS, Dataset, Item
 from support.files import Broken
-from support.metrics import IGNORE, UNNAMED, overlaps
+from support.metrics import IGNORE, NAMED, UNNAMED, overlaps
 from tools.waterfall import waterfall, worth
 
 # ---------------------------------------------------------------------------- pictures
@@ -344,3 +345,31 @@ def test_the_waterfall_of_a_gpu_has_half_precision(half_size, tmp_path, monkeypa
         identity = json.loads(path.read_text().splitlines()[0])["identity"]
         assert ("half" in identity["protocol"]["choices"]) == (identity["model"][2] == "torch.float16")
     assert "released" in capsys.readouterr().out
+
+
+def test_sizes_are_rounded():
+    assert released.short_side(500, 333, 1024) == (961, 640)
+
+
+def test_a_picture_smaller_than_the_short_side_is_drawn_at_it():
+    item = Item(Image.new("RGB", (50, 40)), np.zeros((40, 50), np.uint8), "a")
+    assert released.picture(item, 128, Choices(size=True, corner=True)).square.image.size == (100, 80)
+
+
+def test_choices_of_one_data_set(tiny):
+    for name in ("coco-object-bg", "coco-object81"):
+        assert "background" not in released.applicable("ovss", name, tiny)
+    assert "context" not in released.applicable("unsup", "context59", tiny)
+
+
+def test_prompts_of_another_length_are_encoded_anew(tiny_flux):
+    text = copy.copy(tiny_flux.text)
+    text.length, text.room, text.cache = 30, 29, {}      # T5 reads more tokens than CLIP, as the published one does
+    with torch.inference_mode():
+        before = text.encode([["car", "sky"]]).ctx.shape[1]
+        rows = released.model_of(replace(tiny_flux, text=text), Choices(rows=True)).text
+        assert rows.encode([["car", "sky"]]).ctx.shape[1] == rows.length != before
+
+
+def test_names_are_not_matched():
+    assert released.scoring_of(NAMED, Choices(matching=True)) is NAMED

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import readings
 import seg4diff
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
 from nano import scenes
@@ -394,3 +395,31 @@ def test_open_image_turns_photos_upright(tmp_path):
     exif[0x0112] = 6                                                         # orientation: turn clockwise to show
     image.save(tmp_path / "phone.jpg", exif=exif)
     assert pictures.open_image(tmp_path / "phone.jpg").size == (20, 40)
+
+
+def test_of_equal_classes_the_first_wins():
+    assert not seg4diff.label_map(torch.zeros(6, 2, 2), (4, 4)).any()
+
+
+def test_pixels_are_refined_by_their_colours_as_far_as_a_patch(monkeypatch):
+    """By the longer side of a patch, 300 / 4 pixels, and with colours in [0, 1]."""
+    seen = []
+    monkeypatch.setattr(readings, "refine", lambda up, colours, reach: seen.append((colours, reach)) or up)
+    seg4diff.labels_of(torch.rand(2, 4, 4), Image.new("RGB", (300, 100), "white"), "pixels")
+    colours, reach = seen[0]
+    assert colours.shape == (3, 100, 300) and colours.unique().tolist() == [1] and reach == 75
+
+
+def test_no_more_classes_than_a_uint8_holds(tiny):
+    """255 is what is not scored."""
+    with pytest.raises(ValueError, match="at most 255"):
+        seg4diff.segment(tiny, Image.new("RGB", (128, 128)), ["car"] * 256)
+
+
+def test_a_noise_level_of_zero_is_clean(tiny):
+    """It is no lack of one; then no seed matters."""
+    image = Image.fromarray(scenes.draw(0).image)
+    a, b = (seg4diff.segment(tiny, image, ["car", "sky"], sigma=0, seed=seed).maps for seed in (0, 1))
+    assert torch.equal(a, b)
+    a, b = (seg4diff.propose(tiny, image, sigma=0, seed=seed, threshold=1e-6).maps for seed in (0, 1))
+    assert torch.equal(a, b)
