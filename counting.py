@@ -29,7 +29,7 @@ def identity_of(ev: Evaluation) -> dict:
     data = ev.data
     batch = ev.batch
     if model.device.type == "cpu" and model.dtype == torch.float32:
-        batch = "any"                                    # there it changes no number
+        batch = "any"                                    # there it moves a border pixel at most
     return {"task": ev.task, "dataset": data.name, "labels": data.source, "classes": data.classes,
             "always": data.always, "data": stamp(data.files), "variants": ev.variants,
             "protocol": ev.protocol._asdict() | {"choices": released.names_on(ev.protocol.choices)},

@@ -280,9 +280,10 @@ def load(name_or_path: str | Path = "nano", device: str = "auto", dtype: str | t
         files = weights.with_t5(files, t5)
     path = files.parts["mmdit"][0][0]
     with decoding(path, "model file with presets in its header"):
-        preset = preset_of(files).changed(text_length=text_length)
-    if name_or_path == "flux-released":
-        preset = released_preset(preset)
+        preset = preset_of(files)
+        if name_or_path == "flux-released":
+            preset = released_preset(preset)
+        preset = preset.changed(text_length=text_length)
     with decoding(files.merges or path, "list of CLIP's merges"):
         tokenizer = clip_tokenizer(weights.merges(files))
     last_block = preset.block if segment_only else None
