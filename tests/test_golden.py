@@ -2,6 +2,7 @@
 
 What those libraries computed lies in tests/golden; make_goldens.py there wrote it, and says how.
 """
+import re
 from pathlib import Path
 
 import pytest
@@ -215,11 +216,16 @@ def refused(kind: type, sd: dict[str, Tensor], key: str, says: str) -> None:
     assert key in str(error.value)
 
 
+def one_of_each_kind(keys) -> list[str]:
+    """Of keys that differ in the numbers of blocks and layers alone, the last."""
+    return list({re.sub(r"\d+", "0", key): key for key in sorted(keys)}.values())
+
+
 @pytest.mark.parametrize("name, kind", LOADERS)
 def test_every_missing_key_is_named(name, kind):
     """Whether a config is read off it or not.  Without its projection CLIP-G would be a CLIP-L."""
     weights, _, _ = golden(name)
-    for key in weights.keys() - {"text_projection.weight"}:
+    for key in one_of_each_kind(weights.keys() - {"text_projection.weight"}):
         refused(kind, {k: w for k, w in weights.items() if k != key}, key, "1 missing|has no")
 
 
