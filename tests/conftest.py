@@ -14,6 +14,7 @@ if not os.environ.get("SEG4DIFF_CUDA"):    # numbers are compared with the CPU's
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent.parent))                        # from whatever folder pytest is started
 
+import lora  # noqa: E402
 import seg4diff  # noqa: E402
 from nano import pretrain  # noqa: E402
 from vae import VAE  # noqa: E402
@@ -59,6 +60,16 @@ def tiny_flux_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux(tiny_flux_file) -> seg4diff.Seg4Diff:
     return seg4diff.load(tiny_flux_file, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def own_lora(tiny_file, tmp_path) -> Path:
+    """A LoRA of the tiny model that changes much."""
+    model = seg4diff.load(tiny_file, device="cpu")
+    for p in lora.add_lora(model.transformer, generator=torch.Generator().manual_seed(0)):
+        torch.nn.init.normal_(p, std=0.2)
+    lora.save_lora(model.transformer, tmp_path / "own.safetensors")
+    return tmp_path / "own.safetensors"
 
 
 @pytest.fixture

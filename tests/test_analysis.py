@@ -15,7 +15,6 @@ from torch import Tensor
 
 import analysis
 import figures
-import lora as lora_module
 import sampling
 import seg4diff
 from loading import image_seed
@@ -264,16 +263,6 @@ def test_words_matter_where_segmentation_reads(tmp_path, monkeypatch):
     rows = numbers["flow loss saved by class names [%]"]
     assert numbers["n"] == 8 and rows[0.515]["own"] > 3 * rows[0.515]["error"] > 0
     assert rows[0.515]["others"] < rows[0.515]["own"] and abs(rows[0.1]["own"]) < rows[0.515]["own"] < rows[0.9]["own"]
-
-
-@pytest.fixture
-def own_lora(quick_file, tmp_path) -> Path:
-    """A LoRA of the quick model that changes much."""
-    model = seg4diff.load(quick_file, device="cpu")
-    for p in lora_module.add_lora(model.transformer, generator=torch.Generator().manual_seed(0)):
-        torch.nn.init.normal_(p, std=0.2)
-    lora_module.save_lora(model.transformer, tmp_path / "own.safetensors")
-    return tmp_path / "own.safetensors"
 
 
 def test_a_lora_changes_what_is_read(command, quick_file, own_lora, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import t
-from test_quality import Fake, coloured, lora_file, one_step_file, quick_file  # noqa: F401 - some are fixtures
+from test_quality import Fake, coloured, one_step_file, quick_file  # noqa: F401 - some are fixtures
 
 import quality
 import seg4diff
@@ -150,8 +150,8 @@ def test_what_is_no_experiment(quick_file, tmp_path, monkeypatch):  # noqa: F811
     assert not args.out.exists()
 
 
-def test_magnet_is_in_its_arms_alone(quick_file, lora_file, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(experiments, "LORA", lora_file)
+def test_magnet_is_in_its_arms_alone(quick_file, own_lora, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(experiments, "LORA", own_lora)
     experiments.main(SimpleNamespace(experiment="magnet", model=quick_file, judge=None, device="cpu",
                                      dtype="float32", out=tmp_path, limit=1))
     result = json.loads((tmp_path / "magnet-fake.json").read_text())

@@ -21,18 +21,6 @@ def test_each_batch_has_its_own_prompts_and_noise(tiny, batch):
     torch.testing.assert_close(torch.cat(z), want[0], atol=1e-4, rtol=0)
 
 
-def test_generate_follows_the_preset_s_schedule(tiny):
-    model = replace(tiny, preset=replace(tiny.preset, schedule="flux"))
-    latents = []
-    seg4diff.generate(model, "a red car", steps=2, cfg=1, seed=3, callback=lambda i, z: latents.append(z))
-    cond = tiny.text.encode(["a red car"])
-    s = loading.flux_sigmas(2, 3.0)
-    z = seg4diff.noise((16, 16, 16), [3])
-    for i in range(2):
-        z = z + (s[i + 1] - s[i]) * tiny.transformer(z, s[i:i + 1], cond.ctx, cond.pooled)[0]
-        torch.testing.assert_close(latents[i], z, atol=1e-4, rtol=0)
-
-
 def test_a_block_that_is_blurred_throughout_and_for_guidance(tiny):
     with torch.inference_mode():
         cond, uncond = (tiny.text.encode([p]) for p in ("red car", ""))

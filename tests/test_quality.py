@@ -17,7 +17,6 @@ from test_docs import parser_of
 from test_judges import write_judges
 
 import judges
-import lora
 import quality
 import seg4diff
 from loading import image_seed
@@ -59,16 +58,6 @@ def quick_file(one_step_file, monkeypatch) -> Path:
     """The same, and the fake judge for whoever asks."""
     monkeypatch.setattr(quality, "pick_judge", lambda name, model, prompts: Fake())
     return one_step_file
-
-
-@pytest.fixture
-def lora_file(tiny_file, tmp_path) -> Path:
-    """A LoRA of the tiny model that changes much."""
-    model = seg4diff.load(tiny_file, device="cpu")
-    for p in lora.add_lora(model.transformer, generator=torch.Generator().manual_seed(0)):
-        torch.nn.init.normal_(p, std=0.2)
-    lora.save_lora(model.transformer, tmp_path / "own.safetensors")
-    return tmp_path / "own.safetensors"
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -285,9 +274,9 @@ def test_evaluate_quality(command, quick_file, tmp_path):
     assert other["rows"]["light"]["mean"] != mean
 
 
-def test_a_lora_is_in_the_pictures(command, quick_file, lora_file, tmp_path):
+def test_a_lora_is_in_the_pictures(command, quick_file, own_lora, tmp_path):
     options = ("--task", "quality", "--model", quick_file, "--device", "cpu", "--images", 1)
-    for out, more in (("a", ()), ("b", ("--lora", lora_file))):
+    for out, more in (("a", ()), ("b", ("--lora", own_lora))):
         code, _, err = command("evaluate.py", *options, *more, "--out", tmp_path / out)
         assert code == 0, err
     assert pictures(tmp_path / "a/cfg3") != pictures(tmp_path / "b/cfg3")

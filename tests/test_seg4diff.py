@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import loading
 import readings
 import seg4diff
 from mmdit import JointQKV, i2t_attention, i2t_scores, t2i_attention
@@ -87,12 +88,14 @@ def test_generate(tiny):
     assert near(a, preset)
 
 
-def test_generate_without_guidance_by_hand(tiny):
+@pytest.mark.parametrize("schedule, levels", [("sd3", loading.sigmas), ("flux", loading.flux_sigmas)])
+def test_generate_without_guidance_by_hand(tiny, schedule, levels):
     """cfg 1: the conditional velocity alone, Euler, decode, [-1, 1] -> bytes."""
+    model = replace(tiny, preset=replace(tiny.preset, schedule=schedule))
     latents = []
-    (image,) = seg4diff.generate(tiny, "a red car", steps=2, cfg=1, seed=3, callback=lambda i, z: latents.append(z))
+    (image,) = seg4diff.generate(model, "a red car", steps=2, cfg=1, seed=3, callback=lambda i, z: latents.append(z))
     cond = tiny.text.encode(["a red car"])
-    s = seg4diff.sigmas(2, 3.0)
+    s = levels(2, 3.0)
     z = seg4diff.noise((16, 16, 16), [3])
     for i in range(2):
         z = z + (s[i + 1] - s[i]) * tiny.transformer(z, s[i:i + 1], cond.ctx, cond.pooled)[0]
