@@ -207,7 +207,7 @@ class DINO(nn.Module):
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rows of length 1, (n, P) each -> their cosines, in percent, (n,).  ValueError: not as many of both."""
+    """Rows of length 1, (n, dim) each -> their cosines, in percent, (n,).  ValueError: not as many of both."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} pictures and {len(b)} prompts or references are not equal lists")
     return 100 * (a * b).sum(1)
@@ -215,13 +215,13 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def unit_rows(inputs: Iterable[Tensor], network, device: torch.device) -> np.ndarray:
-    """What a network makes of each input, one at a time, divided by its length: (n, P)."""
+    """What a network makes of each input, one at a time, divided by its length: (n, dim)."""
     rows = []
     for x in inputs:
         with full_float32():
-            row = network(x[None].to(device))[0].cpu().double()              # (P,); MPS has no float64
+            row = network(x[None].to(device))[0].cpu().double()              # (dim,); MPS has no float64
         rows.append((check_finite(row, "the judge's numbers") / row.norm()).numpy())
-    return np.stack(rows)                                                    # (n, P)
+    return np.stack(rows)                                                    # (n, dim)
 
 
 class ClipScore:
@@ -243,12 +243,12 @@ class ClipScore:
         return self.clip.text_tower.device
 
     def pictures(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Pictures -> (n, P), of length 1."""
+        """Pictures -> (n, dim), of length 1."""
         inputs = (clip_picture(image, self.clip.size) for image in images)
         return unit_rows(inputs, self.clip.image, self.device)
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts -> (n, P), of length 1.  What is longer than the tower's rows is cut, as published."""
+        """Prompts -> (n, dim), of length 1.  What is longer than the tower's rows is cut, as published."""
         inputs = []
         for prompt in prompts:
             ids, _, _ = tokenize(self.tokenizer, CLIP_MARKS, self.clip.length, prompt)
@@ -267,7 +267,7 @@ def similarity(judge: ClipScore, dino: DINO, images: Sequence[Image.Image], refe
     CLIP-I and DINO: cosine with the reference, a picture from the same noise without the perturbation; CLIP-T: cosine
     with the prompt, which is CLIPScore.
     """
-    pictures = judge.pictures(images)                                        # (n, P)
+    pictures = judge.pictures(images)                                        # (n, dim)
     seen = unit_rows((dino_picture(image, dino.size) for image in images), dino, judge.device)       # (n, D)
     expected = unit_rows((dino_picture(image, dino.size) for image in references), dino, judge.device)
     return {"CLIP-I": cosine(pictures, judge.pictures(references)),

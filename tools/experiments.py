@@ -109,8 +109,8 @@ def best_blocks(path: Path, model: Seg4Diff, judge) -> tuple[list[int], int]:
         chosen = list(dict.fromkeys([*best, model.preset.block]))            # once, if the expert is among the best
         captions = len(found["prompts"])
     if captions < LEAST:
-        raise ValueError(f"{path} is of {captions} captions, too few to choose blocks by; run the experiment blocks "
-                         f"with {LEAST} or more")
+        raise ValueError(f"too few captions to choose blocks by in {path}: {captions}; run the experiment blocks with "
+                         f"{LEAST} or more")
     return chosen, captions
 
 
